@@ -1,0 +1,141 @@
+"""Which clusters of the file are free. Pure bookkeeping, no I/O.
+
+Invariant: *every cluster handed out reads as zeroes on the disk, durably*. Fresh clusters lie past the end of the file
+as it was found (rounded up: a partial last cluster keeps its stale bytes to itself), and the file grows by truncate.
+A freed cluster comes back only after the four steps of its life:
+
+    released   no table in memory refers to it
+    committed  the table entry that freed it is durable          (`take_released`, then a sync)
+    punched    its range has been punched                        (`add_punched`)
+    free       the punch is durable                              (`take_punched`, a sync, `add_free`)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+
+from qedfuse.geometry import Geometry, round_up
+
+
+class Runs:
+    """A set of clusters as sorted, merged (offset, bytes) runs."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._sizes: dict[int, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((start, self._sizes[start]) for start in self._starts)
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self._sizes.values())
+
+    def add(self, start: int, size: int) -> None:
+        position = bisect_left(self._starts, start)
+        if position < len(self._starts) and self._starts[position] == start + size:
+            size += self._sizes.pop(self._starts.pop(position))
+        if position:
+            before = self._starts[position - 1]
+            if before + self._sizes[before] == start:
+                self._sizes[before] += size
+                return
+        self._starts.insert(position, start)
+        self._sizes[start] = size
+
+    def take_first(self, size: int, whole: bool) -> tuple[int, int] | None:
+        """Remove up to `size` bytes from the front of the first run; with `whole`, from the first that has them all."""
+        for position, start in enumerate(self._starts):
+            have = self._sizes[start]
+            if have >= size or not whole:
+                taken = min(have, size)
+                del self._sizes[start]
+                if taken == have:
+                    del self._starts[position]
+                else:
+                    self._starts[position] = start + taken
+                    self._sizes[start + taken] = have - taken
+                return start, taken
+        return None
+
+    def take_last(self, end: int) -> int:
+        """Remove the run that ends at `end`, if any. Returns where the remaining space ends."""
+        if self._starts and self._starts[-1] + self._sizes[self._starts[-1]] == end:
+            end = self._starts.pop()
+            del self._sizes[end]
+        return end
+
+    def update(self, other: Runs) -> None:
+        for start, size in other:
+            self.add(start, size)
+
+
+class Allocator:
+    """Clusters of one file. Offsets and sizes in bytes, multiples of the cluster size."""
+
+    def __init__(self, geometry: Geometry, file_size: int) -> None:
+        self._geometry = geometry
+        self.end = round_up(file_size, geometry.cluster_size)  # where fresh clusters begin
+        self._released = Runs()
+        self._punched = Runs()
+        self._free = Runs()
+
+    def allocate(self, clusters: int) -> tuple[int, int]:
+        """(offset, bytes) of one run of at most `clusters` clusters, at least one."""
+        size = clusters * self._geometry.cluster_size
+        return self._free.take_first(size, whole=False) or (self._fresh(size), size)
+
+    def allocate_table(self) -> int:
+        """The offset of one table's worth of clusters."""
+        size = self._geometry.table_bytes
+        found = self._free.take_first(size, whole=True)
+        return found[0] if found else self._fresh(size)
+
+    def _fresh(self, size: int) -> int:
+        offset = self.end
+        self.end += size
+        return offset
+
+    def release(self, offset: int, size: int) -> None:
+        """No table in memory refers to this run any more (or none ever did: its data could not be written)."""
+        self._released.add(offset, size)
+
+    @property
+    def recycling(self) -> bool:
+        """Clusters are on their way back and want a sync."""
+        return bool(self._released) or bool(self._punched)
+
+    def take_released(self) -> Runs:
+        taken, self._released = self._released, Runs()
+        return taken
+
+    def take_punched(self) -> Runs:
+        taken, self._punched = self._punched, Runs()
+        return taken
+
+    def put_back(self, released: Runs, punched: Runs) -> None:
+        """The sync that these runs waited for did not come about."""
+        self._released.update(released)
+        self._punched.update(punched)
+
+    def add_punched(self, offset: int, size: int) -> None:
+        self._punched.add(offset, size)
+
+    def add_free(self, runs: Runs) -> None:
+        self._free.update(runs)
+
+    def trim(self) -> int:
+        """Give up the free clusters at the end (all that are released count: nothing refers to them durably).
+
+        Only for the last commit before closing. Returns the size that the file needs.
+        """
+        for runs in (self._released, self._punched):
+            self._free.update(runs)
+        self._released, self._punched = Runs(), Runs()
+        self.end = self._free.take_last(self.end)
+        return self.end

@@ -1,0 +1,336 @@
+"""Sole owner of the write order: when table pages, the L1 table and the header go to the file, and between which syncs.
+
+The rulebook
+============
+
+The engine writes guest data at once and changes tables in memory only. A *commit* takes what has changed up to one
+instant (the group: copies of the dirty pages, so that later changes stay out) and brings it to the file:
+
+    0 extend   the file covers every cluster handed out (truncate)
+    1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet
+    2 new      pages of L2 tables to which the file's L1 table does not refer yet
+    3 barrier  backing file: sync
+    4 tables   pages of the other L2 tables, pages of the L1 table
+    5 sync     if somebody waits for durability, if clusters are being recycled, if the image size has grown
+    6 size     a grown image_size goes to the header; sync
+    7 recycle  clusters released before the group was taken are punched (the entry that freed them is durable since 5);
+               clusters punched before step 5 are free
+
+What a crash leaves (power loss: any subset of what was written since the last completed sync, torn at 512 bytes):
+
+    crash in   with a backing file                            without
+    0          a longer file: leaked clusters                 the same
+    1          -                                              NEED_CHECK on or off; tables unchanged
+    2, 3       new tables that nothing refers to: leaks       NEED_CHECK is on: an entry may point at a cluster whose data
+    4          an entry is old or new; the data behind a      is missing (it reads as zeroes: what an unallocated cluster
+               new one is durable since 3; a new L1 entry     reads as) or outside the file (the repair drops it: zeroes);
+               points at a table durable since 3              an L1 entry at a table of zeroes or outside: the same
+    5          as 4                                           as 4
+    6          the old size or the new one: 8 aligned bytes; the area behind the old end was made to read as zeroes by 5
+    7          the cluster's entry is gone: a leak            the same
+
+Reads of "missing" data as zeroes hold because a cluster handed out reads as zeroes durably (`allocator.py`), so a
+freed cluster must not come back before step 7 of one commit and step 5 of a later one. Guest data needs no step of its
+own: it was written before the group was taken, so the syncs of 3 and 5 cover it.
+
+Shrinking goes the other way round: the smaller size is durable before the first entry behind it is dropped.
+
+NEED_CHECK is cleared after a commit with sync that left nothing dirty: when the image has been idle, and on close.
+
+A failed sync is final: the kernel may have dropped the pages that it could not write, so no later sync can vouch for
+them. `failed` holds the error and every later commit raises EIO. A failed *write* of a page (ENOSPC, EIO) is not final:
+the pages stay dirty and the next commit writes them again. From step 4 on a new table counts as referred to, whatever
+happens: its L1 entry may be in the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterable
+
+import trio
+
+from qedfuse.allocator import Allocator
+from qedfuse.errors import QedfuseError
+from qedfuse.header import FEATURE_NEED_CHECK, Header
+from qedfuse.pages import PageMap
+from qedfuse.storage import Storage
+from qedfuse.tables import Tables
+
+log = logging.getLogger("qedfuse")
+
+#: Seconds until a change of the tables is written without anybody asking.
+COMMIT_DELAY = 1.0
+#: Seconds without a change after which NEED_CHECK is cleared (QEMU's time, too).
+IDLE_DELAY = 5.0
+#: Dirty pages at which writers commit first: 1 MiB of tables.
+MAX_DIRTY_PAGES = 256
+#: The file grows by this many clusters at a time, but not by more than the bytes below: one truncate for many.
+_GROW_CLUSTERS = 64
+_GROW_BYTES = 16 << 20
+
+_Group = list[tuple[PageMap, int, int, bytes]]
+
+
+class Committer:
+    """The write order of one image that is open for writing. See the module's rulebook."""
+
+    def __init__(
+        self, storage: Storage, header: Header, tables: Tables, allocator: Allocator, *, barrier: bool
+    ) -> None:
+        self.header = header  # as in the file, or on its way there
+        self.failed: OSError | None = None
+        self.unsynced = False  # something was written since the last sync began
+        self._storage = storage
+        self._tables = tables
+        self._allocator = allocator
+        self._barrier = barrier
+        self._unsynced_tables = False
+        self._file_size = storage.stat().st_size
+        self._growing = trio.Lock()
+        self._size = header.image_size  # what the header shall say after the next commit with sync
+        self._running = trio.Lock()
+        self._started = 0
+        self._results: dict[int, OSError | None] = {}
+        self._waiting: dict[int, int] = {}
+        self._dirty_event = trio.Event()
+        self._changes = 0
+
+    # -- what the engine tells --------------------------------------------------------------------------------------
+
+    def note_change(self) -> None:
+        """Tables changed: they are due for a commit."""
+        self._changes += 1
+        self._dirty_event.set()
+
+    def note_size(self, size: int) -> None:
+        """The image has grown; the header follows with the next commit."""
+        self._size = size
+        self.note_change()
+
+    async def clear_autoclear(self) -> None:
+        """Clear autoclear bits that we do not know, durably: we are about to change what they vouch for."""
+        header = self.header.with_known_autoclear()
+        if header != self.header:
+            await self._write_header(header)
+
+    async def extend(self) -> None:
+        """Step 0: let the file cover every cluster handed out. Raises OSError."""
+        if self._file_size >= self._allocator.end:
+            return
+        async with self._growing:
+            end = self._allocator.end
+            if self._file_size < end:
+                cluster_size = self.header.cluster_size
+                size = end + min(_GROW_CLUSTERS * cluster_size, _GROW_BYTES) // cluster_size * cluster_size
+                self.unsynced = True
+                await self._storage.truncate(size)
+                self._file_size = size
+
+    # -- durability -------------------------------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Everything written and changed before this call is durable when it returns.
+
+        Callers that arrive while a commit runs share the next one. Raises OSError; EIO ever after a failed sync. Once
+        its commit has begun it is carried out even if the caller is cancelled.
+        """
+        if self.failed:
+            raise self._failure()
+        if not self.unsynced and not self._dirty and not self._running.locked():
+            return
+        ticket = self._started + 1
+        self._waiting[ticket] = self._waiting.get(ticket, 0) + 1
+        try:
+            async with self._running:
+                if self._started < ticket:
+                    self._started = ticket
+                    self._results[ticket] = OSError(errno.EIO, "the commit did not end")
+                    with trio.CancelScope(shield=True):
+                        try:
+                            await self._commit(durable=True)
+                            self._results[ticket] = None
+                        except OSError as error:
+                            self._results[ticket] = error
+            result = self._results[ticket]
+        finally:
+            self._waiting[ticket] -= 1
+            if not self._waiting[ticket]:
+                del self._waiting[ticket]
+                self._results.pop(ticket, None)
+        if result is not None:
+            raise OSError(result.errno, result.strerror) from result
+
+    async def write_back(self) -> None:
+        """Bring dirty tables to the file; durable only as far as the order needs it. Raises OSError."""
+        if self.failed:
+            raise self._failure()
+        async with self._running:
+            with trio.CancelScope(shield=True):
+                await self._commit(durable=False)
+
+    async def shrink(self, size: int) -> None:
+        """Make a smaller image size durable, before the engine drops what lies behind it. Raises OSError."""
+        await self.flush()
+        async with self._running:
+            with trio.CancelScope(shield=True):
+                self._size = size
+                await self._write_header(self.header.with_image_size(size))
+
+    @property
+    def _dirty(self) -> bool:
+        tables = self._tables
+        return bool(
+            tables.dirty_l1 or tables.dirty_l2 or self._allocator.recycling or self._size != self.header.image_size
+        )
+
+    def _failure(self) -> OSError:
+        assert self.failed is not None
+        return QedfuseError(
+            self._storage.path,
+            f"an earlier sync failed ({self.failed.strerror}); the image is read-only now",
+            errno.EIO,
+        )
+
+    # -- the commit ---------------------------------------------------------------------------------------------------
+
+    async def _commit(self, durable: bool) -> None:
+        if self.failed:
+            raise self._failure()
+        tables, allocator = self._tables, self._allocator
+        size = self._size
+        new_tables = dict(tables.new_tables)
+        group = self._take(tables.l2, tables.dirty_l2) + self._take(tables.l1, tables.dirty_l1)
+        released, punched = allocator.take_released(), allocator.take_punched()
+        try:
+            if group:
+                await self.extend()
+                await self._mark()
+                table_bits = tables.geometry.table_page_bits
+                new = [item for item in group if item[0] is tables.l2 and item[1] >> table_bits in new_tables]
+                old = [item for item in group if item not in new] if new else group
+                await self._write_pages(new)
+                if self._barrier:
+                    await self._sync()
+                for index in new_tables:
+                    del tables.new_tables[index]
+                await self._write_pages(old)
+            if durable or released or punched or size != self.header.image_size:
+                await self._sync()
+            if size > self.header.image_size:
+                await self._write_header(self.header.with_image_size(size))
+        except BaseException:
+            for level, index, _host, _content in group:
+                self._dirty_set(level).add(index)
+            allocator.put_back(released, punched)
+            raise
+        for level, index, _host, _content in group:
+            if index not in self._dirty_set(level):
+                level.unpin(index)
+        allocator.add_free(punched)
+        await self._punch(released)
+
+    def _dirty_set(self, level: PageMap) -> set[int]:
+        return self._tables.dirty_l1 if level is self._tables.l1 else self._tables.dirty_l2
+
+    @staticmethod
+    def _take(level: PageMap, dirty: set[int]) -> _Group:
+        """Copies of a level's dirty pages; they stay pinned until they are written."""
+        group = [(level, index, level.hosts[index], bytes(level.pages[index])) for index in dirty]
+        dirty.clear()
+        return group
+
+    async def _write_pages(self, group: Iterable[tuple[PageMap, int, int, bytes]]) -> None:
+        """Write pages, those that adjoin in the file with one call."""
+        run: list[bytes] = []
+        start = end = 0
+        for _level, _index, host, content in sorted(group, key=lambda item: item[2]):
+            if run and host != end:
+                await self._storage.write(start, run)
+                run = []
+            if not run:
+                start = host
+            run.append(content)
+            end = host + len(content)
+            self.unsynced = self._unsynced_tables = True
+        if run:
+            await self._storage.write(start, run)
+
+    async def _mark(self) -> None:
+        """Step 1."""
+        if not self._barrier and not self.header.needs_check:
+            await self._write_header(self.header.with_feature(FEATURE_NEED_CHECK, True))
+
+    async def _write_header(self, header: Header) -> None:
+        self.unsynced = True
+        await self._storage.write(0, [header.encode()])
+        await self._sync()
+        self.header = header
+
+    async def _sync(self) -> None:
+        self.unsynced = self._unsynced_tables = False
+        try:
+            await self._storage.sync()
+        except OSError as error:
+            self.failed = error
+            log.error("%s: sync failed: %s; the image is read-only from now on", self._storage.path, error.strerror)
+            raise
+
+    async def _punch(self, released: Iterable[tuple[int, int]]) -> None:
+        """Step 7. A cluster that cannot be punched stays unused: a leak, which check gives back."""
+        for offset, size in released:
+            try:
+                self.unsynced = True
+                await self._storage.punch(offset, size)
+            except OSError as error:
+                log.warning("%s: cannot punch a freed cluster: %s", self._storage.path, error.strerror)
+                continue
+            self._allocator.add_punched(offset, size)
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    async def run_background(self) -> None:
+        """Commit soon after a change, clear NEED_CHECK when idle; forever, until cancelled.
+
+        Errors stay: the tables remain dirty and the next flush reports what is wrong.
+        """
+        while True:
+            await self._dirty_event.wait()
+            self._dirty_event = trio.Event()
+            changes = self._changes
+            await trio.sleep(COMMIT_DELAY)
+            try:
+                await self.write_back()
+                if self.header.needs_check and not self._barrier:
+                    with trio.move_on_after(IDLE_DELAY - COMMIT_DELAY):
+                        await self._dirty_event.wait()
+                    if self._changes == changes:
+                        await self.clean()
+            except OSError as error:
+                if self.failed:
+                    return
+                log.warning("%s: cannot write tables yet: %s", self._storage.path, error.strerror or error)
+                await trio.sleep(COMMIT_DELAY)
+                self._dirty_event.set()
+
+    async def clean(self) -> None:
+        """Flush, and clear NEED_CHECK if nothing has become dirty meanwhile. Raises OSError."""
+        await self.flush()
+        tables = self._tables
+        async with self._running:
+            if self.header.needs_check and not (tables.dirty_l1 or tables.dirty_l2 or self._unsynced_tables):
+                with trio.CancelScope(shield=True):
+                    await self._write_header(self.header.with_feature(FEATURE_NEED_CHECK, False))
+
+    async def close(self) -> None:
+        """The last commit: durable, clean, and without unused clusters at the end of the file. Raises OSError."""
+        await self.flush()
+        end = self._allocator.trim()
+        if end < self._file_size:
+            self.unsynced = True
+            await self._storage.truncate(end)
+            self._file_size = end
+        if self.unsynced:
+            await self._sync()
+        await self.clean()

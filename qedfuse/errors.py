@@ -1,0 +1,81 @@
+"""The one exception family of qedfuse.
+
+Every error that a user can cause is a `QedfuseError`: a plain lower-case line that names the file and what is wrong,
+an errno for the file system edge, and an exit code for the command line. It is an `OSError`, so that whoever handles
+host I/O errors handles these in the same place.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+#: Ctrl-C, as a shell reports a command that SIGINT ended.
+EXIT_INTERRUPTED = 130
+
+
+class QedfuseError(OSError):
+    """An error with a message for a person: `path: message`.
+
+    `path` is the file at fault, `message` says what is wrong and what to do. `errno` is what a FUSE caller gets.
+    """
+
+    default_errno = _errno.EIO
+    exit_code = EXIT_FAILED
+
+    def __init__(self, path: str | os.PathLike[str], message: str, errno: int | None = None) -> None:
+        super().__init__(errno if errno is not None else self.default_errno, message)
+        self.path = os.fspath(path)
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class FormatError(QedfuseError):
+    """The file is no valid image: wrong magic, a field out of range."""
+
+    default_errno = _errno.EINVAL
+
+
+class UnsupportedError(QedfuseError):
+    """The file is valid, but uses something that qedfuse does not have or was told to refuse."""
+
+    default_errno = _errno.ENOTSUP
+
+
+class CorruptError(QedfuseError):
+    """The image's tables contradict themselves or the file."""
+
+    default_errno = _errno.EIO
+
+
+class InUseError(QedfuseError):
+    """Another process holds the image's lock."""
+
+    default_errno = _errno.EBUSY
+
+
+class ReadOnlyError(QedfuseError):
+    """A write to an image that is open read-only."""
+
+    default_errno = _errno.EROFS
+
+
+class UsageError(QedfuseError):
+    """The command line asks for something that makes no sense."""
+
+    default_errno = _errno.EINVAL
+    exit_code = EXIT_USAGE
+
+
+def describe(error: OSError, path: str | os.PathLike[str] = "") -> str:
+    """One plain line for any OSError: `path: what is wrong`."""
+    if isinstance(error, QedfuseError):
+        return str(error)
+    name = error.filename if isinstance(error.filename, str) else os.fspath(path)
+    text = os.strerror(error.errno).lower() if error.errno else str(error)
+    return f"{name}: {text}" if name else text

@@ -1,0 +1,112 @@
+"""Offset arithmetic of a QED image: guest offsets, clusters, tables and pages of tables. Pure.
+
+A guest offset splits, from the low bits up, into the offset in the cluster, the index in the L2 table and the index
+in the L1 table. Tables are handled in pages of 4 KiB (512 entries): every legal table is a whole number of pages.
+
+Source: QEMU docs/interop/qed_spec, "Cluster offset translation".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+MIN_CLUSTER_SIZE = 4 << 10
+MAX_CLUSTER_SIZE = 64 << 20
+DEFAULT_CLUSTER_SIZE = 64 << 10
+MIN_TABLE_SIZE = 1
+MAX_TABLE_SIZE = 16
+DEFAULT_TABLE_SIZE = 4
+
+SECTOR_SIZE = 512
+ENTRY_SIZE = 8
+PAGE_SIZE = 4096
+PAGE_ENTRIES = PAGE_SIZE // ENTRY_SIZE
+PAGE_BITS = PAGE_ENTRIES.bit_length() - 1
+
+#: Offsets are signed 64 bits in the kernel.
+MAX_OFFSET = (1 << 63) - SECTOR_SIZE
+
+#: L2 entry values that are no offsets.
+UNALLOCATED = 0
+ZERO_CLUSTER = 1
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def round_up(value: int, unit: int) -> int:
+    """`value` rounded up to a multiple of `unit` (any positive unit)."""
+    return -(-value // unit) * unit
+
+
+def round_down(value: int, unit: int) -> int:
+    return value // unit * unit
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The two sizes that give an image its shape.
+
+    cluster_size: bytes, a power of 2 from 4 KiB to 64 MiB. table_size: clusters, a power of 2 from 1 to 16.
+    """
+
+    cluster_size: int = DEFAULT_CLUSTER_SIZE
+    table_size: int = DEFAULT_TABLE_SIZE
+
+    def __post_init__(self) -> None:
+        if not is_power_of_two(self.cluster_size) or not MIN_CLUSTER_SIZE <= self.cluster_size <= MAX_CLUSTER_SIZE:
+            raise ValueError(
+                f"cluster size {self.cluster_size} is not a power of two between {MIN_CLUSTER_SIZE} and "
+                f"{MAX_CLUSTER_SIZE}"
+            )
+        if not is_power_of_two(self.table_size) or not MIN_TABLE_SIZE <= self.table_size <= MAX_TABLE_SIZE:
+            raise ValueError(
+                f"table size {self.table_size} is not a power of two between {MIN_TABLE_SIZE} and {MAX_TABLE_SIZE}"
+            )
+
+    @cached_property
+    def cluster_bits(self) -> int:
+        return self.cluster_size.bit_length() - 1
+
+    @cached_property
+    def table_bytes(self) -> int:
+        return self.table_size * self.cluster_size
+
+    @cached_property
+    def table_entries(self) -> int:
+        return self.table_bytes // ENTRY_SIZE
+
+    @cached_property
+    def table_pages(self) -> int:
+        """Pages of 4 KiB in one table."""
+        return self.table_bytes // PAGE_SIZE
+
+    @cached_property
+    def table_page_bits(self) -> int:
+        return self.table_pages.bit_length() - 1
+
+    @cached_property
+    def l2_coverage(self) -> int:
+        """Guest bytes that one L2 table maps."""
+        return self.table_entries * self.cluster_size
+
+    @cached_property
+    def max_image_size(self) -> int:
+        """Bytes; what two levels of tables can map, and a signed 64-bit offset can name."""
+        return min(self.table_entries * self.l2_coverage, MAX_OFFSET)
+
+    def clusters_for(self, size: int) -> int:
+        """Clusters that `size` bytes need."""
+        return -(-size >> self.cluster_bits)
+
+    def l1_entries_for(self, image_size: int) -> int:
+        """L1 entries that an image of this size uses; the rest of the table is never read for I/O."""
+        return -(-image_size // self.l2_coverage)
+
+    def start_of_cluster(self, offset: int) -> int:
+        return offset & -self.cluster_size
+
+    def in_cluster(self, offset: int) -> int:
+        return offset & (self.cluster_size - 1)

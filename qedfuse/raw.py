@@ -1,0 +1,53 @@
+"""A raw file as the last layer of a chain: bytes at the same offset, nothing below."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from qedfuse.layer import Kind, Layer, Run
+from qedfuse.storage import Storage
+
+
+class RawLayer:
+    """A raw disk. See `layer.Layer`. `storage` is owned and closed with the layer."""
+
+    format = "raw"
+
+    def __init__(self, storage: Storage, size: int) -> None:
+        self.path = storage.path
+        self.storage = storage
+        self._size = size
+
+    @classmethod
+    def open(cls, storage: Storage) -> RawLayer:
+        """`size` is the file's, taken once: a read-only backing file does not grow under us."""
+        return cls(storage, _size_of(storage))
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def backing(self) -> Layer | None:
+        return None
+
+    def map_nowait(self, offset: int, size: int) -> list[Run] | None:
+        return [Run(Kind.DATA, size, offset)]
+
+    async def map(self, offset: int, size: int) -> list[Run]:
+        return [Run(Kind.DATA, size, offset)]
+
+    async def read_indirect(self, offset: int, size: int) -> bytes:
+        raise AssertionError("a raw file has nothing indirect")
+
+    async def close(self) -> None:
+        await self.storage.close()
+
+
+def _size_of(storage: Storage) -> int:
+    status = storage.stat()
+    if not stat.S_ISBLK(status.st_mode):
+        return status.st_size
+    with open(storage.path, "rb") as device:
+        return device.seek(0, os.SEEK_END)

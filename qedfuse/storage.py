@@ -1,0 +1,228 @@
+"""The only way to a host file: an asynchronous protocol, and the real file behind it.
+
+Everything above speaks `Storage`; tests plug in RAM, faults and a crash log. What is at hand is done on the spot
+(`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a worker thread. EINTR is retried by
+Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
+
+Source: preadv2(2), fallocate(2), fdatasync(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import trio
+
+from qedfuse.errors import QedfuseError
+
+Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+#: A write of at most this many bytes is a copy into the page cache that takes less time than a thread hop.
+INLINE_WRITE_LIMIT = 1 << 20
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_IOV_MAX = 1024
+
+
+class Storage(Protocol):
+    """A host file.
+
+    Offsets and sizes are bytes. Errors are OSErrors with the host's errno. A call that was cancelled has either
+    happened whole or, for a write, may have happened in part.
+    """
+
+    path: str
+    writable: bool
+
+    def read_into_nowait(self, offset: int, target: memoryview) -> bool:
+        """Fill `target` from `offset` if that needs no waiting. False: nothing is promised of target's content."""
+        ...
+
+    async def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` from `offset`. Raises EIO if the file ends before."""
+        ...
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Write all of `data` at `offset` on the spot (into the page cache). False: not done at all, use `write`."""
+        ...
+
+    async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write the buffers one behind the other at `offset`, whole or with an OSError."""
+        ...
+
+    async def sync(self) -> None:
+        """fdatasync: all completed writes, punches and size changes are durable when this returns."""
+        ...
+
+    async def truncate(self, size: int) -> None:
+        """Set the file's size; what is added reads as zeroes."""
+        ...
+
+    async def punch(self, offset: int, size: int) -> None:
+        """Make a range inside the file read as zeroes and give its space back where the file system can."""
+        ...
+
+    def stat(self) -> os.stat_result:
+        """The file's attributes (st_size, st_blocks, times, owner)."""
+        ...
+
+    def next_data(self, offset: int) -> int | None:
+        """The first offset at or behind `offset` that holds data, None if there is none before the end of the file."""
+        ...
+
+    def next_hole(self, offset: int) -> int:
+        """The first offset at or behind `offset` that holds none (the end of the file counts as one)."""
+        ...
+
+    async def close(self) -> None:
+        """Release the file. Idempotent; makes nothing durable."""
+        ...
+
+
+class FileStorage:
+    """A regular file (or, read-only, a block device) of the host. See `Storage`."""
+
+    def __init__(self, path: str, fd: int, writable: bool) -> None:
+        self.path = path
+        self.writable = writable
+        self._fd = fd
+        self._closed = False
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], writable: bool, *, allow_device: bool = False) -> FileStorage:
+        """Open a file that exists. Never blocks on a FIFO; refuses anything but a file (or a block device).
+
+        Raises OSError with the host's errno and the path as its filename.
+        """
+        name = os.fspath(path)
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        fd = os.open(name, flags)
+        try:
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISDIR(mode):
+                raise QedfuseError(name, "is a directory, not an image", errno.EISDIR)
+            if not stat.S_ISREG(mode) and not (allow_device and stat.S_ISBLK(mode)):
+                raise QedfuseError(name, "is not a regular file", errno.EINVAL)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(name, fd, writable)
+
+    def fileno(self) -> int:
+        """The descriptor, for locks and for the fast path."""
+        return self._fd
+
+    def read_into_nowait(self, offset: int, target: memoryview) -> bool:
+        try:
+            return os.preadv(self._fd, [target], offset, os.RWF_NOWAIT) == len(target)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # this file system has no RWF_NOWAIT
+                return False
+            raise
+
+    async def read_into(self, offset: int, target: memoryview) -> None:
+        await _in_thread(self._read_all, offset, target)
+
+    def _read_all(self, offset: int, target: memoryview) -> None:
+        while len(target):
+            count = os.preadv(self._fd, [target], offset)
+            if count == 0:
+                raise QedfuseError(self.path, f"unexpected end of file at {offset}", errno.EIO)
+            offset += count
+            target = target[count:]
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        if len(data) > INLINE_WRITE_LIMIT:
+            return False
+        self._write_all(offset, [data])
+        return True
+
+    async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if sum(map(len, buffers)) <= INLINE_WRITE_LIMIT:
+            self._write_all(offset, buffers)
+        else:
+            await _in_thread(self._write_all, offset, buffers)
+
+    def _write_all(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if len(buffers) == 1:
+            count = os.pwrite(self._fd, buffers[0], offset)
+            if count == len(buffers[0]):
+                return
+            buffers = [memoryview(buffers[0])[count:]]
+            offset += count
+        pending = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        while pending:
+            count = os.pwritev(self._fd, pending[:_IOV_MAX], offset)
+            if count == 0:
+                raise QedfuseError(self.path, f"wrote nothing at {offset}", errno.EIO)
+            offset += count
+            while pending and count >= len(pending[0]):
+                count -= len(pending.pop(0))
+            if count:
+                pending[0] = pending[0][count:]
+
+    async def sync(self) -> None:
+        await _in_thread(os.fdatasync, self._fd)
+
+    async def truncate(self, size: int) -> None:
+        await _in_thread(os.ftruncate, self._fd, size)
+
+    async def punch(self, offset: int, size: int) -> None:
+        await _in_thread(self._punch, offset, size)
+
+    def _punch(self, offset: int, size: int) -> None:
+        try:
+            _fallocate(self._fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            zeroes = bytes(min(size, 1 << 20))
+            for start in range(offset, offset + size, len(zeroes)):
+                self._write_all(start, [zeroes[: offset + size - start]])
+
+    def stat(self) -> os.stat_result:
+        return os.fstat(self._fd)
+
+    def next_data(self, offset: int) -> int | None:
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise
+
+    def next_hole(self, offset: int) -> int:
+        return os.lseek(self._fd, offset, os.SEEK_HOLE)
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            await _in_thread(os.close, self._fd)
+
+
+async def _in_thread(function: Callable[..., T], *args: object) -> T:
+    """Run a system call in a worker thread. Not abandoned on cancellation: its buffers must stay in use until it ends."""
+    with trio.CancelScope(shield=True):
+        return await trio.to_thread.run_sync(functools.partial(function, *args))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2), which the os module lacks. musl has no fallocate64 but its off_t is 64 bits anyway."""
+    while _libc.fallocate64(fd, mode, offset, size) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))

@@ -1,0 +1,216 @@
+"""An image's L1 and L2 tables in memory: look up, map, change. Reads pages on demand, writes nothing.
+
+Both levels are kept as pages of 4 KiB (`pages.py`): a cold look-up costs one page of each, and opening costs none.
+What is changed here is seen by every reader at once and waits, pinned, for `commit.py` to write it: the sets `dirty_l1`,
+`dirty_l2` and `new_tables` are the two modules' interface.
+
+An L2 page's index counts pages over the whole guest (cluster >> 9); an L1 page's counts from the table's start.
+
+Source: QEMU docs/interop/qed_spec, "Tables" and "Cluster offset translation".
+"""
+
+from __future__ import annotations
+
+import trio
+
+from qedfuse.allocator import Allocator
+from qedfuse.errors import CorruptError
+from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE, UNALLOCATED, ZERO_CLUSTER
+from qedfuse.header import Header
+from qedfuse.layer import Kind, Run
+from qedfuse.pages import ZERO_PAGE, Page, PageMap, PagePool
+from qedfuse.storage import Storage
+
+_PAGE_MASK = PAGE_ENTRIES - 1
+
+
+class Tables:
+    """The mapping of one image.
+
+    `lenient`: an entry that points outside the file counts as unallocated, as a repair would make it (an unclean image
+    that is open read-only); otherwise it is a CorruptError.
+    """
+
+    def __init__(self, storage: Storage, header: Header, pool: PagePool, *, lenient: bool = False) -> None:
+        self._storage = storage
+        self.geometry = header.geometry
+        self._l1_offset = header.l1_table_offset
+        self._data_start = header.header_bytes
+        self._lenient = lenient
+        self.file_end = storage.stat().st_size
+        self.l1 = PageMap(pool)
+        self.l2 = PageMap(pool)
+        self.dirty_l1: set[int] = set()
+        self.dirty_l2: set[int] = set()
+        self.new_tables: dict[int, int] = {}  # L1 index -> offset; the file's L1 table does not refer to them yet
+        self._loading: dict[tuple[PageMap, int], trio.Event] = {}
+
+    # -- looking up ---------------------------------------------------------------------------------------------------
+
+    def page_nowait(self, index: int) -> Page | None:
+        """The L2 page `index`, zeroes if its table does not exist, None if it must be loaded."""
+        page = self.l2.pages.get(index)
+        if page is None:
+            return ZERO_PAGE if self._table_nowait(index >> self.geometry.table_page_bits) == 0 else None
+        return page
+
+    def map_prefix(self, offset: int, size: int) -> list[Run]:
+        """Runs from `offset` as far as the tables are in memory, at most `size` bytes. Raises CorruptError."""
+        runs: list[Run] = []
+        bits = self.geometry.cluster_bits
+        end = offset + size
+        while offset < end:
+            cluster = offset >> bits
+            page = self.l2.pages.get(cluster >> PAGE_BITS)
+            if page is not None:
+                kind, count, host = self._run_in_page(page, cluster, -(-end >> bits) - cluster)
+                host += offset & (self.geometry.cluster_size - 1) if kind is Kind.DATA else 0
+            else:
+                count = self._absent_clusters(cluster)
+                if count == 0:
+                    break
+                kind, host = Kind.UNALLOCATED, 0
+            length = min((cluster + count << bits) - offset, end - offset)
+            _append(runs, kind, length, host)
+            offset += length
+        return runs
+
+    def _run_in_page(self, page: Page, cluster: int, limit: int) -> tuple[Kind, int, int]:
+        """The run that starts at `cluster`, inside its page, at most `limit` clusters: kind, clusters, host offset."""
+        first = cluster & _PAGE_MASK
+        stop = min(PAGE_ENTRIES, first + limit)
+        entry = page[first]
+        here = first + 1
+        if entry <= ZERO_CLUSTER:
+            while here < stop and page[here] == entry:
+                here += 1
+            return (Kind.ZERO if entry else Kind.UNALLOCATED), here - first, 0
+        step = self.geometry.cluster_size
+        following = entry + step
+        while here < stop and page[here] == following:
+            here += 1
+            following += step
+        if self._inside(entry, following - entry):
+            return Kind.DATA, here - first, entry
+        if here - first > 1:  # find the good part
+            return self._run_in_page(page, cluster, 1)
+        if self._lenient:
+            return Kind.UNALLOCATED, 1, 0
+        raise CorruptError(
+            self._storage.path,
+            f"corrupt: guest offset {cluster * step:#x} is mapped to {entry:#x}, which is no cluster of the file; "
+            "see qedfuse check",
+        )
+
+    def _absent_clusters(self, cluster: int) -> int:
+        """How many clusters from here on lie in an L2 table that does not exist; 0 if that is not known yet."""
+        entries = self.geometry.table_entries
+        index = cluster // entries
+        return (index + 1) * entries - cluster if self._table_nowait(index) == 0 else 0
+
+    def _table_nowait(self, l1_index: int) -> int | None:
+        """The offset of an L2 table, 0 if there is none, None if the L1 page must be loaded."""
+        page = self.l1.pages.get(l1_index >> PAGE_BITS)
+        if page is None:
+            return None
+        offset = page[l1_index & _PAGE_MASK]
+        if offset == 0 or self._inside(offset, self.geometry.table_bytes):
+            return offset
+        if self._lenient:
+            return 0
+        raise CorruptError(
+            self._storage.path,
+            f"corrupt: l1 entry {l1_index} is {offset:#x}, where no table of the file can be; see qedfuse check",
+        )
+
+    def _inside(self, offset: int, size: int) -> bool:
+        """Whether a run of clusters can lie here: aligned, behind the header, inside the file."""
+        if offset & (self.geometry.cluster_size - 1) or offset < self._data_start:
+            return False
+        if offset + size > self.file_end:
+            if self._storage.writable:
+                return False
+            self.file_end = self._storage.stat().st_size  # somebody else may be writing (-U)
+        return offset + size <= self.file_end
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    async def load(self, index: int) -> None:
+        """See to it that `page_nowait(index)` gives a page. Raises OSError, CorruptError.
+
+        Cancellation is harmless. Other tasks may run, and the page may leave again at the caller's next await.
+        """
+        while self.page_nowait(index) is None:
+            l1_index = index >> self.geometry.table_page_bits
+            table = self._table_nowait(l1_index)
+            if table is None:
+                l1_page = l1_index >> PAGE_BITS
+                await self._load_page(self.l1, l1_page, self._l1_offset + l1_page * PAGE_SIZE)
+            elif l1_index in self.new_tables:  # what was never put into a new table is zeroes, and in no file yet
+                self.l2.insert(index, table + self._in_table(index), None)
+            else:
+                await self._load_page(self.l2, index, table + self._in_table(index))
+
+    async def _load_page(self, level: PageMap, index: int, host: int) -> None:
+        """Read one page, once at a time: nobody may change a page while an old copy of it is on its way."""
+        busy = self._loading.get((level, index))
+        if busy is not None:
+            await busy.wait()
+            return
+        done = self._loading[level, index] = trio.Event()
+        try:
+            content = bytearray(PAGE_SIZE)
+            if not self._storage.read_into_nowait(host, memoryview(content)):
+                await self._storage.read_into(host, memoryview(content))
+            level.insert(index, host, content)
+        finally:
+            del self._loading[level, index]
+            done.set()
+
+    def _in_table(self, index: int) -> int:
+        """The byte offset of an L2 page in its table."""
+        return (index & (self.geometry.table_pages - 1)) * PAGE_SIZE
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    async def prepare(self, index: int, allocator: Allocator) -> Page:
+        """The L2 page `index`, ready to be changed (at once, before the next await); its table is made if need be."""
+        await self.load(index)
+        page = self.l2.pages.get(index)
+        if page is None:  # no table: the load found an L1 entry of 0
+            l1_index = index >> self.geometry.table_page_bits
+            offset = self.new_tables[l1_index] = allocator.allocate_table()
+            self.file_end = allocator.end
+            l1_page = l1_index >> PAGE_BITS
+            self.l1.pages[l1_page][l1_index & _PAGE_MASK] = offset
+            self.l1.pin(l1_page)
+            self.dirty_l1.add(l1_page)
+            page = self.l2.insert(index, offset + self._in_table(index), None)
+        return page
+
+    def changed(self, index: int) -> None:
+        """The L2 page `index` was changed: keep it until it is written."""
+        self.l2.pin(index)
+        self.dirty_l2.add(index)
+
+    @property
+    def dirty_pages(self) -> int:
+        return len(self.l2.pinned) + len(self.l1.pinned)
+
+    def close(self) -> None:
+        """Give the pages back to the pool."""
+        self.l1.clear()
+        self.l2.clear()
+
+
+def _append(runs: list[Run], kind: Kind, length: int, host: int) -> None:
+    """Append a run, merged with the one before where it continues it."""
+    if runs:
+        last = runs[-1]
+        if last.kind is kind and (kind is not Kind.DATA or last.host + last.length == host):
+            runs[-1] = Run(kind, last.length + length, last.host)
+            return
+    runs.append(Run(kind, length, host))
+
+
+assert UNALLOCATED == 0 and ZERO_CLUSTER == 1
