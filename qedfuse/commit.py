@@ -18,16 +18,16 @@ instant (the group: copies of the dirty pages, so that later changes stay out) a
 
 What a crash leaves (power loss: any subset of what was written since the last completed sync, torn at 512 bytes):
 
-    crash in   with a backing file                            without
-    0          a longer file: leaked clusters                 the same
-    1          -                                              NEED_CHECK on or off; tables unchanged
-    2, 3       new tables that nothing refers to: leaks       NEED_CHECK is on: an entry may point at a cluster whose data
-    4          an entry is old or new; the data behind a      is missing (it reads as zeroes: what an unallocated cluster
-               new one is durable since 3; a new L1 entry     reads as) or outside the file (the repair drops it: zeroes);
-               points at a table durable since 3              an L1 entry at a table of zeroes or outside: the same
-    5          as 4                                           as 4
-    6          the old size or the new one: 8 aligned bytes; the area behind the old end was made to read as zeroes by 5
-    7          the cluster's entry is gone: a leak            the same
+    crash in   with a backing file                         without
+    0          a longer file: leaked clusters              the same
+    1          -                                           NEED_CHECK on or off; tables unchanged
+    2, 3       new tables that nothing refers to: leaks    NEED_CHECK is on. An entry may point at a cluster whose
+    4          an entry is old or new; a new one's data    data is missing (it reads as zeroes, as it did before) or
+               and a new L1 entry's table are durable      outside the file (the repair drops it: zeroes); an L1
+               since 3                                     entry at a table of zeroes or outside: the same
+    5          as 4                                        as 4
+    6          the old size or the new one (8 aligned bytes); behind the old end all reads as zeroes since 5
+    7          the cluster's entry is gone: a leak         the same
 
 Reads of "missing" data as zeroes hold because a cluster handed out reads as zeroes durably (`allocator.py`), so a
 freed cluster must not come back before step 7 of one commit and step 5 of a later one. Guest data needs no step of its
@@ -124,9 +124,9 @@ class Committer:
             if self._file_size < end:
                 cluster_size = self.header.cluster_size
                 size = end + min(_GROW_CLUSTERS * cluster_size, _GROW_BYTES) // cluster_size * cluster_size
-                self.unsynced = True
                 await self._storage.truncate(size)
                 self._file_size = size
+                self.unsynced = True
 
     # -- durability -------------------------------------------------------------------------------------------------
 
@@ -136,8 +136,7 @@ class Committer:
         Callers that arrive while a commit runs share the next one. Raises OSError; EIO ever after a failed sync. Once
         its commit has begun it is carried out even if the caller is cancelled.
         """
-        if self.failed:
-            raise self._failure()
+        self.check()
         if not self.unsynced and not self._dirty and not self._running.locked():
             return
         ticket = self._started + 1
@@ -164,8 +163,7 @@ class Committer:
 
     async def write_back(self) -> None:
         """Bring dirty tables to the file; durable only as far as the order needs it. Raises OSError."""
-        if self.failed:
-            raise self._failure()
+        self.check()
         async with self._running:
             with trio.CancelScope(shield=True):
                 await self._commit(durable=False)
@@ -175,8 +173,8 @@ class Committer:
         await self.flush()
         async with self._running:
             with trio.CancelScope(shield=True):
-                self._size = size
                 await self._write_header(self.header.with_image_size(size))
+                self._size = size
 
     @property
     def _dirty(self) -> bool:
@@ -185,19 +183,18 @@ class Committer:
             tables.dirty_l1 or tables.dirty_l2 or self._allocator.recycling or self._size != self.header.image_size
         )
 
-    def _failure(self) -> OSError:
-        assert self.failed is not None
-        return QedfuseError(
-            self._storage.path,
-            f"an earlier sync failed ({self.failed.strerror}); the image is read-only now",
-            errno.EIO,
-        )
+    def check(self) -> None:
+        """Raise EIO if a sync has failed."""
+        if self.failed:
+            reason = self.failed.strerror
+            raise QedfuseError(
+                self._storage.path, f"an earlier sync failed ({reason}); the image is read-only", errno.EIO
+            )
 
     # -- the commit ---------------------------------------------------------------------------------------------------
 
     async def _commit(self, durable: bool) -> None:
-        if self.failed:
-            raise self._failure()
+        self.check()
         tables, allocator = self._tables, self._allocator
         size = self._size
         new_tables = dict(tables.new_tables)
@@ -263,7 +260,6 @@ class Committer:
             await self._write_header(self.header.with_feature(FEATURE_NEED_CHECK, True))
 
     async def _write_header(self, header: Header) -> None:
-        self.unsynced = True
         await self._storage.write(0, [header.encode()])
         await self._sync()
         self.header = header

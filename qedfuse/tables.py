@@ -1,7 +1,7 @@
 """An image's L1 and L2 tables in memory: look up, map, change. Reads pages on demand, writes nothing.
 
 Both levels are kept as pages of 4 KiB (`pages.py`): a cold look-up costs one page of each, and opening costs none.
-What is changed here is seen by every reader at once and waits, pinned, for `commit.py` to write it: the sets `dirty_l1`,
+What is changed here is seen by every reader at once and waits, pinned, for `commit.py` to write it: `dirty_l1`,
 `dirty_l2` and `new_tables` are the two modules' interface.
 
 An L2 page's index counts pages over the whole guest (cluster >> 9); an L1 page's counts from the table's start.
@@ -74,6 +74,14 @@ class Tables:
             _append(runs, kind, length, host)
             offset += length
         return runs
+
+    async def map(self, offset: int, size: int) -> list[Run]:
+        """As `map_prefix`, but at least one run: loads the page it needs first. Raises OSError, CorruptError."""
+        while True:
+            runs = self.map_prefix(offset, size)
+            if runs or not size:
+                return runs
+            await self.load(offset >> self.geometry.cluster_bits >> PAGE_BITS)
 
     def _run_in_page(self, page: Page, cluster: int, limit: int) -> tuple[Kind, int, int]:
         """The run that starts at `cluster`, inside its page, at most `limit` clusters: kind, clusters, host offset."""

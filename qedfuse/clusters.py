@@ -1,0 +1,223 @@
+"""What may be done to clusters: write into unmapped ones, zero, free, clear. The caller holds their range lock.
+
+Knows the tables, the allocator and the file; when a change may happen is `image.py`'s business, when it becomes
+durable is `commit.py`'s. A step changes entries of one L2 page at most, at once, after its data has been written: if it
+fails, nothing refers to what it allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from qedfuse.allocator import Allocator
+from qedfuse.commit import Committer
+from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, UNALLOCATED, ZERO_CLUSTER, round_up
+from qedfuse.layer import Kind, Layer, read_layer
+from qedfuse.storage import Buffer, Storage
+from qedfuse.tables import Tables
+
+_ENTRY_MASK = PAGE_ENTRIES - 1
+#: Zeroing less than this inside a cluster is a write, more is a punch.
+_PUNCH_MIN = 128 << 10
+_ZEROES = bytes(1 << 20)
+
+
+class ClusterWriter:
+    """Changes to the clusters of one image that is open for writing. Offsets and sizes are bytes of the guest, `host`
+    those of the file. `image_end`, where a function takes it, is the image's size: what the backing file has past it
+    is none of the guest's business. Every function raises OSError and leaves the image consistent when cancelled.
+    """
+
+    def __init__(
+        self, storage: Storage, tables: Tables, allocator: Allocator, committer: Committer, backing: Layer | None
+    ) -> None:
+        self._storage = storage
+        self._tables = tables
+        self._allocator = allocator
+        self._committer = committer
+        self._backing = backing
+        self._cluster_size = tables.geometry.cluster_size
+        self._bits = tables.geometry.cluster_bits
+        self._mask = self._cluster_size - 1
+        #: The entry of a cluster that was zeroed or discarded.
+        self.zero_entry = UNALLOCATED if backing is None else ZERO_CLUSTER
+
+    async def write(self, offset: int, data: memoryview, image_end: int) -> None:
+        """Write `data`, in place where clusters have data of their own, else into new ones."""
+        while len(data):
+            for kind, length, host in await self._tables.map(offset, len(data)):
+                part, data = data[:length], data[length:]
+                if kind is Kind.DATA:
+                    await self._put(host, [part])
+                else:
+                    await self._write_unmapped(offset, part, kind, image_end)
+                offset += length
+
+    async def _write_unmapped(self, offset: int, data: memoryview, kind: Kind, image_end: int) -> None:
+        if _is_zero(data):
+            if kind is Kind.ZERO or not self._below(offset, len(data)):
+                return
+            if not (offset | len(data)) & self._mask:
+                for start, size in self._by_page(offset, len(data)):
+                    await self._set_entries(start, size, ZERO_CLUSTER)
+                return
+        while len(data):
+            skip = offset & self._mask
+            wanted = min(len(data), self._page_room(offset))
+            host, room = self._allocate(self._tables.geometry.clusters_for(skip + wanted))
+            part = data[: min(wanted, room - skip)]
+            try:
+                await self._committer.extend()
+                head: Buffer = b""
+                tail: Buffer = b""
+                if kind is Kind.UNALLOCATED:
+                    head = await self._copy(offset - skip, skip, image_end)
+                    tail = await self._copy(offset + len(part), -(skip + len(part)) & self._mask, image_end)
+                await self._put(host if head else host + skip, [head, part, tail] if head or tail else [part])
+                await self._set_entries(offset - skip, room, host)
+            except BaseException:
+                self._release(host, room)
+                raise
+            offset += len(part)
+            data = data[len(part) :]
+
+    async def _copy(self, offset: int, size: int, image_end: int) -> Buffer:
+        """What the backing file has around a write, empty if that is all zeroes: the new cluster reads so anyway."""
+        inside = max(0, min(size, image_end - offset))
+        if not self._below(offset, inside):
+            return b""
+        data = await read_layer(self._backing, offset, inside)
+        return b"" if _is_zero(memoryview(data)) else data
+
+    async def zero(self, offset: int, size: int, image_end: int) -> int:
+        """Zero up to `size` bytes at `offset`. Returns how far it got, at least 1.
+
+        Whole clusters are given back; the last cluster of the image counts as whole when the range reaches its end.
+        """
+        kind, length, host = (await self._tables.map(offset, size))[0]
+        if kind is Kind.ZERO or (kind is Kind.UNALLOCATED and not self._below(offset, length)):
+            return length
+        length = min(length, self._page_room(offset))
+        skip = offset & self._mask
+        if skip or (length < self._cluster_size and offset + length < image_end):
+            length = min(length, self._cluster_size - skip)
+            if kind is Kind.DATA:
+                await self._zero_data(host, length)
+            else:
+                await self._write_unmapped(offset, memoryview(bytes(length)), kind, image_end)
+            return length
+        if offset + length < image_end:
+            length &= -self._cluster_size
+        await self._set_whole(offset, round_up(length, self._cluster_size), self.zero_entry, kind, host)
+        return length
+
+    async def clear(self, offset: int, size: int, entry: int) -> int:
+        """Set whole clusters outside the image to `entry` (0 or 1), up to `size` bytes from a cluster's start.
+
+        Returns how far it got, at least 1. Setting 1 passes over what reads as zeroes anyway.
+        """
+        kind, length, host = (await self._tables.map(offset, size))[0]
+        if (
+            kind is Kind.DATA
+            or (kind is Kind.ZERO and entry == UNALLOCATED)
+            or (kind is Kind.UNALLOCATED and entry == ZERO_CLUSTER and self._below(offset, length))
+        ):
+            length = round_up(min(length, self._page_room(offset)), self._cluster_size)
+            await self._set_whole(offset, length, entry, kind, host)
+        return length
+
+    async def clear_tail(self, image_end: int) -> None:
+        """Make the rest of the image's last cluster, past its end, read as zeroes should the image grow."""
+        skip = image_end & self._mask
+        if not skip:
+            return
+        rest = self._cluster_size - skip
+        kind, _length, host = (await self._tables.map(image_end, rest))[0]
+        if kind is Kind.DATA:
+            await self._zero_data(host, rest)
+        elif kind is Kind.UNALLOCATED and self._below(image_end, rest):
+            # The backing file would show: give the cluster data of its own, up to the image's end.
+            data = await read_layer(self._backing, image_end - skip, skip)
+            host, room = self._allocate(1)
+            try:
+                await self._committer.extend()
+                await self._put(host, [data])
+                await self._set_entries(image_end - skip, room, host)
+            except BaseException:
+                self._release(host, room)
+                raise
+
+    # -- small parts --------------------------------------------------------------------------------------------------
+
+    async def _put(self, host: int, buffers: Sequence[Buffer]) -> None:
+        """Write guest data. The next flush must sync it, unless its sync begins before this ends: so note it after."""
+        try:
+            await self._storage.write(host, buffers)
+        finally:
+            self._committer.unsynced = True
+
+    async def _zero_data(self, host: int, size: int) -> None:
+        """Zero part of a cluster in place."""
+        if size < _PUNCH_MIN:
+            await self._put(host, [memoryview(_ZEROES)[:size]])
+            return
+        try:
+            await self._storage.punch(host, size)
+        finally:
+            self._committer.unsynced = True
+
+    def _below(self, offset: int, size: int) -> bool:
+        """Whether the backing file has anything in a range."""
+        return self._backing is not None and size > 0 and offset < self._backing.size
+
+    def _allocate(self, clusters: int) -> tuple[int, int]:
+        run = self._allocator.allocate(clusters)
+        self._tables.file_end = self._allocator.end
+        return run
+
+    def _release(self, host: int, size: int) -> None:
+        self._allocator.release(host, size)
+        self._committer.note_change()
+
+    def _page_room(self, offset: int) -> int:
+        """Bytes from `offset` to where its L2 page ends."""
+        page = self._bits + PAGE_BITS
+        return ((offset >> page) + 1 << page) - offset
+
+    def _by_page(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """A range cut where L2 pages end."""
+        end = offset + size
+        while offset < end:
+            step = min(end - offset, self._page_room(offset))
+            yield offset, step
+            offset += step
+
+    async def _set_whole(self, offset: int, size: int, entry: int, kind: Kind, host: int) -> None:
+        """Map whole clusters of one run and one L2 page to 0 or 1 and release the data they had."""
+        await self._set_entries(offset, size, entry)
+        if kind is Kind.DATA:
+            self._release(host, size)
+
+    async def _set_entries(self, offset: int, size: int, entry: int) -> None:
+        """Map the clusters of [offset, offset+size), whole and in one L2 page, to `entry` and on, or all to 0 or 1.
+
+        Fails before it changes anything (the page could not be read) or not at all.
+        """
+        step = self._cluster_size if entry > ZERO_CLUSTER else 0
+        index = offset >> self._bits >> PAGE_BITS
+        page = await self._tables.prepare(index, self._allocator)
+        first = (offset >> self._bits) & _ENTRY_MASK
+        for position in range(first, first + (size >> self._bits)):
+            page[position] = entry
+            entry += step
+        self._tables.changed(index)
+        self._committer.note_change()
+
+
+def _is_zero(data: memoryview) -> bool:
+    if data[:16].tobytes().strip(b"\0") or data[-16:].tobytes().strip(b"\0"):  # the common case costs no copy
+        return False
+    return not any(
+        data[start : start + len(_ZEROES)].tobytes() != _ZEROES[: len(data) - start]
+        for start in range(0, len(data), len(_ZEROES))
+    )
