@@ -205,8 +205,11 @@ class Committer:
                 await self.extend()
                 await self._mark()
                 table_bits = tables.geometry.table_page_bits
-                new = [item for item in group if item[0] is tables.l2 and item[1] >> table_bits in new_tables]
-                old = [item for item in group if item not in new] if new else group
+                new: _Group = []
+                old: _Group = []
+                for item in group:
+                    fresh = item[0] is tables.l2 and item[1] >> table_bits in new_tables
+                    (new if fresh else old).append(item)
                 await self._write_pages(new)
                 if self._barrier:
                     await self._sync()

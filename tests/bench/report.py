@@ -1,0 +1,99 @@
+"""What the benchmark says: a Markdown table and a picture of the ratios."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.bench.workloads import Row
+
+PEER = "qemu-storage-daemon"
+Results = Mapping[str, Mapping[str, Sequence[float]]]  # row title -> target name -> a figure a round
+
+
+def ratio(row: Row, figures: Mapping[str, Sequence[float]], name: str, against: str = PEER) -> float | None:
+    """How much better than the peer: above 1 is better, whatever the unit. None where either has no figure."""
+    if not figures.get(name) or not figures.get(against):
+        return None
+    mine, theirs = statistics.median(figures[name]), statistics.median(figures[against])
+    if not mine or not theirs:
+        return None
+    return mine / theirs if row.higher_is_better else theirs / mine
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance from the lowest to the highest, relative to the median."""
+    middle = statistics.median(values)
+    return (max(values) - min(values)) / 2 / middle if middle else 0.0
+
+
+def markdown(rows: Sequence[Row], names: Sequence[str], results: Results) -> str:
+    """Medians (± spread) and, in brackets, the ratio to the peer."""
+    lines = ["| workload | unit | " + " | ".join(names) + " | bar |", "|---|---|" + "---|" * (len(names) + 1)]
+    for row in rows:
+        figures = results.get(row.title, {})
+        cells = []
+        for name in names:
+            values = figures.get(name)
+            if not values:
+                cells.append("-")
+                continue
+            middle = statistics.median(values)
+            against = ratio(row, figures, name)
+            text = f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"
+            share = f" **{against:.2f}x**" if against is not None else ""
+            cells.append(f"{text} ±{spread(values):.0%}{share}")
+        bar = f"{row.bar:g}x" if row.bar else "-"
+        lines.append(f"| {row.title} | {row.unit} | " + " | ".join(cells) + f" | {bar} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    qemu = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True, check=False).stdout
+    model = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    import os
+
+    return (
+        f"Linux {platform.release()}, {os.cpu_count()} cores ({model}), Python {platform.python_version()}, "
+        f"{qemu.splitlines()[0] if qemu else 'no qemu-storage-daemon'}"
+    )
+
+
+def picture(rows: Sequence[Row], names: Sequence[str], results: Results, path: Path) -> None:
+    """A bar chart of ratios to the peer, log scale. Needs matplotlib (the `bench` extra)."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row.bar and ratio(row, results.get(row.title, {}), PEER)]
+    others = [name for name in names if name != PEER]
+    figure = Figure(figsize=(11, 0.62 * len(shown) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(others)
+    for position, name in enumerate(others):
+        for index, row in enumerate(shown):
+            value = ratio(row, results[row.title], name)
+            if value is not None:
+                axes.barh(
+                    index + position * height,
+                    value,
+                    height,
+                    color=f"C{position}",
+                    label=name if index == 0 else None,
+                )
+    for index, row in enumerate(shown):
+        axes.plot([row.bar, row.bar], [index - height / 2, index + 0.8 - height / 2], color="black", linewidth=1.5)
+    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(shown))], [row.title for row in shown])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel(f"speed relative to {PEER} (black mark: our bar)")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,180 @@
+"""What is compared: each target shows a disk image as a flat file, or is the flat file itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+
+def run(*command: str | Path, timeout: float = 600) -> str:
+    """Run a command; its output, or a CalledProcessError that carries it."""
+    return subprocess.run(
+        [str(word) for word in command], check=True, text=True, capture_output=True, timeout=timeout
+    ).stdout
+
+
+class Target(ABC):
+    """One way to serve an image. `name` heads its column."""
+
+    name: str
+    image_format = "qed"
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch / self.name.replace(" ", "-")
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def available() -> str | None:
+        """Why this target cannot run here, or None."""
+        return None
+
+    @property
+    def image(self) -> Path:
+        return self.scratch / f"disk.{self.image_format}"
+
+    def create(self, size: str, backing: Path | None = None) -> None:
+        """A fresh image; with a raw backing file, an overlay of it."""
+        self.image.unlink(missing_ok=True)
+        overlay = ["-b", str(backing), "-F", "raw"] if backing else []
+        run("qemu-img", "create", "-q", "-f", self.image_format, *overlay, self.image, size)
+
+    def fill(self, source: Path) -> None:
+        """A fully allocated image with the contents of a raw file."""
+        self.image.unlink(missing_ok=True)
+        run("qemu-img", "convert", "-f", "raw", "-O", self.image_format, source, self.image)
+
+    @abstractmethod
+    def mount(self) -> Path:
+        """Serve the image; the flat file, when it is usable."""
+
+    @abstractmethod
+    def unmount(self) -> None:
+        """Stop serving; returns when the image is closed."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process that serves, if there is one."""
+        return self._process.pid if self._process else None
+
+    def _mountpoint(self) -> Path:
+        mountpoint = self.scratch / "mnt.raw"
+        mountpoint.touch()
+        return mountpoint
+
+    def _start(self, *command: str | Path) -> None:
+        self._process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+
+    def _wait_for_size(self, path: Path, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not (path.stat().st_size and os.path.ismount(path)):
+            if time.monotonic() > deadline or (self._process and self._process.poll() is not None):
+                raise RuntimeError(f"{self.name} did not come up")
+            time.sleep(0.005)
+
+    def _stop(self, path: Path, by_signal: bool) -> None:
+        assert self._process is not None
+        if by_signal:
+            self._process.send_signal(signal.SIGTERM)
+        else:
+            run("fusermount3", "-u", path)
+        try:
+            self._process.wait(30)
+        finally:
+            self._process.kill()
+            self._process = None
+
+
+class RawFile(Target):
+    """The upper bound: the file system itself. A copy-on-write row is a write into an allocated copy."""
+
+    name = "raw file"
+    image_format = "raw"
+
+    def create(self, size: str, backing: Path | None = None) -> None:
+        self.image.unlink(missing_ok=True)
+        if backing:
+            shutil.copyfile(backing, self.image)
+        else:
+            run("truncate", "-s", size, self.image)
+
+    def fill(self, source: Path) -> None:
+        shutil.copyfile(source, self.image)
+
+    def mount(self) -> Path:
+        return self.image
+
+    def unmount(self) -> None:
+        pass
+
+
+class StorageDaemon(Target):
+    name = "qemu-storage-daemon"
+
+    @staticmethod
+    def available() -> str | None:
+        return None if shutil.which("qemu-storage-daemon") else "qemu-storage-daemon is not installed"
+
+    def mount(self) -> Path:
+        path = self._mountpoint()
+        self._start(
+            "qemu-storage-daemon",
+            *("--blockdev", f"driver=file,node-name=file,filename={self.image}"),
+            *("--blockdev", "driver=qed,node-name=disk,file=file"),
+            *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={path},writable=on"),
+        )
+        self._wait_for_size(path)
+        return path
+
+    def unmount(self) -> None:
+        self._stop(self.scratch / "mnt.raw", by_signal=True)  # after fusermount3 -u it would spin
+
+
+class NbdFuse(Target):
+    name = "nbdfuse"
+
+    @staticmethod
+    def available() -> str | None:
+        missing = [name for name in ("nbdfuse", "qemu-nbd") if not shutil.which(name)]
+        return f"{' and '.join(missing)} not installed" if missing else None
+
+    def mount(self) -> Path:
+        path = self._mountpoint()
+        socket_command = ["qemu-nbd", "-t", "-f", "qed", str(self.image)]
+        self._start("nbdfuse", path, "--socket-activation", *socket_command)
+        self._wait_for_size(path)
+        return path
+
+    def unmount(self) -> None:
+        self._stop(self.scratch / "mnt.raw", by_signal=False)
+
+
+class QedFuse(Target):
+    name = "qedfuse"
+    options: tuple[str, ...] = ()
+
+    def mount(self) -> Path:
+        path = self._mountpoint()
+        self._start(sys.executable, "-m", "qedfuse", "mount", "-f", *self.options, self.image, path)
+        self._wait_for_size(path)
+        return path
+
+    def unmount(self) -> None:
+        run(sys.executable, "-m", "qedfuse", "umount", self.scratch / "mnt.raw")
+        assert self._process is not None
+        self._process.wait(30)
+        self._process = None
+
+
+class QedFusePython(QedFuse):
+    name = "qedfuse --no-fastpath"
+    options = ("--no-fastpath",)
+
+
+ALL: tuple[type[Target], ...] = (RawFile, StorageDaemon, NbdFuse, QedFuse, QedFusePython)
