@@ -6,6 +6,7 @@ The rulebook
 The engine writes guest data at once and changes tables in memory only. A *commit* takes what has changed up to one
 instant (the group: copies of the dirty pages, so that later changes stay out) and brings it to the file:
 
+    - header   after a failed write of the header, which may have happened: the header is written again; sync
     0 extend   the file covers every cluster handed out (truncate)
     1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet
     2 new      pages of L2 tables to which the file's L1 table does not refer yet
@@ -39,7 +40,8 @@ NEED_CHECK is cleared after a commit with sync that left nothing dirty: when the
 
 A failed sync is final: the kernel may have dropped the pages that it could not write, so no later sync can vouch for
 them. `failed` holds the error and every later commit raises EIO. A failed *write* of a page (ENOSPC, EIO) is not final:
-the pages stay dirty and the next commit writes them again. From step 4 on a new table counts as referred to, whatever
+the pages stay dirty and the next commit writes them again; so does it with the header, before all else, since the file
+may say "clean" or have a size that was never acknowledged. From step 4 on a new table counts as referred to, whatever
 happens: its L1 entry may be in the file.
 """
 
@@ -87,6 +89,8 @@ class Committer:
         self._allocator = allocator
         self._barrier = barrier
         self._unsynced_tables = False
+        self._closed = False
+        self._header_known = True  # the file's header is `header`: no write of another one has failed
         self._file_size = storage.stat().st_size
         self._growing = trio.Lock()
         self._size = header.image_size  # what the header shall say after the next commit with sync
@@ -180,16 +184,22 @@ class Committer:
     def _dirty(self) -> bool:
         tables = self._tables
         return bool(
-            tables.dirty_l1 or tables.dirty_l2 or self._allocator.recycling or self._size != self.header.image_size
+            tables.dirty_l1
+            or tables.dirty_l2
+            or self._allocator.recycling
+            or self._size != self.header.image_size
+            or not self._header_known
         )
 
     def check(self) -> None:
-        """Raise EIO if a sync has failed."""
+        """Raise EIO if a sync has failed, EBADF after `close`."""
         if self.failed:
             reason = self.failed.strerror
             raise QedfuseError(
                 self._storage.path, f"an earlier sync failed ({reason}); the image is read-only", errno.EIO
             )
+        if self._closed:
+            raise QedfuseError(self._storage.path, "the image is closed", errno.EBADF)
 
     # -- the commit ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +211,8 @@ class Committer:
         group = self._take(tables.l2, tables.dirty_l2) + self._take(tables.l1, tables.dirty_l1)
         released, punched = allocator.take_released(), allocator.take_punched()
         try:
+            if not self._header_known:
+                await self._write_header(self.header)
             if group:
                 await self.extend()
                 await self._mark()
@@ -263,9 +275,11 @@ class Committer:
             await self._write_header(self.header.with_feature(FEATURE_NEED_CHECK, True))
 
     async def _write_header(self, header: Header) -> None:
+        self._header_known = False
         await self._storage.write(0, [header.encode()])
         await self._sync()
         self.header = header
+        self._header_known = True
 
     async def _sync(self) -> None:
         self.unsynced = self._unsynced_tables = False
@@ -307,7 +321,7 @@ class Committer:
                     if self._changes == changes:
                         await self.clean()
             except OSError as error:
-                if self.failed:
+                if self.failed or self._closed:
                     return
                 log.warning("%s: cannot write tables yet: %s", self._storage.path, error.strerror or error)
                 await trio.sleep(COMMIT_DELAY)
@@ -323,13 +337,19 @@ class Committer:
                     await self._write_header(self.header.with_feature(FEATURE_NEED_CHECK, False))
 
     async def close(self) -> None:
-        """The last commit: durable, clean, and without unused clusters at the end of the file. Raises OSError."""
-        await self.flush()
-        end = self._allocator.trim()
-        if end < self._file_size:
-            self.unsynced = True
-            await self._storage.truncate(end)
-            self._file_size = end
-        if self.unsynced:
-            await self._sync()
-        await self.clean()
+        """The last commit: durable, clean, and without unused clusters at the end of the file. Raises OSError.
+
+        Whatever comes of it, nothing is committed afterwards: the pages and the file are about to go.
+        """
+        try:
+            await self.flush()
+            end = self._allocator.trim()
+            if end < self._file_size:
+                self.unsynced = True
+                await self._storage.truncate(end)
+                self._file_size = end
+            if self.unsynced:
+                await self._sync()
+            await self.clean()
+        finally:
+            self._closed = True

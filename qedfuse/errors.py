@@ -72,10 +72,15 @@ class UsageError(QedfuseError):
     exit_code = EXIT_USAGE
 
 
+def printable(text: str) -> str:
+    """`text` on one line and harmless to a terminal: names in images are whatever somebody put there."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def describe(error: OSError, path: str | os.PathLike[str] = "") -> str:
     """One plain line for any OSError: `path: what is wrong`."""
     if isinstance(error, QedfuseError):
-        return str(error)
+        return printable(str(error))
     name = error.filename if isinstance(error.filename, str) else os.fspath(path)
     text = os.strerror(error.errno).lower() if error.errno else str(error)
-    return f"{name}: {text}" if name else text
+    return printable(f"{name}: {text}" if name else text)

@@ -20,6 +20,7 @@ from qedfuse.header import Header
 from qedfuse.layer import Kind, Layer, Run, read_extents, read_extents_nowait, resolve, resolve_nowait
 from qedfuse.pages import PagePool
 from qedfuse.rangelock import FOREVER, RangeLock
+from qedfuse.scan import Breather
 from qedfuse.storage import Buffer, Storage
 from qedfuse.tables import Tables
 
@@ -106,6 +107,23 @@ class Image:
         """The error of the sync after which the image became read-only."""
         return self._committer.failed if self._committer else None
 
+    # -- for the fast path --------------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> Tables:
+        """The mapping. Nobody else changes it."""
+        return self._tables
+
+    def in_place(self) -> tuple[int, int, bool]:
+        """The image's size, where clusters end in the file, and whether they may be overwritten; as of now."""
+        committer = self._committer
+        return self._size, self._tables.file_end, committer is not None and committer.failed is None
+
+    def note_written(self) -> None:
+        """Clusters were overwritten in place: the next flush has to sync."""
+        if self._committer:
+            self._committer.unsynced = True
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
@@ -187,9 +205,12 @@ class Image:
     async def zero(self, offset: int, size: int) -> None:
         """Make a range read as zeroes, as far as it lies inside the image; whole clusters give their space back."""
         end = min(offset + size, self._size)
+        most = max(_STEP_CLUSTERS << self._bits, self.geometry.l2_coverage)  # exabytes without tables take no time
+        breathe = Breather()
         while offset < end:
+            await breathe()
             clusters = await self._begin_change()
-            step = min(end, self.geometry.start_of_cluster(offset) + (_STEP_CLUSTERS << self._bits)) - offset
+            step = min(end, self.geometry.start_of_cluster(offset) + most) - offset
             async with self._locks.hold(*self._clusters(offset, step), exclusive=True):
                 step = min(step, self._size - offset)
                 if step <= 0:  # somebody shrank it meanwhile
@@ -247,9 +268,11 @@ class Image:
     async def _clear(self, start: int, end: int, entry: int) -> None:
         """Set every whole cluster of [start, end) to 0 or 1."""
         offset = round_up(start, self.geometry.cluster_size)
+        breathe = Breather()
         while offset < end:
             clusters = await self._begin_change()
-            offset += await clusters.clear(offset, min(end - offset, _STEP_CLUSTERS << self._bits), entry)
+            offset += await clusters.clear(offset, end - offset, entry)
+            await breathe()
 
     async def flush(self) -> None:
         """Everything completed before this call is durable when it returns. Nothing to do on a read-only image.
@@ -262,13 +285,13 @@ class Image:
     async def close(self) -> None:
         """Flush, mark clean, trim the file, close it and the layers below. Idempotent.
 
-        The files are closed even when the flush fails; its error is raised then.
+        The files are closed even when the flush fails; its error is raised then, and EIO if a sync had failed before.
         """
         if self._closed:
             return
         self._closed = True
         try:
-            if self._committer and not self._committer.failed:
+            if self._committer:
                 await self._committer.close()
         finally:
             self._tables.close()

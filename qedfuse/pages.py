@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from typing import Protocol
 
 from qedfuse.errors import UnsupportedError
 from qedfuse.geometry import PAGE_ENTRIES, PAGE_SIZE
@@ -69,6 +70,14 @@ class PagePool:
             self._clean.pop((owner, index), None)
 
 
+class PageWatcher(Protocol):
+    """Who wants to know where the pages of a level are in memory."""
+
+    def insert(self, index: int, page: Page, /) -> None: ...
+
+    def drop(self, index: int, /) -> None: ...
+
+
 class PageMap:
     """One table level of one image: page index -> page. Look-ups are `map.pages.get(index)`."""
 
@@ -78,6 +87,14 @@ class PageMap:
         self.pages: dict[int, Page] = {}
         self.hosts: dict[int, int] = {}  # where each page lies in the file
         self.pinned: set[int] = set()
+        self._watcher: PageWatcher | None = None
+
+    def watch(self, watcher: PageWatcher | None) -> None:
+        """Tell `watcher` of every page there is and of every one that comes or goes, from now on."""
+        self._watcher = watcher
+        if watcher is not None:
+            for index, page in self.pages.items():
+                watcher.insert(index, page)
 
     def insert(self, index: int, host: int, content: bytes | bytearray | None) -> Page:
         """Add a page that is not there, whose place in the file is `host`: 4 KiB as on disk, or None for zeroes."""
@@ -88,6 +105,8 @@ class PageMap:
         self.hosts[index] = host
         self.pages[index] = page
         self._pool.set_clean(self, index, True)
+        if self._watcher is not None:
+            self._watcher.insert(index, page)
         return page
 
     def pin(self, index: int) -> None:
@@ -102,6 +121,8 @@ class PageMap:
 
     def drop(self, index: int) -> None:
         """Forget a page, changed or not."""
+        if self._watcher is not None:
+            self._watcher.drop(index)
         self.pinned.discard(index)
         self._pool.set_clean(self, index, False)
         del self.pages[index], self.hosts[index]

@@ -30,6 +30,7 @@ INLINE_WRITE_LIMIT = 1 << 20
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _IOV_MAX = 1024
+_MAX_SIZE = (1 << 63) - 1
 
 
 class Storage(Protocol):
@@ -94,7 +95,6 @@ class FileStorage:
         self.path = path
         self.writable = writable
         self._fd = fd
-        self._closed = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], writable: bool, *, allow_device: bool = False) -> FileStorage:
@@ -128,10 +128,10 @@ class FileStorage:
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:  # this file system has no RWF_NOWAIT
                 return False
-            raise
+            raise self._named(error) from None
 
     async def read_into(self, offset: int, target: memoryview) -> None:
-        await _in_thread(self._read_all, offset, target)
+        await self._in_thread(self._read_all, offset, target)
 
     def _read_all(self, offset: int, target: memoryview) -> None:
         while len(target):
@@ -144,14 +144,20 @@ class FileStorage:
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         if len(data) > INLINE_WRITE_LIMIT:
             return False
-        self._write_all(offset, [data])
+        self._write_inline(offset, [data])
         return True
 
     async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         if sum(map(len, buffers)) <= INLINE_WRITE_LIMIT:
-            self._write_all(offset, buffers)
+            self._write_inline(offset, buffers)
         else:
-            await _in_thread(self._write_all, offset, buffers)
+            await self._in_thread(self._write_all, offset, buffers)
+
+    def _write_inline(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        try:
+            self._write_all(offset, buffers)
+        except OSError as error:
+            raise self._named(error) from None
 
     def _write_all(self, offset: int, buffers: Sequence[Buffer]) -> None:
         if len(buffers) == 1:
@@ -172,13 +178,15 @@ class FileStorage:
                 pending[0] = pending[0][count:]
 
     async def sync(self) -> None:
-        await _in_thread(os.fdatasync, self._fd)
+        await self._in_thread(os.fdatasync, self._fd)
 
     async def truncate(self, size: int) -> None:
-        await _in_thread(os.ftruncate, self._fd, size)
+        if size > _MAX_SIZE:  # more than off_t holds: no OSError by itself
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
+        await self._in_thread(os.ftruncate, self._fd, size)
 
     async def punch(self, offset: int, size: int) -> None:
-        await _in_thread(self._punch, offset, size)
+        await self._in_thread(self._punch, offset, size)
 
     def _punch(self, offset: int, size: int) -> None:
         try:
@@ -189,6 +197,20 @@ class FileStorage:
             zeroes = bytes(min(size, 1 << 20))
             for start in range(offset, offset + size, len(zeroes)):
                 self._write_all(start, [zeroes[: offset + size - start]])
+
+    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+        """Run a system call in a worker thread. Not abandoned when cancelled: its buffers are in use until it ends."""
+        with trio.CancelScope(shield=True):
+            try:
+                return await trio.to_thread.run_sync(functools.partial(function, *args))
+            except OSError as error:
+                raise self._named(error) from None
+
+    def _named(self, error: OSError) -> OSError:
+        """An error of a call by descriptor, with the file's name."""
+        if error.filename is None and not isinstance(error, QedfuseError):
+            error.filename = self.path
+        return error
 
     def stat(self) -> os.stat_result:
         return os.fstat(self._fd)
@@ -205,15 +227,9 @@ class FileStorage:
         return os.lseek(self._fd, offset, os.SEEK_HOLE)
 
     async def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await _in_thread(os.close, self._fd)
-
-
-async def _in_thread(function: Callable[..., T], *args: object) -> T:
-    """Run a system call in a worker thread. Not abandoned on cancellation: its buffers must stay in use until it ends."""
-    with trio.CancelScope(shield=True):
-        return await trio.to_thread.run_sync(functools.partial(function, *args))
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1  # whoever comes late gets EBADF, not somebody else's file
+            await self._in_thread(os.close, fd)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

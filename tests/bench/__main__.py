@@ -23,7 +23,9 @@ from tests.bench import report, targets, workloads
 @click.option("--seconds", default=2.0, show_default=True, help="Length of a time-based row.")
 @click.option("--row", "wanted", multiple=True, help="Only rows whose title contains this; may be repeated.")
 @click.option("--target", "served", multiple=True, help="Only targets whose name contains this; may be repeated.")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Where images live [default: the temporary directory].")
+@click.option(
+    "--scratch", type=click.Path(path_type=Path), help="Where images live [default: the temporary directory]."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write results.json, table.md and ratios.png here.")
 @click.option("--tree", default="/usr/share/doc", show_default=True, type=click.Path(path_type=Path, exists=True))
 def main(

@@ -55,7 +55,11 @@ def machine() -> str:
     """What the figures were measured on."""
     qemu = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True, check=False).stdout
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.machine(),
     )
     import os

@@ -23,7 +23,7 @@ SIZE = 512 << 20
 
 @dataclass(frozen=True)
 class Context:
-    """What rows share. `seconds` for time-based rows; `source` a raw file full of random bytes; `tree` files to copy."""
+    """What rows share: the length of time-based rows, a raw file full of random bytes, a tree of files to copy."""
 
     seconds: float
     source: Path
@@ -32,7 +32,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Row:
-    """`measure` gets a fresh target and returns a figure. `bar`: the ratio to the peer that we promise (0: no ratio)."""
+    """`measure` gets a fresh target, returns a figure. `bar`: the ratio to the peer that we promise (0: no ratio)."""
 
     title: str
     unit: str
@@ -85,7 +85,7 @@ def on_fresh(requests: int, *options: str, backing: bool = False) -> Callable[[T
     return measure
 
 
-class served:  # noqa: N801 - reads as a word
+class served:
     """Mount a target for a block; always unmounts."""
 
     def __init__(self, target: Target) -> None:
