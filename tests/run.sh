@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Set up what the tests need, then lint, type-check and test. Arguments go to pytest.
+#
+#   tests/run.sh              the ordinary run
+#   tests/run.sh -m slow      the long tests
+#   tests/run.sh tests/test_geometry.py -k round
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")/.."
+
+examples/setup.sh --tests
+# An ordinary user's PATH lacks the directories of mkfs, losetup and sfdisk.
+export PATH=$PWD/.venv/bin:$PATH:/usr/sbin:/sbin
+
+shellcheck examples/*.sh tests/*.sh .ci/run
+ruff check
+ruff format --check
+mypy
+exec pytest "$@"
