@@ -12,7 +12,7 @@ A freed cluster comes back only after the four steps of its life:
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator
 
 from qedfuse.geometry import Geometry, round_up
@@ -37,16 +37,19 @@ class Runs:
         return sum(self._sizes.values())
 
     def add(self, start: int, size: int) -> None:
-        position = bisect_left(self._starts, start)
-        if position < len(self._starts) and self._starts[position] == start + size:
-            size += self._sizes.pop(self._starts.pop(position))
-        if position:
-            before = self._starts[position - 1]
-            if before + self._sizes[before] == start:
-                self._sizes[before] += size
-                return
-        self._starts.insert(position, start)
-        self._sizes[start] = size
+        """What is there already stays there once: a corrupt image refers to a cluster twice, and frees it twice."""
+        end = start + size
+        first = bisect_right(self._starts, start)
+        if first and self._starts[first - 1] + self._sizes[self._starts[first - 1]] >= start:
+            first -= 1
+        last = bisect_right(self._starts, end)
+        if first < last:
+            start = min(start, self._starts[first])
+            end = max(end, self._starts[last - 1] + self._sizes[self._starts[last - 1]])
+        for known in self._starts[first:last]:
+            del self._sizes[known]
+        self._starts[first:last] = [start]
+        self._sizes[start] = end - start
 
     def take_first(self, size: int, whole: bool) -> tuple[int, int] | None:
         """Remove up to `size` bytes from the front of the first run; with `whole`, from the first that has them all."""
@@ -100,6 +103,14 @@ class Allocator:
         offset = self.end
         self.end += size
         return offset
+
+    def take_back(self, offset: int, size: int) -> None:
+        """A run that was handed out, and to which nothing was written: it is free as it is.
+
+        What is free at the end is not handed out any more, so that the file need not cover it (it may not be able to).
+        """
+        self._free.add(offset, size)
+        self.end = self._free.take_last(self.end)
 
     def release(self, offset: int, size: int) -> None:
         """No table in memory refers to this run any more (or none ever did: its data could not be written)."""

@@ -64,10 +64,9 @@ class ClusterWriter:
         while len(data):
             skip = offset & self._mask
             wanted = min(len(data), self._page_room(offset))
-            host, room = self._allocate(self._tables.geometry.clusters_for(skip + wanted))
+            host, room = await self._allocate(self._tables.geometry.clusters_for(skip + wanted))
             part = data[: min(wanted, room - skip)]
             try:
-                await self._committer.extend()
                 head: Buffer = b""
                 tail: Buffer = b""
                 if kind is Kind.UNALLOCATED:
@@ -138,9 +137,8 @@ class ClusterWriter:
         elif kind is Kind.UNALLOCATED and self._below(image_end, rest):
             # The backing file would show: give the cluster data of its own, up to the image's end.
             data = await read_layer(self._backing, image_end - skip, skip)
-            host, room = self._allocate(1)
+            host, room = await self._allocate(1)
             try:
-                await self._committer.extend()
                 await self._put(host, [data])
                 await self._set_entries(image_end - skip, room, host)
             except BaseException:
@@ -170,9 +168,16 @@ class ClusterWriter:
         """Whether the backing file has anything in a range."""
         return self._backing is not None and size > 0 and offset < self._backing.size
 
-    def _allocate(self, clusters: int) -> tuple[int, int]:
+    async def _allocate(self, clusters: int) -> tuple[int, int]:
+        """(offset, bytes) of new clusters that the file covers, at most `clusters`. Raises OSError."""
         run = self._allocator.allocate(clusters)
         self._tables.file_end = self._allocator.end
+        try:
+            await self._committer.extend()
+        except BaseException:  # nothing was handed out, or every later commit would fail to cover it, too
+            self._allocator.take_back(*run)
+            self._tables.file_end = self._allocator.end
+            raise
         return run
 
     def _release(self, host: int, size: int) -> None:
@@ -205,6 +210,10 @@ class ClusterWriter:
         """
         step = self._cluster_size if entry > ZERO_CLUSTER else 0
         index = offset >> self._bits >> PAGE_BITS
+        await self._tables.load(index)
+        table_bytes = self._tables.geometry.table_bytes
+        while not (self._tables.has_table(index) or self._committer.covers(table_bytes)):
+            await self._committer.extend(table_bytes)
         page = await self._tables.prepare(index, self._allocator)
         first = (offset >> self._bits) & _ENTRY_MASK
         for position in range(first, first + (size >> self._bits)):

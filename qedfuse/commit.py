@@ -119,16 +119,26 @@ class Committer:
         if header != self.header:
             await self._write_header(header)
 
-    async def extend(self) -> None:
-        """Step 0: let the file cover every cluster handed out. Raises OSError."""
-        if self._file_size >= self._allocator.end:
+    def covers(self, room: int) -> bool:
+        """Whether the file covers every cluster handed out, and `room` bytes more."""
+        return self._file_size >= self._allocator.end + room
+
+    async def extend(self, room: int = 0) -> None:
+        """Step 0: let the file cover every cluster handed out, and `room` bytes more. Raises OSError."""
+        if self.covers(room):
             return
         async with self._growing:
-            end = self._allocator.end
+            end = self._allocator.end + room
             if self._file_size < end:
                 cluster_size = self.header.cluster_size
                 size = end + min(_GROW_CLUSTERS * cluster_size, _GROW_BYTES) // cluster_size * cluster_size
-                await self._storage.truncate(size)
+                try:
+                    await self._storage.truncate(size)
+                except OSError as error:
+                    if error.errno != errno.EFBIG:
+                        raise
+                    size = end  # close to the host's limit: without a reserve
+                    await self._storage.truncate(size)
                 self._file_size = size
                 self.unsynced = True
 

@@ -11,6 +11,8 @@ Source: QEMU docs/interop/qed_spec, "Tables" and "Cluster offset translation".
 
 from __future__ import annotations
 
+import sys
+
 import trio
 
 from qedfuse.allocator import Allocator
@@ -22,6 +24,7 @@ from qedfuse.pages import ZERO_PAGE, Page, PageMap, PagePool
 from qedfuse.storage import Storage
 
 _PAGE_MASK = PAGE_ENTRIES - 1
+_MAX_STEPS = 1024
 
 
 class Tables:
@@ -54,12 +57,16 @@ class Tables:
             return ZERO_PAGE if self._table_nowait(index >> self.geometry.table_page_bits) == 0 else None
         return page
 
-    def map_prefix(self, offset: int, size: int) -> list[Run]:
-        """Runs from `offset` as far as the tables are in memory, at most `size` bytes. Raises CorruptError."""
+    def map_prefix(self, offset: int, size: int, steps: int = sys.maxsize) -> list[Run]:
+        """Runs from `offset` as far as the tables are in memory, at most `size` bytes. Raises CorruptError.
+
+        `steps` bounds the work, and the number of runs: a step is one run, or one page or table of a longer one.
+        """
         runs: list[Run] = []
         bits = self.geometry.cluster_bits
         end = offset + size
-        while offset < end:
+        while offset < end and steps > 0:
+            steps -= 1
             cluster = offset >> bits
             page = self.l2.pages.get(cluster >> PAGE_BITS)
             if page is not None:
@@ -76,9 +83,12 @@ class Tables:
         return runs
 
     async def map(self, offset: int, size: int) -> list[Run]:
-        """As `map_prefix`, but at least one run: loads the page it needs first. Raises OSError, CorruptError."""
+        """As `map_prefix`, but at least one run: loads the page it needs first. Raises OSError, CorruptError.
+
+        However large the range, this takes no more than some milliseconds and kilobytes.
+        """
         while True:
-            runs = self.map_prefix(offset, size)
+            runs = self.map_prefix(offset, size, _MAX_STEPS)
             if runs or not size:
                 return runs
             await self.load(offset >> self.geometry.cluster_bits >> PAGE_BITS)
@@ -195,6 +205,10 @@ class Tables:
             self.dirty_l1.add(l1_page)
             page = self.l2.insert(index, offset + self._in_table(index), None)
         return page
+
+    def has_table(self, index: int) -> bool:
+        """Whether `prepare(index)`, right after a `load`, has a table to put the page in."""
+        return index in self.l2.pages
 
     def changed(self, index: int) -> None:
         """The L2 page `index` was changed: keep it until it is written."""
