@@ -1,0 +1,218 @@
+"""Chains of layers: an image, its backing file, that one's backing file, and so on, all read-only.
+
+A chain is walked from the top down (open, lock, read the header, find the next name) and built from the bottom up, in
+loops, so that its length costs no stack. Whatever goes wrong on the way, every file of it is closed again.
+
+Only headers are read: the cost does not grow with the images.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
+
+import trio
+
+from qedfuse.backing import ANY_BACKING, BackingPolicy, open_backing_file, resolve_backing, shown
+from qedfuse.errors import CorruptError, UnsupportedError
+from qedfuse.filelock import lock
+from qedfuse.header import HEADER_BYTES, Header, decode_backing_name
+from qedfuse.image import Image
+from qedfuse.layer import Layer
+from qedfuse.probe import FORMATS, PROBE_BYTES, QCOW2, QED, RAW, probe_format
+from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
+from qedfuse.qcow2_header import Qcow2Header
+from qedfuse.raw import RawLayer
+from qedfuse.storage import FileStorage, Storage
+
+#: Layers in a chain, the top one included. Each costs a descriptor, and a loop that no inode betrays must end, too.
+MAX_DEPTH = 200
+
+
+class Reference(NamedTuple):
+    """What an image says of its backing file. `format` None: it must be probed."""
+
+    image: str
+    name: str
+    format: str | None
+
+
+async def open_layer(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    share: bool = False,
+    policy: BackingPolicy = ANY_BACKING,
+) -> Layer:
+    """A raw, QED or qcow2 image with its backing chain, read-only. The caller closes it.
+
+    `format` None: probed. `share`: no locks are taken or honoured. `policy` is for backing files, not for `path`
+    itself, which may be a block device if it is not QED.
+
+    Raises QedfuseError (in use, another format, corrupt header, backing file missing or refused, a loop), OSError of
+    the host. On an error, and when cancelled, nothing stays open.
+    """
+    chain = Chain(share, policy)
+    async with chain.closed_on_error():
+        await chain.open_top(os.fspath(path), format, writable=False)
+        return chain.build()
+
+
+async def open_backing(
+    image: str | os.PathLike[str],
+    name: str,
+    format: str | None = None,
+    *,
+    share: bool = False,
+    policy: BackingPolicy = ANY_BACKING,
+) -> Layer:
+    """What an image at path `image` gets from `name` as its backing file's name: a layer with its chain, read-only.
+
+    The image need not exist; if it does, it may not be part of the chain. Otherwise as `open_layer`, and `policy` is
+    for this file, too.
+    """
+    chain = Chain(share, policy)
+    async with chain.closed_on_error():
+        with suppress(FileNotFoundError):
+            chain.identities.add(_identity(os.stat(image)))
+        await chain.walk(Reference(os.fspath(image), name, format))
+        return chain.build()
+
+
+async def read_header(storage: Storage) -> Header:
+    """The header of a QED image, validated against its file. Raises FormatError, UnsupportedError, CorruptError."""
+    status = storage.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsupportedError(storage.path, "a qed image must be a regular file")
+    header = Header.decode(await _read(storage, 0, min(HEADER_BYTES, status.st_size)), storage.path)
+    header.validate_file_size(status.st_size, storage.path)
+    return header
+
+
+async def read_backing_name(storage: Storage, header: Header) -> str | None:
+    """The backing file's name as stored in a QED image, None if it has none."""
+    if not header.has_backing_file:
+        return None
+    raw = await _read(storage, header.backing_filename_offset, header.backing_filename_size)
+    return decode_backing_name(raw, storage.path)
+
+
+class _Link(NamedTuple):
+    """An opened image of a chain; `header` None: raw."""
+
+    storage: FileStorage
+    header: Header | Qcow2Header | None
+
+    def make(self, backing: Layer | None) -> Layer:
+        if isinstance(self.header, Header):
+            return Image(self.storage, self.header, backing, writable=False)
+        if isinstance(self.header, Qcow2Header):
+            return Qcow2Layer(self.storage, self.header, backing)
+        return RawLayer.open(self.storage)
+
+
+class Chain:
+    """A chain while it is being opened. `identities`: the files that may not occur (again) further down."""
+
+    def __init__(self, share: bool, policy: BackingPolicy) -> None:
+        self.links: list[_Link] = []
+        self.identities: set[tuple[int, int]] = set()
+        self._share = share
+        self._policy = policy
+        self._opened: list[FileStorage] = []
+
+    @asynccontextmanager
+    async def closed_on_error(self) -> AsyncIterator[None]:
+        """Close every file of the chain if the block does not come to its end."""
+        try:
+            yield
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for storage in self._opened:
+                    await storage.close()
+            raise
+
+    async def open_top(self, path: str, format: str | None, *, writable: bool) -> None:
+        """Open the image at `path` and walk its chain."""
+
+        def open_file() -> FileStorage:
+            return FileStorage.open(path, writable, allow_device=not writable)
+
+        await self.walk(await self._add(await trio.to_thread.run_sync(open_file), format))
+
+    async def walk(self, reference: Reference | None) -> None:
+        """Open what `reference` names, what that names, and so on."""
+        while reference is not None:
+            image, name, format = reference
+            if len(self.links) >= MAX_DEPTH:
+                raise UnsupportedError(image, f"the chain of backing files has more than {MAX_DEPTH} images")
+            path = resolve_backing(image, name)
+            storage = await trio.to_thread.run_sync(open_backing_file, image, path, self._policy)
+            reference = await self._add(storage, format, image)
+
+    async def _add(self, storage: FileStorage, format: str | None, image: str | None = None) -> Reference | None:
+        """Take an opened file, named by `image`, as the next link. Returns what its header refers to."""
+        self._opened.append(storage)
+        identity = _identity(storage.stat())
+        if identity in self.identities:
+            message = f"its backing file {shown(storage.path)} is part of this chain already (a loop)"
+            raise CorruptError(image or storage.path, message, errno.ELOOP)
+        self.identities.add(identity)
+        if not self._share:
+            lock(storage.fileno(), storage.path, writable=storage.writable)
+        if format is None:
+            size = RawLayer.open(storage).size
+            format = probe_format(await _read(storage, 0, min(PROBE_BYTES, size)), storage.path)
+        header, reference = await _read_link(storage, format)
+        self.links.append(_Link(storage, header))
+        return reference
+
+    def build(self) -> Layer:
+        """The top layer, with the others below it."""
+        return self._build(self.links)
+
+    def build_backing(self) -> Layer | None:
+        """The layer below the top one, if there is one."""
+        return self._build(self.links[1:]) if len(self.links) > 1 else None
+
+    def _build(self, links: list[_Link]) -> Layer:
+        layer = links[-1].make(None)
+        for link in reversed(links[:-1]):
+            layer = link.make(layer)
+        return layer
+
+
+async def _read_link(storage: Storage, format: str) -> tuple[Header | Qcow2Header | None, Reference | None]:
+    if format == QED:
+        qed = await read_header(storage)
+        name = await read_backing_name(storage, qed)
+        return qed, None if name is None else Reference(storage.path, name, RAW if qed.backing_is_raw else None)
+    if format == QCOW2:
+        qcow2 = await read_qcow2_header(storage)
+        if qcow2.backing_name is None:
+            return qcow2, None
+        if qcow2.backing_format is not None and qcow2.backing_format not in FORMATS:
+            raise UnsupportedError(
+                storage.path,
+                f"says that its backing file {shown(qcow2.backing_name)} is {shown(qcow2.backing_format)}, "
+                f"which qedfuse does not read (only {', '.join(FORMATS)})",
+            )
+        return qcow2, Reference(storage.path, qcow2.backing_name, qcow2.backing_format)
+    if format == RAW:
+        return None, None
+    raise UnsupportedError(storage.path, f"unknown format {shown(format)} (known are {', '.join(FORMATS)})")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+async def _read(storage: Storage, offset: int, size: int) -> bytes:
+    buffer = bytearray(size)
+    if not storage.read_into_nowait(offset, memoryview(buffer)):
+        await storage.read_into(offset, memoryview(buffer))
+    return bytes(buffer)

@@ -1,0 +1,119 @@
+"""Opening an image for use: locks, backing chain, check after a crash, commit timer, and an orderly end."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from qedfuse.backing import ANY_BACKING, BackingPolicy
+from qedfuse.chain import Chain, open_backing, open_layer, read_backing_name, read_header
+from qedfuse.check import Repair, check_image
+from qedfuse.errors import CorruptError, UsageError
+from qedfuse.header import Header
+from qedfuse.image import Image
+from qedfuse.probe import QED, probe_format
+from qedfuse.storage import Storage
+
+__all__ = [
+    "BackingPolicy",
+    "open_backing",
+    "open_image",
+    "open_layer",
+    "probe_format",
+    "read_backing_name",
+    "read_header",
+]
+
+_log = logging.getLogger("qedfuse")
+
+
+@asynccontextmanager
+async def open_image(
+    path: str | os.PathLike[str],
+    *,
+    read_only: bool = False,
+    fixed_size: bool = False,
+    share: bool = False,
+    policy: BackingPolicy = ANY_BACKING,
+) -> AsyncIterator[Image]:
+    """A QED image with its backing chain, locked, checked if it was not closed cleanly, and committed on a timer.
+
+    `read_only` writes nothing, not even to an unclean image, and is never chosen for the caller: a file that cannot be
+    opened for writing raises the host's EACCES, EPERM or EROFS. `share` takes and honours no locks; only with
+    `read_only`, for a look at an image in use. `fixed_size` as in `Image`.
+
+    On leaving, the image is flushed and closed, also when the block fails or is cancelled. If closing fails, its error
+    is raised, unless the block has failed, in which case it goes to the log.
+
+    Raises OSError: QedfuseError with a plain message (not QED, in use, corrupt, backing file missing or refused), or
+    the host's errors.
+    """
+    image = await _open(os.fspath(path), read_only, fixed_size, share, policy)
+    failure: BaseException | None = None
+    unwinding = True
+    async with trio.open_nursery() as nursery:
+        background = trio.CancelScope(shield=True)  # a caller's cancellation ends the timer after the close, not before
+        nursery.start_soon(_run_background, image, background)
+        try:
+            yield image
+            unwinding = False
+        except (trio.Cancelled, GeneratorExit):
+            raise
+        except BaseException as error:  # raised outside of the nursery, which would wrap it
+            failure = error
+        finally:
+            try:
+                with trio.CancelScope(shield=True):
+                    await image.close()
+            except OSError as error:
+                if unwinding:
+                    _log.error("%s: closing failed: %s", image.path, error)
+                else:
+                    failure = error
+            finally:
+                background.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _run_background(image: Image, scope: trio.CancelScope) -> None:
+    with scope:
+        await image.run_background()
+
+
+async def _open(path: str, read_only: bool, fixed_size: bool, share: bool, policy: BackingPolicy) -> Image:
+    if share and not read_only:
+        raise UsageError(path, "without locks (-U) an image can only be opened read-only")
+    chain = Chain(share, policy)
+    async with chain.closed_on_error():
+        await chain.open_top(path, QED, writable=not read_only)
+        storage, header = chain.links[0]
+        assert isinstance(header, Header)
+        if header.needs_check and not read_only:
+            header = await _repair(storage, header)
+        image = Image(storage, header, chain.build_backing(), writable=not read_only, fixed_size=fixed_size)
+        await image.start()
+        return image
+
+
+async def _repair(storage: Storage, header: Header) -> Header:
+    """Make an image consistent that was not closed cleanly. Returns the header that is in the file then."""
+    path = storage.path
+    _log.warning("%s: was not closed cleanly; checking it", path)
+    result = await check_image(storage, header, repair=Repair.ALL)
+    errors = result.corruptions + result.check_errors
+    if errors or result.need_check:
+        raise CorruptError(
+            path, f"was not closed cleanly, and {errors} errors could not be repaired; see `qedfuse check -r all`"
+        )
+    _log.warning(
+        "%s: is consistent (%d errors repaired, %d leaked clusters given back)",
+        path,
+        result.corruptions_fixed,
+        result.leaks_fixed,
+    )
+    return result.header
