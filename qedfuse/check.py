@@ -1,0 +1,259 @@
+"""Consistency check of a QED image: every table is walked, every cluster of the file counted.
+
+What is found, and how it counts (QEMU 7.2, `qemu-img check`, is the reference):
+
+- corruptions: an L1 or L2 entry that is not cluster-aligned, lies in the header or not wholly inside the file (the
+  file's size rounded down to clusters); each cluster that is referenced again after a first reference, by whatever
+  table. A table that overlaps something is not followed. L1 entries have no value 1; an L2 entry 1 reads as zeroes.
+- leaks: clusters that no table refers to and that hold data, and those that only entries past the image's end refer to.
+- NEED_CHECK left over and unknown autoclear bits are no faults by themselves.
+
+Where it differs from QEMU's numbers:
+
+- QEMU divides by cluster_size - 1 to number clusters, and so reports one leaked cluster too many for every
+  cluster_size - 1 clusters of the file (from 16 MiB on with 4 KiB clusters, from 4 GiB on with 64 KiB).
+- It counts unreferenced clusters as leaked that are holes and waste nothing; here they are `punched_clusters`. That is
+  what `-r leaks` leaves in the middle of a file.
+- It counts clusters past the image's end as used.
+
+How repair works, and why a crash in it does no harm, is in `repair.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from qedfuse.clustermap import ClusterMap
+from qedfuse.errors import QedfuseError, ReadOnlyError, describe
+from qedfuse.geometry import ENTRY_SIZE
+from qedfuse.header import FEATURE_NEED_CHECK, Header
+from qedfuse.marker import Marker, Marks
+from qedfuse.repair import leaked_runs, release, repair_tables, write_header
+from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
+from qedfuse.storage import Storage
+
+MAX_PROBLEMS = 100
+
+Progress = Callable[[int, int], None]
+
+
+class Repair(Enum):
+    """What check_image may change: nothing, give leaked clusters back, or everything."""
+
+    NONE = "none"
+    LEAKS = "leaks"
+    ALL = "all"
+
+
+@dataclass
+class CheckResult:
+    """What a check found; after a repair, what is left.
+
+    Names as in `qemu-img check --output=json`. `image_end_offset` (bytes) is the end of the last cluster in use,
+    `total_clusters` what the image's size comes to, `allocated_clusters` the L2 entries with an offset,
+    `fragmented_clusters` those of them that do not follow the one before. `check_errors` are tables that could not be
+    read; leaks are not counted then, and nothing is repaired.
+
+    `problems` are the first lines of all `problem_count`, found before a repair. `past_end_clusters` (also in `leaks`)
+    are allocated past the image's end. `header` is the header that is in the file.
+    """
+
+    filename: str
+    header: Header
+    image_end_offset: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    check_errors: int = 0
+    corruptions: int = 0
+    corruptions_fixed: int = 0
+    leaks: int = 0
+    leaks_fixed: int = 0
+    past_end_clusters: int = 0
+    punched_clusters: int = 0
+    overlaps: int = 0
+    problems: list[str] = field(default_factory=list)
+    problem_count: int = 0
+
+    @property
+    def need_check(self) -> bool:
+        """Whether the image says that it was not closed cleanly."""
+        return self.header.needs_check
+
+    def note(self, problem: str) -> None:
+        self.problem_count += 1
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+
+    def to_json(self) -> dict[str, object]:
+        """The keys of `qemu-img check --output=json`, all of them always, and ours."""
+        return {
+            "filename": self.filename,
+            "format": "qed",
+            "check-errors": self.check_errors,
+            "image-end-offset": self.image_end_offset,
+            "corruptions": self.corruptions,
+            "corruptions-fixed": self.corruptions_fixed,
+            "leaks": self.leaks,
+            "leaks-fixed": self.leaks_fixed,
+            "total-clusters": self.total_clusters,
+            "allocated-clusters": self.allocated_clusters,
+            "fragmented-clusters": self.fragmented_clusters,
+            "compressed-clusters": 0,
+            "past-end-clusters": self.past_end_clusters,
+            "punched-clusters": self.punched_clusters,
+            "need-check": self.need_check,
+            "problems": self.problems,
+            "problem-count": self.problem_count,
+        }
+
+
+async def check_image(
+    storage: Storage, header: Header, *, repair: Repair = Repair.NONE, progress: Progress | None = None
+) -> CheckResult:
+    """Check an image, and repair it as far as `repair` says. The caller sees to it that nobody writes it meanwhile.
+
+    `progress(done, total)` is called with L1 entries, for each walk over the tables (a repair takes several) from 0.
+    Memory is one bit for each cluster of the file, and 170 MiB at most if the file is sparse. With LEAKS, nothing is
+    changed if there is any corruption: what a damaged table referred to looks leaked, and may be what is to be rescued.
+
+    Raises OSError: the host's, for the header or the L1 table or while repairing; CorruptError for an L1 table outside
+    the file and for an image that cannot be checked in bounded memory or repaired in bounded space; ReadOnlyError.
+    After an error or cancellation in a repair the image is no worse than before, and can be repaired again.
+    """
+    result, used = await _scan(storage, header, progress)
+    if header.needs_check:
+        result.note("the image was not closed cleanly (need_check is set)")
+    if repair is Repair.NONE or result.check_errors:
+        return result
+    if not storage.writable:
+        raise ReadOnlyError(storage.path, "cannot be repaired: it is open read-only")
+    if repair is Repair.LEAKS and result.corruptions:
+        if result.leaks:
+            result.note("leaked clusters are kept as long as the image is corrupt; repair all")
+        return result
+    if result.corruptions or result.leaks or header.needs_check or used.end_of_marked() < used.clusters:
+        return await _repair(storage, result, used, progress)
+    return result
+
+
+async def _repair(storage: Storage, found: CheckResult, used: ClusterMap, progress: Progress | None) -> CheckResult:
+    """The steps of the rulebook in `repair.py`. `found` and `used` are from the scan before."""
+    header = found.header
+    if header != header.with_known_autoclear():
+        header = header.with_known_autoclear()
+        await write_header(storage, header)
+    result = replace(found, header=header)
+    if found.corruptions or found.past_end_clusters:
+        await repair_tables(storage, header, overlaps=found.overlaps > 0)
+        result, used = await _scan(storage, header, progress)
+        result.problems = (found.problems + result.problems)[:MAX_PROBLEMS]
+        result.problem_count += found.problem_count
+    if not (result.corruptions or result.check_errors):
+        await release(storage, header, used)
+        await _count_leaks(storage, result, used)
+        if header.needs_check:
+            result.header = header.with_feature(FEATURE_NEED_CHECK, False)
+            await write_header(storage, result.header)
+    result.corruptions_fixed = max(0, found.corruptions - result.corruptions)
+    result.leaks_fixed = max(0, found.leaks - result.leaks)
+    return result
+
+
+async def _scan(storage: Storage, header: Header, progress: Progress | None) -> tuple[CheckResult, ClusterMap]:
+    """One walk over all tables, in QEMU's order and with its idea of what counts."""
+    geometry = header.geometry
+    file_size = storage.stat().st_size
+    header.validate_file_size(file_size, storage.path)
+    bounds = Bounds.of(header, file_size)
+    used = ClusterMap(storage, bounds)
+    used.mark(header.l1_table_offset // header.cluster_size, header.table_size)
+    result = CheckResult(storage.path, header, total_clusters=geometry.clusters_for(header.image_size))
+    marker = Marker(bounds, used)
+    breathe = Breather()
+    if progress is not None:
+        progress(0, geometry.table_entries)
+    async for index, offset in L1Entries(storage, header, breathe):
+        if not bounds.holds(offset, geometry.table_bytes):
+            result.corruptions += 1
+            result.note(f"l1 entry {index}: {offset:#x} {bounds.fault(offset)}")
+        elif again := used.mark(offset // header.cluster_size, header.table_size).bit_count():
+            result.overlaps += again
+            result.corruptions += again
+            result.note(f"l1 entry {index}: the l2 table at {offset:#x} overlaps other tables or data")
+        else:
+            chunks = TableChunks(storage, offset, geometry.table_bytes, breathe)
+            await _scan_l2(chunks, result, marker, bounds, index, offset)
+        if progress is not None:
+            progress(index + 1, geometry.table_entries)
+    result.image_end_offset = used.end_of_marked() * header.cluster_size
+    if result.past_end_clusters:
+        result.note(f"{result.past_end_clusters} clusters are allocated past the end of the image")
+    if not result.check_errors:
+        await _count_leaks(storage, result, used)
+    if progress is not None:
+        progress(geometry.table_entries, geometry.table_entries)
+    return result, used
+
+
+async def _scan_l2(
+    chunks: TableChunks, result: CheckResult, marker: Marker, bounds: Bounds, index: int, offset: int
+) -> None:
+    """Count what the L2 table at `offset`, of L1 entry `index`, refers to."""
+    geometry = bounds.header.geometry
+    inside = bounds.entries_inside(index) * ENTRY_SIZE
+    if not inside:
+        result.past_end_clusters += geometry.table_size
+    last = 0
+    try:
+        async for position, chunk in chunks:
+            for part, start in _split(chunk, position, inside):
+                before = marker.used.marked
+                marks = marker.mark(part, last)
+                last = marks.last
+                result.allocated_clusters += marks.allocated
+                result.fragmented_clusters += marks.fragmented
+                result.corruptions += len(marks.invalid) + len(marks.again)
+                result.overlaps += len(marks.again)
+                if start >= inside:
+                    result.past_end_clusters += marker.used.marked - before
+                if marks.invalid or marks.again:
+                    _note_entries(result, bounds, part, index * geometry.table_entries + start // ENTRY_SIZE, marks)
+    except QedfuseError:
+        raise
+    except OSError as error:
+        result.check_errors += 1
+        result.note(f"the l2 table at {offset:#x} cannot be read: {describe(error, result.filename)}")
+
+
+def _split(chunk: bytearray, position: int, inside: int) -> list[tuple[bytearray, int]]:
+    """A chunk of a table as what maps the inside of the image and what lies past its end, each with its position."""
+    cut = inside - position
+    if 0 < cut < len(chunk):
+        return [(chunk[:cut], position), (chunk[cut:], inside)]
+    return [(chunk, position)]
+
+
+def _note_entries(result: CheckResult, bounds: Bounds, chunk: bytearray, first: int, marks: Marks) -> None:
+    entries = unpack_entries(chunk)
+    for position in sorted(marks.invalid + marks.again):
+        if result.problem_count < MAX_PROBLEMS:
+            cluster = entries[position]
+            valid = bounds.holds(cluster, bounds.header.cluster_size)
+            fault = "is used more than once" if valid else bounds.fault(cluster)
+            guest = (first + position) * bounds.header.cluster_size
+            result.note(f"l2 entry for guest offset {guest:#x}: cluster {cluster:#x} {fault}")
+        else:
+            result.problem_count += 1
+
+
+async def _count_leaks(storage: Storage, result: CheckResult, used: ClusterMap) -> None:
+    breathe = Breather()
+    leaked = 0
+    for first, end in leaked_runs(storage, result.header, used):
+        leaked += end - first
+        await breathe()
+    result.leaks = leaked + result.past_end_clusters
+    result.punched_clusters = used.clusters - result.header.header_size - used.marked - leaked

@@ -1,0 +1,171 @@
+"""`qedfuse check`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from qedfuse.cli.params import output_option, share_hint
+from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from qedfuse.check import CheckResult
+
+EXIT_CORRUPT = 2
+EXIT_LEAKS = 3
+EXIT_UNSUPPORTED = 63
+
+#: Seconds that work must take before a terminal shows its progress.
+_PROGRESS_DELAY = 1.0
+
+
+class _Check(click.Command):
+    """Wrong usage must not exit with 2, which says that the image is corrupt."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            message = error.format_message().rstrip(".")
+            raise click.ClickException(
+                f"{message[:1].lower()}{message[1:]} (try '{ctx.command_path} --help')"
+            ) from None
+
+
+@click.command(
+    cls=_Check,
+    name="check",
+    epilog=f"Exit codes, of the state after a repair: {EXIT_OK} the image is consistent, {EXIT_FAILED} it could not be "
+    f"checked (also: wrong usage), {EXIT_CORRUPT} it is corrupt, {EXIT_LEAKS} it has leaked clusters but is not "
+    f"corrupt, {EXIT_UNSUPPORTED} it is not a QED image.",
+)
+@output_option
+@click.option(
+    "-r",
+    "--repair",
+    type=click.Choice(["leaks", "all"]),
+    help="leaks: give leaked clusters back to the host. all: also repair the tables; what is referenced twice is "
+    "copied, what cannot be right is dropped.",
+)
+@click.option(
+    "-U",
+    "--force-share",
+    "share",
+    is_flag=True,
+    help="Check an image that another process is writing; what is found may be only its work in progress.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.argument("image")
+def check(output: str, repair: str | None, share: bool, quiet: bool, image: str) -> int:
+    """Check whether IMAGE is consistent, and repair it."""
+    import trio
+
+    if share and repair:
+        raise click.ClickException("-U is for looking only: it excludes -r (try 'qedfuse check --help')")
+    bar = _Bar(sys.stderr.isatty() and not quiet)
+    try:
+        with share_hint():
+            result = trio.run(_check, image, repair, share, bar)
+    finally:
+        bar.close()
+    if result is None:
+        click.echo(f"qedfuse: {printable(image)}: not a qed image; only those can be checked", err=True)
+        return EXIT_UNSUPPORTED
+    if output == "json":
+        click.echo(json.dumps(result.to_json(), indent=4))
+    elif not quiet:
+        click.echo("\n".join(_describe(result)))
+    return exit_code(result)
+
+
+async def _check(path: str, repair: str | None, share: bool, bar: _Bar) -> CheckResult | None:
+    """None: the file is something else."""
+    from qedfuse.check import Repair, check_image
+    from qedfuse.filelock import lock
+    from qedfuse.header import HEADER_BYTES, MAGIC, Header
+    from qedfuse.storage import FileStorage
+
+    storage = FileStorage.open(path, repair is not None)
+    try:
+        if not share:
+            lock(storage.fileno(), path, writable=repair is not None)
+        head = bytearray(min(HEADER_BYTES, storage.stat().st_size))
+        await storage.read_into(0, memoryview(head))
+        if not head.startswith(MAGIC):
+            return None
+        header = Header.decode(bytes(head), path)
+        return await check_image(storage, header, repair=Repair(repair or "none"), progress=bar)
+    finally:
+        await storage.close()
+
+
+def exit_code(result: CheckResult) -> int:
+    """qemu-img's, for what is left after a repair."""
+    if result.check_errors:
+        return EXIT_FAILED
+    if result.corruptions:
+        return EXIT_CORRUPT
+    return EXIT_LEAKS if result.leaks else EXIT_OK
+
+
+def _describe(result: CheckResult) -> list[str]:
+    lines = [printable(problem) for problem in result.problems]
+    if result.problem_count > len(lines):
+        lines.append(f"... and {result.problem_count - len(lines)} more")
+    if result.corruptions_fixed:
+        lines.append(f"repaired: {_count(result.corruptions_fixed, 'error')}")
+    if result.leaks_fixed:
+        lines.append(f"given back: {_count(result.leaks_fixed, 'leaked cluster')}")
+    if result.check_errors:
+        lines.append(f"{_count(result.check_errors, 'table')} could not be read; the check is incomplete")
+    if result.corruptions:
+        lines.append(f"{_count(result.corruptions, 'error')}: data may be lost or get lost; do not write to the image")
+    if result.leaks:
+        lines.append(f"{_count(result.leaks, 'leaked cluster')}: wasted space, no harm to data")
+    if not (result.check_errors or result.corruptions or result.leaks):
+        lines.append("no errors")
+    if result.allocated_clusters and result.total_clusters:
+        allocated = 100 * result.allocated_clusters / result.total_clusters
+        fragmented = 100 * result.fragmented_clusters / result.allocated_clusters
+        lines.append(
+            f"{result.allocated_clusters} of {result.total_clusters} clusters allocated ({allocated:.2f}%), "
+            f"{fragmented:.2f}% of them fragmented"
+        )
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class _Bar:
+    """check_image's progress on a terminal's stderr, once it takes long."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._start = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._wanted or time.monotonic() - self._start < _PROGRESS_DELAY:
+            return
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._task = self._progress.add_task("checking")
+            self._progress.start()
+        assert self._task is not None
+        self._progress.update(self._task, completed=done, total=total)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,279 @@
+"""Crash-safe repair: how the tables are put in order and space goes back to the host.
+
+The rulebook
+============
+
+    1 autoclear   unknown autoclear bits are cleared; sync
+    2 fence       if the file must grow: entries that point where it is going to grow become misaligned; sync. (Not in
+                  a table that is going to be copied: its place may be somebody's data.)
+    3 copies      the file grows, and what is referenced a second time is copied to its end; sync
+    4 entries     the second reference gets its copy; entries that are invalid or past the image's end become 0; sync
+    5 verify      the whole check again, on the repaired tables. Anything wrong: stop here
+    6 release     sync; unreferenced clusters in the middle are punched, those at the end truncated; sync
+    7 clean       NEED_CHECK is cleared; sync
+
+What is done twice keeps its place the first time it is met, in the order of the L1 table: the L1 table itself, then for
+each L1 entry its L2 table, then what the table refers to. A later reference gets a copy: a data cluster is copied; an
+L2 table is copied, and then each of its data clusters is a second reference, too, and is copied by the same rule. So
+all that could be read before reads the same afterwards. An invalid entry becomes 0, as QEMU makes it: that exposes the
+backing file, or zeroes without one.
+
+What a crash leaves (any subset of what was written since the last completed sync):
+
+    crash in   the image
+    1          the old header or the new one (one sector)
+    2          an entry that was invalid is so in another way
+    3          a longer file; nothing points behind its old end (2), so the new part is leaked clusters. (But for an
+               invalid entry of a table that overlaps something: it may see a cluster of zeroes or a copy.)
+    4          each entry (8 aligned bytes) is old or new. The new one's copy is durable (3), the old one's cluster is
+               untouched: fewer double references, some leaked copies
+    5, 6       the tables are durable (sync of 4 or 6, also when the file came with changes that were not): only what
+               nothing refers to goes
+    7          NEED_CHECK on or off; the tables are durable and in order
+
+In every case a second repair finishes the work. What is copied may be at most as much as the file really holds, or
+1 GiB if that is more, so that a hostile image cannot blow itself up; that is known, and refused, before anything is
+written.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from qedfuse.clustermap import ClusterMap
+from qedfuse.errors import CorruptError
+from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, ZERO_CLUSTER
+from qedfuse.header import Header
+from qedfuse.marker import Marker
+from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
+from qedfuse.storage import Storage
+
+MIN_COPY_LIMIT = 1 << 30
+#: Each copy is remembered in 16 bytes until its entry is written.
+MAX_COPIES = 4 << 20
+
+_ENTRY = struct.Struct("<Q")
+
+#: What an entry becomes, of its value and the size (bytes) of what it refers to.
+Fate = Callable[[int, int], int]
+
+#: Added to an offset by step 2: no cluster is aligned to less than 4 KiB.
+_FENCE = 0xFED
+
+
+async def write_header(storage: Storage, header: Header) -> None:
+    """Make everything before durable, then the header."""
+    await storage.sync()
+    await storage.write(0, [header.encode()])
+    await storage.sync()
+
+
+async def repair_tables(storage: Storage, header: Header, *, overlaps: bool) -> None:
+    """Steps 2 to 4. `overlaps`: something is referenced twice.
+
+    Raises OSError; CorruptError, with nothing changed, if too much would have to be copied. Cancellation is harmless.
+    """
+    bounds = Bounds.of(header, storage.stat().st_size)
+    work = _TableRepair(storage, bounds)
+    if overlaps:
+        await work.plan()
+        await work.fence()
+        try:
+            await work.copy()
+        except OSError:
+            with suppress(OSError):
+                await storage.truncate(bounds.end)
+            raise
+    await work.fix_entries()
+    await storage.sync()
+
+
+class _TableRepair:
+    """One repair.
+
+    `_tables`: L1 entries whose L2 table gets a copy, and where it goes. `_slots`, `_targets`: file offsets of entries
+    in the other L2 tables whose cluster gets a copy, in the order of the walk, and where it goes. `_staying`: offsets
+    of the tables that are not copied.
+    """
+
+    def __init__(self, storage: Storage, bounds: Bounds) -> None:
+        self._storage = storage
+        self._breathe = Breather()
+        self._bounds = bounds
+        self._header = bounds.header
+        self._geometry = bounds.header.geometry
+        self._next = bounds.end
+        self._copies = 0
+        self._end_of_copies = 0
+        self._limit = max(storage.stat().st_blocks * 512, MIN_COPY_LIMIT)
+        self._tables: dict[int, int] = {}
+        self._slots = array("Q")
+        self._targets = array("Q")
+        self._staying = {self._header.l1_table_offset}
+
+    async def plan(self) -> None:
+        """Find out what must be copied, and where to. Raises CorruptError if it is too much."""
+        await self._walk(copying=False)
+
+    async def fence(self) -> None:
+        """Step 2: what would become a valid reference when the file has grown must not."""
+        grown = Bounds(self._header, self._next)
+
+        def fate(value: int, size: int) -> int:
+            return value | _FENCE if not self._bounds.holds(value, size) and grown.holds(value, size) else value
+
+        await self._rewrite(fate)
+        await self._storage.truncate(self._bounds.end)  # a last part of a cluster must not show up in a copy
+        await self._storage.sync()
+
+    async def copy(self) -> None:
+        """Step 3, by the same walk as `plan`."""
+        await self._storage.truncate(self._next)
+        self._end_of_copies, self._next, self._copies = self._next, self._bounds.end, 0
+        await self._walk(copying=True)
+        await self._storage.sync()
+
+    async def fix_entries(self) -> None:
+        """Step 4, without its sync."""
+        await self._rewrite(lambda value, size: value if self._bounds.holds(value, size) else 0, final=True)
+
+    def _take(self, clusters: int) -> int:
+        offset = self._next
+        self._next += clusters * self._header.cluster_size
+        self._copies += 1
+        if self._next - self._bounds.end > self._limit or self._copies > MAX_COPIES:
+            raise CorruptError(
+                self._storage.path,
+                f"too much is referenced more than once: a repair would copy over {self._limit >> 20} MiB or "
+                f"{MAX_COPIES} clusters; copy out what can be read, to a new image",
+            )
+        return offset
+
+    async def _walk(self, *, copying: bool) -> None:
+        """Visit everything reachable, and take a new place for each second reference. `copying`: and copy it there."""
+        storage, bounds, bits = self._storage, self._bounds, self._geometry.cluster_bits
+        used = ClusterMap(storage, bounds)
+        used.mark(self._header.l1_table_offset >> bits, self._header.table_size)
+        marker = Marker(bounds, used)
+        async for index, offset in L1Entries(storage, self._header, self._breathe):
+            inside = bounds.entries_inside(index)
+            if not inside or not bounds.holds(offset, self._geometry.table_bytes):
+                continue
+            target = None
+            if used.mark(offset >> bits, self._header.table_size):
+                target = self._tables[index] = self._take(self._header.table_size)
+            else:
+                self._staying.add(offset)
+            async for position, chunk in TableChunks(storage, offset, inside * ENTRY_SIZE, self._breathe):
+                marks = marker.mark(chunk)
+                for entry in marks.again:
+                    fresh = self._take(1)
+                    if copying:
+                        await self._copy_cluster(_ENTRY.unpack_from(chunk, entry * ENTRY_SIZE)[0], fresh)
+                        _ENTRY.pack_into(chunk, entry * ENTRY_SIZE, fresh)
+                    elif target is None:
+                        self._slots.append(offset + position + entry * ENTRY_SIZE)
+                        self._targets.append(fresh)
+                if copying and target is not None:
+                    for entry in marks.invalid:
+                        _ENTRY.pack_into(chunk, entry * ENTRY_SIZE, 0)
+                    await storage.write(target + position, [chunk])
+
+    async def _copy_cluster(self, source: int, target: int) -> None:
+        """A table is copied as it was before step 2. The target reads as zeroes, so those need no writing."""
+        first = self._bounds.end - self._geometry.table_bytes
+        size = self._header.cluster_size
+        fenced = any(source - number * size in self._staying for number in range(self._header.table_size))
+        async for position, piece in TableChunks(self._storage, source, size, self._breathe):
+            if fenced:
+                for number, value in enumerate(unpack_entries(piece)):
+                    if value % PAGE_SIZE == _FENCE and first < value < self._end_of_copies:
+                        _ENTRY.pack_into(piece, number * ENTRY_SIZE, value - _FENCE)
+            await self._storage.write(target + position, [piece])
+
+    async def _rewrite(self, fate: Fate, *, final: bool = False) -> None:
+        """Give the entries of all tables that stay where they are the values that `fate` says.
+
+        `final`: those past the image's end become 0, and what is copied is referred to at its new place.
+        """
+        size = self._geometry.table_bytes
+        cursor = 0
+        async for position, chunk in TableChunks(self._storage, self._header.l1_table_offset, size, self._breathe):
+            before = bytes(chunk)
+            for number, value in enumerate(unpack_entries(before)):
+                index = position // ENTRY_SIZE + number
+                if not value:
+                    continue
+                await self._breathe()
+                new = 0 if final and not self._bounds.entries_inside(index) else fate(value, size)
+                if index in self._tables:
+                    new = self._tables[index] if final else value
+                elif new == value and self._bounds.holds(value, size):
+                    cursor = await self._rewrite_l2(index, value, fate, final, cursor)
+                if new != value:
+                    _ENTRY.pack_into(chunk, number * ENTRY_SIZE, new)
+            await self._write_changes(self._header.l1_table_offset + position, before, chunk)
+
+    async def _rewrite_l2(self, index: int, offset: int, fate: Fate, final: bool, cursor: int) -> int:
+        """The L2 table at `offset`. `cursor` is the first of the moved entries that may be in it; returns the next."""
+        inside = self._bounds.entries_inside(index) * ENTRY_SIZE
+        async for position, chunk in TableChunks(self._storage, offset, self._geometry.table_bytes, self._breathe):
+            before = bytes(chunk)
+            for number, value in enumerate(unpack_entries(before)):
+                if value > ZERO_CLUSTER and (new := fate(value, self._header.cluster_size)) != value:
+                    _ENTRY.pack_into(chunk, number * ENTRY_SIZE, new)
+            if final:
+                start, end = offset + position, offset + position + len(chunk)
+                while cursor < len(self._slots) and start <= self._slots[cursor] < end:
+                    _ENTRY.pack_into(chunk, self._slots[cursor] - start, self._targets[cursor])
+                    cursor += 1
+                past = max(0, inside - position)
+                chunk[past:] = bytes(max(0, len(chunk) - past))
+            await self._write_changes(offset + position, before, chunk)
+        return cursor
+
+    async def _write_changes(self, offset: int, before: bytes, after: bytearray) -> None:
+        for start in range(0, len(after), PAGE_SIZE):
+            page = after[start : start + PAGE_SIZE]
+            if page != before[start : start + PAGE_SIZE]:
+                await self._storage.write(offset + start, [page])
+
+
+def leaked_runs(storage: Storage, header: Header, used: ClusterMap) -> Iterator[tuple[int, int]]:
+    """The clusters that nothing refers to and that hold data, as runs (first, end). Some runs are empty (no news)."""
+    size = header.cluster_size
+    data = 0
+    for first, end in used.free_runs(header.header_size):
+        yield first, first
+        while first < end:
+            if data < first * size:
+                found = storage.next_data(first * size)
+                data = found if found is not None else used.clusters * size
+            if data >= end * size:
+                break
+            first = data // size
+            stop = min(end, -(-storage.next_hole(data) // size))
+            yield first, stop
+            first = stop
+
+
+async def release(storage: Storage, header: Header, used: ClusterMap) -> None:
+    """Step 6: give back what nothing refers to. `used` is of tables that are in order; it is cut to the new end.
+
+    Raises OSError. Cancelled or failed, it has done a part.
+    """
+    await storage.sync()
+    size = header.cluster_size
+    end = used.end_of_marked()
+    breathe = Breather()
+    for first, stop in leaked_runs(storage, header, used):
+        await breathe()
+        if first < min(stop, end):
+            await storage.punch(first * size, (min(stop, end) - first) * size)
+    if storage.stat().st_size > end * size:
+        await storage.truncate(end * size)
+    used.clusters = end
+    await storage.sync()
