@@ -1,0 +1,105 @@
+"""`qedfuse info`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from qedfuse.cli.params import output_option, share_hint, share_option, show_size, size_param
+from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
+from qedfuse.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, read_untrusted
+
+
+@click.command(
+    epilog=f"Exit codes: {EXIT_OK} shown, {EXIT_FAILED} not an image, in use, or with --untrusted: not to be trusted."
+)
+@output_option
+@share_option
+@click.option("--backing-chain", is_flag=True, help="Show the files below it, too (and open them).")
+@click.option("--backing-root", metavar="DIR", help="With --backing-chain: refuse backing files outside DIR.")
+@click.option("--no-backing", is_flag=True, help="With --backing-chain: refuse backing files.")
+@click.option(
+    "--untrusted",
+    is_flag=True,
+    help="Open nothing but the image, in bounded time and memory, and fail if it refers to anything outside itself, "
+    "is larger than --max-size, or is inconsistent.",
+)
+@click.option(
+    "--max-size",
+    type=size_param,
+    metavar="SIZE",
+    default=str(DEFAULT_MAX_SIZE),
+    help=f"With --untrusted: the largest size an image may declare (default: {show_size(DEFAULT_MAX_SIZE)}).",
+)
+@click.argument("image")
+def info(
+    output: str,
+    share: bool,
+    backing_chain: bool,
+    backing_root: str | None,
+    no_backing: bool,
+    untrusted: bool,
+    max_size: int,
+    image: str,
+) -> None:
+    """Show what IMAGE is: its format, sizes, backing file.
+
+    Only IMAGE is opened, and only its header is read, unless --backing-chain or --untrusted is given.
+    """
+    if untrusted and backing_chain:
+        raise click.UsageError("--untrusted opens nothing but the image: it excludes --backing-chain")
+    with share_hint():
+        if backing_chain:
+            chain = _read_chain(image, share, backing_root, no_backing)
+        elif untrusted:
+            chain = [read_untrusted(image, share=share, max_size=max_size)]
+        else:
+            chain = [read_info(image, share=share)]
+    if output == "json":
+        items = [item.to_json() for item in chain]
+        click.echo(json.dumps(items if backing_chain else items[0], indent=4))
+    else:
+        click.echo("\n\n".join(_describe(item) for item in chain))
+
+
+def _read_chain(image: str, share: bool, backing_root: str | None, no_backing: bool) -> list[ImageInfo]:
+    import trio
+
+    from qedfuse.backing import BackingPolicy
+
+    async def run() -> list[ImageInfo]:
+        policy = BackingPolicy(allowed=not no_backing, root=backing_root)
+        return await read_chain(image, share=share, policy=policy)
+
+    return trio.run(run)
+
+
+def _describe(item: ImageInfo) -> str:
+    """The lines that qemu-img prints, and ours behind them."""
+    lines = [
+        f"image: {printable(item.path)}",
+        f"file format: {item.format}",
+        f"virtual size: {show_size(item.virtual_size)} ({item.virtual_size} bytes)",
+        f"disk size: {show_size(item.actual_size)}",
+    ]
+    header = item.header
+    if header is not None:
+        if header.needs_check:
+            lines.append("cleanly shut down: no")
+        lines.append(f"cluster_size: {header.cluster_size}")
+        if item.backing_name is not None and item.full_backing_name is not None:
+            actual = f" (actual path: {printable(item.full_backing_name)})"
+            same = item.full_backing_name == item.backing_name
+            lines.append(f"backing file: {printable(item.backing_name)}{'' if same else actual}")
+            if header.backing_is_raw:
+                lines.append("backing file format: raw")
+        lines += [
+            "Format specific information:",
+            f"    table size: {header.table_size}",
+            f"    l1 table offset: {header.l1_table_offset:#x}",
+            f"    features: {header.features:#x}",
+            f"    compat features: {header.compat_features:#x}",
+            f"    autoclear features: {header.autoclear_features:#x}",
+        ]
+    return "\n".join(lines)

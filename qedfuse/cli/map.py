@@ -1,0 +1,69 @@
+"""`qedfuse map`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import click
+
+from qedfuse.cli.params import output_option, share_hint, share_option, size_param
+from qedfuse.errors import printable
+
+if TYPE_CHECKING:
+    from qedfuse.mapping import MapEntry
+
+
+@click.command(name="map")
+@output_option
+@share_option
+@click.option("-s", "--start-offset", type=size_param, metavar="SIZE", default="0", help="Where to begin.")
+@click.option("-l", "--max-length", type=size_param, metavar="SIZE", help="How much to show; default: to the end.")
+@click.argument("image")
+def map_command(output: str, share: bool, start_offset: int, max_length: int | None, image: str) -> None:
+    """Show where the bytes of IMAGE are, in it and in the files below it.
+
+    In human output, only what is stored; as JSON, everything, with the keys of `qemu-img map`.
+    """
+    import trio
+
+    with share_hint():
+        trio.run(_map, output == "json", share, start_offset, max_length, image)
+
+
+async def _map(as_json: bool, share: bool, start: int, length: int | None, path: str) -> None:
+    from qedfuse.chain import open_layer
+    from qedfuse.mapping import map_image
+
+    top = await open_layer(path, "qed", share=share)
+    try:
+        async with aclosing(map_image(top, start, length)) as entries:
+            await (_print_json(entries) if as_json else _print_table(entries))
+    finally:
+        await top.close()
+
+
+async def _print_json(entries: AsyncIterator[MapEntry]) -> None:
+    out = sys.stdout
+    separator = "["
+    async for entry in entries:
+        out.write(separator + json.dumps(entry.to_json()))
+        separator = ",\n"
+    out.write("[]\n" if separator == "[" else "]\n")
+
+
+async def _print_table(entries: AsyncIterator[MapEntry]) -> None:
+    out = sys.stdout
+    out.write(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n")
+    async for entry in entries:
+        if entry.data:
+            where = "compressed" if entry.offset is None else _hex(entry.offset)
+            name = printable(entry.filename or "")
+            out.write(f"{_hex(entry.start):<16}{_hex(entry.length):<16}{where:<16}{name}\n")
+
+
+def _hex(value: int) -> str:
+    return f"{value:#x}" if value else "0"

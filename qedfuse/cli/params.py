@@ -1,0 +1,74 @@
+"""Sizes and names on the command line, read and shown as qemu-img does."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+
+import click
+
+from qedfuse.errors import InUseError
+
+_UNITS = {unit: 1024**power for power, unit in enumerate("bkmgtpe")}
+_SIZE = re.compile(r"(?P<whole>\d+)(?P<part>\.\d+)?(?P<unit>[bkmgtpe])?", re.IGNORECASE | re.ASCII)
+_HEX = re.compile(r"0x[0-9a-f]+", re.IGNORECASE | re.ASCII)
+_MAX_SIZE = (1 << 63) - 1
+
+
+def parse_size(text: str) -> int:
+    """Bytes: a number, with a fraction and one of the suffixes k, M, G, T, P, E (powers of 1024), or in hex.
+
+    Raises ValueError with a plain message. Source: qemu-img(1), "size".
+    """
+    if _HEX.fullmatch(text):
+        size = int(text, 16)
+    else:
+        found = _SIZE.fullmatch(text)
+        unit = _UNITS[(found["unit"] or "b").lower()] if found else 0
+        if not found or (found["part"] and unit == 1):
+            raise ValueError(f"{text!r} is no size (a number, with k, M, G, T, P or E for powers of 1024)")
+        size = math.floor(Fraction(found["whole"] + (found["part"] or "")) * unit + Fraction(1, 2))
+    if size > _MAX_SIZE:
+        raise ValueError(f"{text!r} is over the largest size, {_MAX_SIZE}")
+    return size
+
+
+def show_size(size: int) -> str:
+    """A size for a person: three digits and a binary unit, as qemu-img writes it."""
+    units = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
+    power = 0
+    while size >= 1000 * 1024**power and power < len(units) - 1:
+        power += 1
+    return f"{size / 1024**power:.3g} {units[power]}B"
+
+
+def size_param(text: str) -> int:
+    """The type of a click parameter in bytes; see `parse_size`."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+output_option = click.option(
+    "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="What to print."
+)
+share_option = click.option(
+    "-U",
+    "--force-share",
+    "share",
+    is_flag=True,
+    help="Look at an image that another process is writing; what is shown may already be old.",
+)
+
+
+@contextmanager
+def share_hint() -> Iterator[None]:
+    """Tell who only wants to look at an image in use how."""
+    try:
+        yield
+    except InUseError as error:
+        raise InUseError(error.path, f"{error.message}, or use -U to look at it anyway") from None
