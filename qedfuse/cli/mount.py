@@ -1,0 +1,136 @@
+"""`qedfuse mount`, and fstab's `qedfuse IMAGE MOUNTPOINT -o ...`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import stat
+from dataclasses import replace
+
+import click
+
+from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
+from qedfuse.mount_options import MountOptions, parse_mount_options
+from qedfuse.mounts import FSTYPE, find_mount
+
+
+@click.command(
+    epilog=f"Exit codes: {EXIT_OK} mounted and usable, {EXIT_FAILED} failed (nothing stays mounted), {EXIT_USAGE} "
+    "wrong usage. With -f: 0 unmounted and nothing lost."
+)
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
+@click.option("--ro", "read_only", is_flag=True, help="Write nothing: show read-only files.")
+@click.option(
+    "-o",
+    "options",
+    metavar="OPT,...",
+    multiple=True,
+    help="allow_other, default_permissions, uid=N, gid=N, umask=NNN, direct_io, fixed_size, ro, rw, backing_root=DIR, "
+    "no_backing, and what mount(8) and fstab(5) add.",
+)
+@click.option("--no-fastpath", "fastpath", is_flag=True, flag_value=False, default=True, help="Answer all in Python.")
+@click.option("--log-file", metavar="FILE", help="Where the daemon logs (default: syslog).")
+@click.option("--backing-root", metavar="DIR", help="Refuse backing files outside DIR.")
+@click.option("--no-backing", is_flag=True, help="Refuse backing files.")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.argument("mountpoint")
+def mount(
+    foreground: bool,
+    read_only: bool,
+    options: tuple[str, ...],
+    fastpath: bool,
+    log_file: str | None,
+    backing_root: str | None,
+    no_backing: bool,
+    sources: tuple[str, ...],
+    mountpoint: str,
+) -> int:
+    """Show the images SOURCE... as raw files at MOUNTPOINT.
+
+    If MOUNTPOINT is a file, the one image appears there. If it is a directory, NAME.qed appears in it as NAME.raw, and
+    a SOURCE that is a directory shows every image in it, opened when first used.
+
+    Returns when the files can be used. The mount ends when it is unmounted. SIGTERM makes the daemon unmount it; if it
+    is in use, its users are served to their end, unless a second SIGTERM stops that.
+    """
+    parsed = parse_mount_options(options)
+    if read_only:
+        parsed = replace(parsed, read_only=True)
+    if no_backing:
+        parsed = replace(parsed, no_backing=True)
+    if backing_root is not None:
+        parsed = replace(parsed, backing_root=backing_root)
+    over_file, mountpoint = _check_mountpoint(mountpoint)
+    images, directories = _sort_sources(sources, mountpoint, over_file)
+    parsed = _check_backing_root(parsed)
+
+    if fastpath:  # before anything imports pyfuse3
+        with contextlib.suppress(ImportError):  # the daemon tries again, and logs it
+            import qedfuse.fastpath  # noqa: F401
+
+    from qedfuse.daemon import MountConfig, serve
+    from qedfuse.launch import open_standard_files, run_in_background
+    from qedfuse.logs import start_logging
+
+    open_standard_files()
+    config = MountConfig(images, directories, mountpoint, over_file, parsed, fastpath)
+    start_logging(foreground=foreground, log_file=log_file)
+    return serve(config) if foreground else run_in_background(functools.partial(serve, config))
+
+
+def _check_mountpoint(mountpoint: str) -> tuple[bool, str]:
+    """Whether it is a file (or a directory), and its real path."""
+    path = os.path.realpath(mountpoint)
+    here = find_mount(path)
+    if here is not None and here.fstype == FSTYPE:
+        alive = "is already a qedfuse mount"
+        raise QedfuseError(mountpoint, f"{alive} (of {here.source}); qedfuse umount it first", errno.EBUSY)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise QedfuseError(
+            mountpoint,
+            "the mountpoint does not exist; create an empty file (for one image) or a directory there first",
+            errno.ENOENT,
+        ) from None
+    except OSError as error:
+        error.filename = mountpoint
+        raise
+    if stat.S_ISREG(mode):
+        return True, path
+    if stat.S_ISDIR(mode):
+        return False, path
+    raise UsageError(mountpoint, "the mountpoint must be a regular file or a directory")
+
+
+def _sort_sources(
+    sources: tuple[str, ...], mountpoint: str, over_file: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The images and the directories among the sources, as absolute paths."""
+    images: list[str] = []
+    directories: list[str] = []
+    for source in sources:
+        path = os.path.abspath(source)
+        if not os.path.isdir(source):
+            images.append(path)
+            continue
+        if over_file:
+            raise UsageError(
+                source, f"is a directory, but the mountpoint {mountpoint} is a file: it can show one image"
+            )
+        if os.path.commonpath((os.path.realpath(source), mountpoint)) == mountpoint:
+            raise UsageError(source, f"would be hidden by mounting over {mountpoint}")
+        directories.append(path)
+    if over_file and len(images) > 1:
+        raise UsageError(mountpoint, "the mountpoint is a file and can show one image; several need a directory")
+    return tuple(images), tuple(directories)
+
+
+def _check_backing_root(options: MountOptions) -> MountOptions:
+    if options.backing_root is None:
+        return options
+    if not os.path.isdir(options.backing_root):
+        raise UsageError(options.backing_root, "is not a directory (--backing-root)")
+    return replace(options, backing_root=os.path.realpath(options.backing_root))

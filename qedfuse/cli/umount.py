@@ -1,0 +1,66 @@
+"""`qedfuse umount`."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import click
+
+from qedfuse.control import Client
+from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError
+from qedfuse.mounts import FSTYPE, Mount, find_mount, unmount
+
+#: Seconds that the kernel has to tell the daemon.
+_GRACE = 5.0
+
+
+@click.command(
+    epilog=f"Exit codes: {EXIT_OK} unmounted, flushed and closed, {EXIT_FAILED} in use, not mounted, or data was lost."
+)
+@click.argument("mountpoint")
+def umount(mountpoint: str) -> int:
+    """Unmount MOUNTPOINT, and wait until the images are flushed and closed."""
+    mount = find_qedfuse_mount(mountpoint)
+    try:
+        client = Client(mount)
+    except QedfuseError as error:
+        unmount(mount.mountpoint)
+        raise QedfuseError(mountpoint, f"unmounted, but {error.message}: cannot tell whether all is flushed") from None
+    with client:
+        client.ask("wait")
+        unmount(mount.mountpoint)
+        answer = client.wait(_GRACE)
+        if answer is None:
+            _check_that_it_ends(mount, mountpoint)
+            answer = client.wait()
+    assert answer is not None
+    problem = answer.get("error")
+    if problem is not None:
+        raise QedfuseError(mountpoint, f"unmounted, but not all is safe: {problem}")
+    return EXIT_OK
+
+
+def _check_that_it_ends(mount: Mount, mountpoint: str) -> None:
+    """The daemon may be closing the images still, or the kernel has not let it go. Raises QedfuseError if so."""
+    try:
+        client = Client(mount)
+    except QedfuseError:
+        return  # it does not listen any more: it is closing
+    with client:
+        problem = client.ask("flush", None)["error"]
+    state = "all is flushed" if problem is None else problem
+    raise QedfuseError(
+        mountpoint,
+        f"unmounted here, but still mounted in another mount namespace; {state}, but the image stays in use until it "
+        "is unmounted there",
+        errno.EBUSY,
+    )
+
+
+def find_qedfuse_mount(mountpoint: str) -> Mount:
+    """The qedfuse mount at this path. Raises QedfuseError if there is none."""
+    mount = find_mount(os.path.realpath(mountpoint))
+    if mount is None or mount.fstype != FSTYPE:
+        raise QedfuseError(mountpoint, "is not a qedfuse mount", errno.EINVAL)
+    return mount

@@ -1,0 +1,63 @@
+"""Errors at the edge: an errno for the kernel, and a line in the log unless the same was said a moment ago."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Iterator
+
+from qedfuse.errors import InUseError, QedfuseError, describe
+
+#: What is no news: the caller's own doing, or the kernel will ask again.
+_SILENT = frozenset((errno.ESTALE, errno.EROFS, errno.EPERM, errno.EFBIG, errno.ENOENT))
+#: Seconds before a line is repeated, and how many different ones are remembered.
+_REPEAT_AFTER = 30.0
+_REMEMBERED = 256
+
+_log = logging.getLogger("qedfuse")
+
+
+class Complaints:
+    """From exceptions to errnos. A guest that reads a bad cluster a million times does not fill the log."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, float] = {}
+
+    def errno_of(self, error: Exception, action: str, *, broken: bool = False) -> int:
+        """What the kernel is told instead of `error`.
+
+        `broken`: an image that is not valid, or that qedfuse does not support, is EIO whatever its error's errno says.
+        An exception that is no OSError is a bug: EIO, and its traceback in the log.
+        """
+        leaves = list(_leaves(error))
+        bug = next((leaf for leaf in leaves if not isinstance(leaf, OSError)), None)
+        if bug is not None:
+            self._say(f"{action}: internal error: {type(bug).__name__}: {bug}; this is a bug", error)
+            return errno.EIO
+        cause = leaves[0]
+        assert isinstance(cause, OSError)
+        if broken and isinstance(cause, QedfuseError) and not isinstance(cause, InUseError):
+            code = errno.EIO
+        else:
+            code = cause.errno or errno.EIO
+        if code not in _SILENT:
+            self._say(f"{action} failed: {describe(cause)}")
+        return code
+
+    def _say(self, line: str, bug: Exception | None = None) -> None:
+        now = time.monotonic()
+        if now - self._said.get(line, -_REPEAT_AFTER) < _REPEAT_AFTER:
+            return
+        if len(self._said) >= _REMEMBERED:
+            self._said.clear()
+        self._said[line] = now
+        _log.error("%s", line, exc_info=bug)
+
+
+def _leaves(error: Exception) -> Iterator[Exception]:
+    if isinstance(error, ExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,124 @@
+"""The daemon's side of the control socket; see `control.py`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+from qedfuse.control import MAX_REQUEST, encode, peer_uid, socket_name
+
+#: Seconds: for a client to ask, to take an answer, and for a predecessor with our device number to vanish.
+_PATIENCE = 10.0
+_BIND_PATIENCE = 3.0
+
+_log = logging.getLogger("qedfuse")
+
+
+class ControlServer:
+    """Answers questions about a mount by `commands`, and tells who waits for it when all is closed."""
+
+    def __init__(self, commands: dict[str, Callable[[], Awaitable[dict[str, Any]]]]) -> None:
+        self._commands = commands
+        self._listener: trio.SocketListener | None = None
+        self._scope = trio.CancelScope()
+        self._waiting: set[trio.SocketStream] = set()
+
+    async def listen(self, device: str) -> None:
+        """Take the address. The kernel gives a device number to the next mount while the daemon of the last one may be
+        closing its images still, so the address may be taken for a moment."""
+        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        deadline = trio.current_time() + _BIND_PATIENCE
+        while True:
+            try:
+                await listener.bind(socket_name(device))
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or trio.current_time() > deadline:
+                    _log.warning("no control socket (%s): qedfuse umount and status will not work", error)
+                    listener.close()
+                    return
+                await trio.sleep(0.02)
+        listener.listen(16)
+        self._listener = trio.SocketListener(listener)
+
+    async def serve(self) -> None:
+        """Answer until `stop_listening`."""
+        if self._listener is None:
+            return
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    try:
+                        stream = await self._listener.accept()
+                    except trio.ClosedResourceError:
+                        return
+                    except OSError as error:
+                        _log.warning("control socket: %s", error)
+                        await trio.sleep(1)
+                        continue
+                    nursery.start_soon(self._answer, stream)
+
+    def stop_listening(self) -> None:
+        """Free the address; whoever waits goes on waiting."""
+        if self._listener is not None:
+            self._listener.socket.close()
+        self._scope.cancel()
+
+    async def finish(self, error: str | None) -> None:
+        """Tell those who wait how it ended."""
+        with trio.move_on_after(_PATIENCE):
+            for stream in list(self._waiting):
+                try:
+                    await stream.send_all(encode({"closed": True, "error": error}))
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass
+        for stream in list(self._waiting):
+            await trio.aclose_forcefully(stream)
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        """Serve one connection. It stays open for `finish` if its client waits when this is cancelled."""
+        try:
+            if peer_uid(stream.socket) in (0, os.geteuid()):
+                await self._handle(stream)
+        except trio.Cancelled:
+            if stream not in self._waiting:
+                await trio.aclose_forcefully(stream)
+            raise
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        self._waiting.discard(stream)
+        await trio.aclose_forcefully(stream)
+
+    async def _handle(self, stream: trio.SocketStream) -> None:
+        """Answer one request; one that waits is under way until the client loses patience."""
+        request = bytearray()
+        with trio.move_on_after(_PATIENCE):
+            while not request.endswith(b"\n"):
+                piece = await stream.receive_some(MAX_REQUEST)
+                if not piece or len(request) > MAX_REQUEST:
+                    return
+                request += piece
+        try:
+            command = json.loads(request).get("command")
+        except (ValueError, AttributeError, RecursionError):
+            command = None
+        run = self._commands.get(command) if isinstance(command, str) else None
+        answer: dict[str, Any]
+        if command == "wait":
+            self._waiting.add(stream)
+            answer = {"waiting": True}
+        elif run is not None:
+            answer = await run()
+        else:
+            answer = {"error": "unknown command"}
+        with trio.move_on_after(_PATIENCE):
+            await stream.send_all(encode(answer))
+        if stream in self._waiting:
+            await stream.receive_some(1)

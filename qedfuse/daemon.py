@@ -1,0 +1,308 @@
+"""The life of a mount: open the images, mount, say so, serve, and take all of it down again.
+
+Whoever unmounts it (umount, fusermount3 -u, qedfuse umount) ends it. SIGTERM, SIGINT and SIGHUP unmount it themselves.
+If it is in use then (an open file, a loop device), the mount leaves its place at once, what was completed is made
+durable, and the daemon serves those users to their last close: their data is worth more than a quick exit. A second
+signal ends it there and then, and they get errors. However it ends, every image is flushed and closed, and only then
+does `qedfuse umount` return and the process exit.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pyfuse3
+import trio
+
+from qedfuse.control_server import ControlServer
+from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
+from qedfuse.image import Image
+from qedfuse.kernel_mount import become_flusher, mount, raise_descriptor_limit
+from qedfuse.launch import Link
+from qedfuse.mount_options import MountOptions
+from qedfuse.mounted import MountedImage
+from qedfuse.mounts import Mount, find_mount, unmount
+from qedfuse.opening import open_image
+from qedfuse.operations import Operations
+from qedfuse.outside import Outside
+from qedfuse.rootclock import RootClock
+from qedfuse.tree import Tree
+
+if TYPE_CHECKING:
+    from qedfuse.fastpath import FastPath
+
+#: Seconds that the kernel has to tell us that it has unmounted us.
+_GRACE = 5.0
+#: Seconds that an image of a SOURCE directory stays open after its last use.
+LINGER = 0.5
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+_log = logging.getLogger("qedfuse")
+
+
+@dataclass(frozen=True)
+class MountConfig:
+    """What to mount where. All paths are absolute, and `mountpoint` has no symbolic links in it.
+
+    `images` and `directories` are the sources. `over_file`: the mountpoint is a regular file, to show the one image.
+    `fastpath`: requests may be answered by the native filter where there is one.
+    """
+
+    images: tuple[str, ...]
+    directories: tuple[str, ...]
+    mountpoint: str
+    over_file: bool
+    options: MountOptions
+    fastpath: bool
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.images + self.directories
+
+
+class Daemon:
+    """One mount, from its first image opened to its last one closed. `link`, if any, is told when it is usable."""
+
+    def __init__(self, config: MountConfig, outside: Outside, link: Link | None) -> None:
+        self._config = config
+        self._options = config.options
+        self._policy = config.options.policy
+        self._outside = outside
+        self._link = link
+        self._control = ControlServer({"status": self.status, "flush": self.flush})
+        self._starting = trio.CancelScope()
+        self._ended = trio.Event()
+        self._stopping = False
+        self._killed = False
+        self._session = False
+        self._serving = False
+        self._tree = Tree()
+        self._operations: Operations | None = None
+        self._fastpath: FastPath | None = None
+        self._mount: Mount | None = None
+
+    async def run(self) -> int:
+        """Returns the exit code: 0 if nothing was lost. Raises OSError if it did not come to a usable mount."""
+        wanted = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup(1)
+        with trio.open_signal_receiver(*wanted) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, signals, nursery)
+                try:
+                    await self._start(nursery)
+                    await self._ended.wait()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        error = await self._take_down()
+                    nursery.cancel_scope.cancel()
+        return EXIT_OK if error is None else EXIT_FAILED
+
+    # -- up -----------------------------------------------------------------------------------------------------------
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        with self._starting:
+            await self._open_images(nursery)
+            await self._mount_tree(nursery)
+        if self._starting.cancelled_caught:
+            raise QedfuseError(self._config.mountpoint, "interrupted before it was mounted")
+        _log.info("%s: mounted on %s", ", ".join(self._config.sources), self._config.mountpoint)
+        if self._link:
+            self._link.report_ready()
+
+    async def _open_images(self, nursery: trio.Nursery) -> None:
+        def make(path: str) -> MountedImage:
+            return MountedImage(path, self._open, nursery, read_only=self._options.read_only, linger=LINGER)
+
+        self._tree = Tree(self._config.directories, make, self._config.mountpoint)
+        writable = bool(self._config.directories)
+        for path in self._config.images:
+            mounted = make(path)
+            image = await mounted.acquire(to_write=True)
+            writable |= image.writable
+            try:
+                if self._config.over_file:
+                    self._tree.set_root(mounted, image)
+                else:
+                    self._tree.add(mounted, image)
+            except OSError:
+                await mounted.close()
+                raise
+        if not writable:
+            self._options = replace(self._options, read_only=True)
+
+    def _open(self, path: str, read_only: bool) -> AbstractAsyncContextManager[Image]:
+        return open_image(path, read_only=read_only, fixed_size=self._options.fixed_size, policy=self._policy)
+
+    async def _mount_tree(self, nursery: trio.Nursery) -> None:
+        mountpoint = self._config.mountpoint
+        self._fastpath = self._load_fastpath()
+        self._operations = Operations(self._tree, self._options, os.stat(mountpoint), self._fastpath)
+        mount(self._operations, mountpoint, self._config.sources[0], self._options)
+        self._session = True
+        self._serving = True
+        nursery.start_soon(self._serve_kernel)
+        self._mount = find_mount(mountpoint)
+        if self._mount is None:
+            raise QedfuseError(mountpoint, "mounted, but not to be seen here")
+        self._policy = replace(self._policy, refused_device=_device_number(self._mount))
+        await self._control.listen(self._mount.device)
+        nursery.start_soon(self._control.serve)
+        await self._settle(self._operations)
+        if self._fastpath and not self._fastpath.bound:
+            _log.warning("no native fast path (requests do not come by it): all is answered in Python")
+            self._fastpath = None
+
+    def _load_fastpath(self) -> FastPath | None:
+        if not self._config.fastpath:
+            return None
+        try:
+            from qedfuse.fastpath import FastPath
+
+            return FastPath(pyfuse3.__file__, writeback=self._options.writeback)
+        except (ImportError, OSError) as error:
+            _log.warning("no native fast path (%s): all is answered in Python", error)
+            return None
+
+    async def _settle(self, operations: Operations) -> None:
+        """Have the mount used for the first time, and keep the process that does it if it will be needed again."""
+        image = self._tree.root.mounted.opened if self._tree.root else None
+        clock = None
+        if image is not None and self._options.writeback:
+            clock = RootClock(self._outside, lambda: self.requests()["write"])
+            await clock.start(image)
+        else:
+            await self._outside.settle(image.size if image else None, None)
+            self._outside.close()
+        operations.settling = False
+        operations.clock = clock
+
+    async def _serve_kernel(self) -> None:
+        try:
+            async with self._fastpath.serving() if self._fastpath else nullcontext():
+                await pyfuse3.main()
+        except Exception as error:
+            _log.error("%s: serving the kernel failed", self._config.mountpoint, exc_info=error)
+        finally:
+            self._ended.set()
+            self._starting.cancel()
+
+    # -- down ---------------------------------------------------------------------------------------------------------
+
+    async def _watch(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
+        async for number in signals:
+            name = signal.Signals(number).name
+            if self._mount is None or (self._operations and self._operations.settling):
+                self._starting.cancel()
+            elif not self._stopping:
+                _log.info("%s: %s, unmounting", self._config.mountpoint, name)
+                self._stopping = True
+                nursery.start_soon(self._leave)
+            elif not self._ended.is_set():
+                _log.warning("%s: %s again, stopping at once", self._config.mountpoint, name)
+                self._killed = True
+                pyfuse3.terminate()
+
+    async def _leave(self) -> None:
+        """Unmount; if it is in use, go on for those who use it."""
+        if await self._try_unmount(lazy=False):
+            with trio.move_on_after(_GRACE):
+                await self._ended.wait()
+                return
+        else:
+            await self._try_unmount(lazy=True)
+        _log.warning(
+            "%s: in use, perhaps in another mount namespace; serving until that ends (a second signal stops at once)",
+            self._config.mountpoint,
+        )
+        await self.flush()
+
+    async def _try_unmount(self, *, lazy: bool) -> bool:
+        """Take our mount away, if it is still there and on top. False: it is in use."""
+        here = find_mount(self._config.mountpoint)
+        if here is None or self._mount is None or here.device != self._mount.device:
+            return False
+        try:
+            await trio.to_thread.run_sync(lambda: unmount(self._config.mountpoint, lazy=lazy))
+        except QedfuseError as error:
+            if error.errno != errno.EBUSY:
+                _log.error("%s", describe(error))
+            return False
+        return True
+
+    async def _take_down(self) -> str | None:
+        """Leave nothing behind. Returns what went wrong."""
+        if self._session:
+            if self._serving and not self._ended.is_set():  # it did not come to a usable mount
+                pyfuse3.terminate()
+                await self._ended.wait()
+            await self._try_unmount(lazy=True)
+            pyfuse3.close(unmount=self._mount is None)
+        self._control.stop_listening()
+        problems = ["it was still in use when it was stopped"] if self._killed else []
+        for node in self._tree.nodes:
+            await node.mounted.close()
+            if node.mounted.failure is not None:
+                problems.append(describe(node.mounted.failure, node.mounted.path))
+        error = "; ".join(problems) or None
+        if self._mount is not None:
+            _log.info("%s: closed%s", self._config.mountpoint, f", but {error}" if error else "")
+        await self._control.finish(error)
+        return error
+
+    # -- what it is doing ---------------------------------------------------------------------------------------------
+
+    async def flush(self) -> dict[str, Any]:
+        """Make durable what was completed, in every open image."""
+        problems = []
+        for node in self._tree.nodes:
+            try:
+                if node.mounted.opened is not None:
+                    await node.mounted.opened.flush()
+            except OSError as error:
+                problems.append(describe(error, node.mounted.path))
+                _log.error("%s", problems[-1])
+        return {"error": "; ".join(problems) or None}
+
+    async def status(self) -> dict[str, Any]:
+        """For `qedfuse status`. Sizes in bytes; the counters count requests of the kernel."""
+        return {
+            "pid": os.getpid(),
+            "mountpoint": self._config.mountpoint,
+            "sources": list(self._config.sources),
+            "read-only": self._options.read_only,
+            "fastpath": self._fastpath is not None and self._fastpath.answers,
+            "fastpath-counters": self._fastpath.counters if self._fastpath else {},
+            "images": [node.mounted.status() for node in self._tree.nodes if node.mounted.opened],
+            "requests": self.requests(),
+        }
+
+    def requests(self) -> dict[str, int]:
+        """How many requests of the kernel were answered, in Python or not."""
+        operations = self._operations
+        native = self._fastpath.counters if self._fastpath else {}
+        return {
+            "read": (operations.reads if operations else 0) + native.get("reads", 0),
+            "write": (operations.writes if operations else 0) + native.get("writes", 0),
+            "fsync": operations.syncs if operations else 0,
+        }
+
+
+def _device_number(mount: Mount) -> int:
+    major, minor = mount.device.split(":")
+    return os.makedev(int(major), int(minor))
+
+
+def serve(config: MountConfig, link: Link | None = None) -> int:
+    """Mount and serve until the end, in this process. `link`: to whoever waits for the mount, if it is not in the
+    foreground. Returns the exit code; raises what `Daemon.run` raises."""
+    become_flusher()
+    raise_descriptor_limit()
+    with Outside(config.mountpoint, [link.fileno()] if link else []) as outside:
+        return trio.run(Daemon(config, outside, link).run)

@@ -1,0 +1,81 @@
+"""Holes of an image: finding them (SEEK_DATA, SEEK_HOLE) and making them (fallocate), on the engine, without FUSE.
+
+A hole is what reads as zeroes without any bytes being stored for it: zero clusters, clusters that no layer has, and the
+holes of a raw backing file. Data is everything else, even if it consists of zeroes.
+
+Source: lseek(2), fallocate(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import aclosing
+
+from qedfuse.image import Image
+from qedfuse.layer import Kind, Layer
+from qedfuse.mapping import walk
+from qedfuse.scan import Breather
+from qedfuse.storage import FileStorage
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+
+async def next_data(layer: Layer, offset: int) -> int | None:
+    """The first byte at or behind `offset` that is data, None if there is none. Raises OSError as reading does."""
+    return await _find(layer, offset, data=True)
+
+
+async def next_hole(layer: Layer, offset: int) -> int:
+    """The first byte at or behind `offset` that is in a hole; the image's end counts as one. Raises OSError."""
+    found = await _find(layer, offset, data=False)
+    return layer.size if found is None else found
+
+
+async def _find(layer: Layer, offset: int, *, data: bool) -> int | None:
+    async with aclosing(walk(layer, offset, layer.size)) as entries:
+        async for entry in entries:
+            if entry.data is data:
+                return entry.start
+    return None
+
+
+async def fallocate(image: Image, mode: int, offset: int, size: int) -> None:
+    """fallocate(2) on the raw file. Bytes; `mode` as there. Raises OSError; EOPNOTSUPP for what cannot be done here.
+
+    PUNCH_HOLE and ZERO_RANGE make the range read as zeroes and give back the whole clusters in it. ZERO_RANGE past the
+    end grows the image, unless KEEP_SIZE is given.
+
+    Preallocation (mode 0) grows the image if the range ends past its end. It reserves nothing, as on other file systems
+    that allocate on write, but is refused with ENOSPC if what the range lacks does not fit on the host now.
+    """
+    keep_size = bool(mode & FALLOC_FL_KEEP_SIZE)
+    action = mode & ~FALLOC_FL_KEEP_SIZE
+    if action not in (0, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) or mode == FALLOC_FL_PUNCH_HOLE:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    if action == 0:
+        await _check_space(image, offset, size)
+    if not keep_size and offset + size > image.size:
+        await image.resize(offset + size)
+    if action != 0:
+        await image.zero(offset, size)
+
+
+async def _check_space(image: Image, offset: int, size: int) -> None:
+    """Is there room on the host for the clusters that a range lacks?"""
+    if not isinstance(image.storage, FileStorage):
+        return
+    host = os.fstatvfs(image.storage.fileno())
+    room = host.f_bavail * host.f_frsize
+    missing = max(0, offset + size - max(offset, image.size))
+    end = min(offset + size, image.size)
+    breathe = Breather()
+    while offset < end and missing <= room:
+        await breathe()
+        for run in await image.map(offset, end - offset):
+            missing += 0 if run.kind is Kind.DATA else run.length
+            offset += run.length
+    if missing > room:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

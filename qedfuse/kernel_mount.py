@@ -1,0 +1,85 @@
+"""Mounting by libfuse: which options it is given, and its complaints as errors.
+
+Source: fuse(8), libfuse lib/mount.c; prctl(2) PR_SET_IO_FLUSHER.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pyfuse3
+
+from qedfuse.errors import QedfuseError
+from qedfuse.mount_options import MountOptions
+
+SUBTYPE = "qedfuse"
+
+_PR_SET_IO_FLUSHER = 57
+
+
+class _Option(str):
+    """A mount option in any bytes: pyfuse3 would encode it as ASCII."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:
+        return str.encode(self, sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+
+
+def mount(operations: pyfuse3.Operations, mountpoint: str, source: str, options: MountOptions) -> None:
+    """Mount. Requests may wait from now on. Raises QedfuseError with libfuse's reason."""
+    words = {f"subtype={SUBTYPE}", _Option("fsname=" + _escape(source)), *options.kernel}
+    if options.read_only:
+        words.add("ro")
+    if options.allow_other:
+        words.add("allow_other")
+    if options.checks_permissions:
+        words.add("default_permissions")
+    with _captured_stderr() as complaints:
+        try:
+            pyfuse3.init(operations, mountpoint, words)
+        except RuntimeError as error:
+            if "mount" in str(error):  # there is a session: pyfuse3 has no other way to tell
+                pyfuse3.close(unmount=False)
+            lines = complaints().decode(errors="replace").strip().splitlines()
+            reason = lines[0] if lines else "libfuse gives no reason"
+            raise QedfuseError(mountpoint, f"cannot mount: {reason}") from None
+
+
+def _escape(source: str) -> str:
+    """libfuse splits options at commas and takes a backslash for an escape."""
+    return source.replace("\\", "\\\\").replace(",", "\\,")
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], bytes]]:
+    """What libfuse and fusermount3 print: the call returns it."""
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: os.pread(file.fileno(), 65536, 0)
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def become_flusher() -> None:
+    """Ask the kernel not to wait for this process's I/O while this process is asked for memory: writing back a loop
+    device's pages needs us. Only with CAP_SYS_RESOURCE; threads that are started later inherit it."""
+    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+
+
+def raise_descriptor_limit() -> None:
+    """An open image takes a descriptor for each file of its chain, and the default is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

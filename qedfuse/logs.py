@@ -1,0 +1,27 @@
+"""Where the log goes: stderr in the foreground, else syslog if there is one, or a file."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+
+_SYSLOG = "/dev/log"
+
+
+def start_logging(*, foreground: bool, log_file: str | None) -> None:
+    """Set up the process's log. Raises OSError if `log_file` cannot be opened."""
+    handler: logging.Handler
+    if log_file is not None:
+        handler = logging.FileHandler(log_file)
+        handler.setFormatter(logging.Formatter("%(asctime)s qedfuse[%(process)d] %(levelname)s: %(message)s"))
+    elif foreground:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("qedfuse: %(message)s"))
+    elif os.path.exists(_SYSLOG):
+        handler = logging.handlers.SysLogHandler(_SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
+        handler.setFormatter(logging.Formatter("qedfuse[%(process)d]: %(message)s"))
+    else:
+        handler = logging.NullHandler()
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.raiseExceptions = False  # a full disk under the log is no reason to print to a closed stderr

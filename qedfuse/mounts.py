@@ -1,0 +1,104 @@
+"""The kernel's mounts: finding one by its mountpoint, and taking it away.
+
+Source: proc_pid_mountinfo(5), umount2(2), fusermount3(1).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import subprocess
+from typing import NamedTuple
+
+from qedfuse.errors import QedfuseError
+
+FSTYPE = "fuse.qedfuse"
+
+_MOUNTINFO = "/proc/self/mountinfo"
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+
+
+class Mount(NamedTuple):
+    """A line of mountinfo. `device` is "major:minor", `owner` the uid that mounted it (fuse only, else None)."""
+
+    id: int
+    parent: int
+    device: str
+    mountpoint: str
+    fstype: str
+    source: str
+    owner: int | None
+
+
+def find_mount(mountpoint: str) -> Mount | None:
+    """What is mounted at this path (absolute, without symbolic links); of several, the one on top."""
+    with open(_MOUNTINFO, encoding="utf-8", errors="surrogateescape") as table:
+        here = [mount for mount in map(parse_mount, table) if mount.mountpoint == mountpoint]
+    below = {mount.parent for mount in here}
+    return next((mount for mount in here if mount.id not in below), None)
+
+
+def parse_mount(line: str) -> Mount:
+    """One line of mountinfo."""
+    left, _, right = line.rstrip("\n").partition(" - ")
+    id, parent, device, _root, mountpoint, *_ = left.split(" ")
+    fstype, source, options = [*right.split(" "), "", "", ""][:3]
+    owner = re.search(r"(?:^|,)user_id=(\d+)", options)
+    return Mount(
+        int(id), int(parent), device, _unescape(mountpoint), fstype, _unescape(source), int(owner[1]) if owner else None
+    )
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount what is on top at `mountpoint`; blocks while the kernel writes back what it still has.
+
+    `lazy`: detach it now, even if it is in use; the kernel lets go of it after its last use. Raises QedfuseError: EBUSY
+    if it is in use, EPERM if it is somebody else's.
+    """
+    if os.geteuid() == 0:
+        flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
+        if ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(mountpoint), flags) == 0:
+            return
+        code = ctypes.get_errno()
+        if code != errno.EPERM:  # root, but of a container: let fusermount3 try
+            raise _failure(mountpoint, code, os.strerror(code).lower())
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env={**os.environ, "LC_ALL": "C"}
+        )
+    except FileNotFoundError:
+        raise QedfuseError(mountpoint, "cannot unmount: fusermount3 is not installed", errno.ENOENT) from None
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()
+        text = reason[-1] if reason else f"fusermount3 failed with exit code {done.returncode}"
+        raise _failure(mountpoint, errno.EBUSY if "busy" in text else errno.EPERM, text)
+
+
+def _failure(mountpoint: str, code: int, text: str) -> QedfuseError:
+    if code == errno.EBUSY:
+        return QedfuseError(mountpoint, f"is in use{_name_loop_devices(mountpoint)}; stop that first", code)
+    return QedfuseError(mountpoint, f"cannot unmount: {text}", code)
+
+
+def _name_loop_devices(mountpoint: str) -> str:
+    """Who holds a mount most often, and is in no list of processes."""
+    devices = []
+    for name in sorted(os.listdir("/sys/block")) if os.path.isdir("/sys/block") else []:
+        try:
+            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+                backing = file.read().rstrip("\n")
+        except OSError:
+            continue
+        if backing == mountpoint or backing.startswith(mountpoint.rstrip("/") + "/"):
+            devices.append(f"/dev/{name}")
+    if not devices:
+        return " (an open file, a loop device or a working directory)"
+    return f" by loop device {', '.join(devices)}"

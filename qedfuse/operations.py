@@ -1,0 +1,323 @@
+"""The kernel's requests, translated into calls of the engine and of the tree, and errors into errnos. Nothing else.
+
+`read` and `write` are the hot path: a dictionary lookup, and the engine's `_nowait` call if that is enough.
+
+Extended attributes stay unimplemented: with them the kernel would ask for `security.capability` before each write.
+Source: pyfuse3's `Operations`; fuse(4), Linux fs/fuse/.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+
+from qedfuse.attributes import Attributes, directory_attributes, host_blocks, raw_attributes
+from qedfuse.changes import change_owner, change_times
+from qedfuse.complaints import Complaints
+from qedfuse.geometry import DEFAULT_CLUSTER_SIZE
+from qedfuse.image import Image
+from qedfuse.mount_options import MountOptions
+from qedfuse.peek import Peek
+from qedfuse.rootclock import RootClock
+from qedfuse.storage import FileStorage
+from qedfuse.tree import ROOT, Entry, Node, Tree
+
+if TYPE_CHECKING:
+    from qedfuse.fastpath import FastPath
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Seconds for which the kernel believes attributes, and names that may change.
+ATTRIBUTES_TIMEOUT = 1.0
+NAMES_TIMEOUT = 1.0
+FIXED_NAMES_TIMEOUT = 3600.0
+
+_SYNC_FLAGS = os.O_SYNC | os.O_DSYNC
+
+
+def _translated(
+    handler: Callable[Concatenate[Operations, P], Awaitable[T]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
+    """A handler whose exceptions become errnos. pyfuse3 ends the mount on anything but a FUSEError."""
+
+    async def translated(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except Exception as error:
+            raise FUSEError(self.complaints.errno_of(error, handler.__name__)) from None
+
+    return translated
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers. `host` is the status that the root directory shows, in a mount over a directory.
+
+    `settling`: the mount is not announced yet. Its owner is whoever mounts it, who may then tell the kernel the size of
+    a file mount, and times are not to be changed by that (see `outside.py`). `clock`: whom to tell that a file mount is
+    closed.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self, tree: Tree, options: MountOptions, host: os.stat_result, fastpath: FastPath | None = None
+    ) -> None:
+        super().__init__()
+        self.enable_writeback_cache = options.writeback
+        self.settling = True
+        self.reads = 0
+        self.writes = 0
+        self.syncs = 0
+        self.clock: RootClock | None = None
+        self.complaints = Complaints()
+        self._tree = tree
+        self._options = options
+        self._host = host
+        self._fastpath = fastpath
+        self._images: dict[int, Image] = {}
+        self._nodes: dict[int, Node] = {}
+        self._synced: set[int] = set()
+        self._listings: dict[int, list[Entry]] = {}
+        self._next_handle = 1
+        self._names_timeout = NAMES_TIMEOUT if tree.directories else FIXED_NAMES_TIMEOUT
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        try:
+            image = self._images[fh]
+            data = image.read_nowait(off, size)
+            if data is None:
+                data = await image.read(off, size)
+            self.reads += 1
+            return data  # type: ignore[return-value]  # pyfuse3 takes any buffer
+        except Exception as error:
+            raise FUSEError(self.complaints.errno_of(error, "read")) from None
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        try:
+            image = self._images[fh]
+            if not image.write_nowait(off, buf):
+                await image.write(off, buf)
+            if fh in self._synced:
+                await image.flush()
+            self.writes += 1
+            return len(buf)
+        except Exception as error:
+            raise FUSEError(self.complaints.errno_of(error, "write")) from None
+
+    @_translated
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        self.syncs += 1
+        await self._images[fh].flush()
+
+    @_translated
+    async def flush(self, fh: int) -> None:
+        """close(2): promises nothing, but is the last chance to tell that something was lost."""
+        image = self._images[fh]
+        if image.failed is not None:
+            raise image.failed
+        if self.clock is not None:
+            await self.clock.update(image)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @_translated
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        node = self._tree.node(inode)
+        to_write = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        image = await self._acquire(node, to_write=to_write)
+        try:
+            if to_write and not image.writable:
+                raise FUSEError(errno.EROFS)
+            if flags & os.O_TRUNC:  # ours to do: libfuse asks the kernel for that (FUSE_ATOMIC_O_TRUNC)
+                await image.resize(0)
+        except BaseException:
+            node.mounted.release()
+            raise
+        handle = self._take_handle()
+        self._images[handle] = image
+        self._nodes[handle] = node
+        if flags & _SYNC_FLAGS:
+            self._synced.add(handle)
+        if self._fastpath:
+            self._fastpath.attach(handle, image, writable=to_write and not flags & _SYNC_FLAGS)
+        return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=not self._options.direct_io)
+
+    @_translated
+    async def release(self, fh: int) -> None:
+        if self._fastpath:
+            self._fastpath.detach(fh)
+        del self._images[fh]
+        self._synced.discard(fh)
+        self._nodes.pop(fh).mounted.release()
+
+    @_translated
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        if inode == ROOT and self._tree.root is None:
+            raise FUSEError(errno.EPERM)
+        node = self._tree.node(inode)
+        image = await self._acquire(node, to_write=True)
+        try:
+            if not image.writable:
+                raise FUSEError(errno.EROFS)
+            if fields.update_size:
+                await image.resize(attr.st_size)
+            if not self.settling:
+                self._change_file(node, image, attr, fields, ctx)
+            return self._entry(node.id, self._attributes(node, None))
+        finally:
+            node.mounted.release()
+
+    def _change_file(
+        self, node: Node, image: Image, attr: EntryAttributes, fields: SetattrFields, ctx: RequestContext
+    ) -> None:
+        fd = cast(FileStorage, image.storage).fileno()
+        change_owner(
+            fd,
+            caller=ctx.uid,
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            options=self._options,
+        )
+        mtime = attr.st_mtime_ns if fields.update_mtime else None
+        change_times(fd, atime_ns=attr.st_atime_ns if fields.update_atime else None, mtime_ns=mtime)
+        if mtime is not None and self.enable_writeback_cache:
+            node.mounted.mtime_ns = mtime  # the kernel is the master of it
+
+    @_translated
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        if inode == ROOT and self._tree.root is None:
+            return self._entry(ROOT, directory_attributes(self._host, self._options))
+        node = self._tree.node(inode)
+        peek = None if node.mounted.opened else await self._tree.look(node)
+        return self._entry(inode, self._attributes(node, peek))
+
+    @_translated
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Asked only where the kernel does not decide by owner and mode: the one who mounted it may do all there is."""
+        if mode & os.W_OK and (await self.getattr(inode, ctx)).st_mode & 0o222 == 0:
+            raise FUSEError(errno.EROFS)
+        return not mode & os.X_OK or (inode == ROOT and self._tree.root is None)
+
+    # -- the directory ------------------------------------------------------------------------------------------------
+
+    @_translated
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        found = await self._tree.find(name)
+        if found is None:
+            raise FUSEError(errno.ENOENT)
+        found.node.lookups += 1
+        return self._entry(found.node.id, self._attributes(found.node, found.peek))
+
+    async def forget(self, inode_list: Any) -> None:
+        for inode, lookups in inode_list:
+            self._tree.forget(inode, lookups)
+
+    @_translated
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        handle = self._take_handle()
+        self._listings[handle] = await self._tree.entries()
+        return handle
+
+    @_translated
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        root = self._entry(ROOT, directory_attributes(self._host, self._options))
+        for index, name in enumerate((b".", b"..")):
+            if index >= start_id and not pyfuse3.readdir_reply(token, name, root, index + 1):
+                return
+        listing = self._listings[fh]
+        for index in range(max(0, start_id - 2), len(listing)):
+            name, node, peek = listing[index]
+            entry = self._entry(node.id, self._attributes(node, peek))
+            if not pyfuse3.readdir_reply(token, name, entry, index + 3):
+                return
+            node.lookups += 1
+
+    @_translated
+    async def releasedir(self, fh: int) -> None:
+        del self._listings[fh]
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """The directory is not ours to make durable."""
+
+    async def _refuse(self, *args: Any) -> NoReturn:
+        """Raw files come and go with their images."""
+        raise FUSEError(errno.EPERM)
+
+    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]
+
+    @_translated
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """The host file system's space, as that is what runs out. f_bsize is the cluster size: the loop driver takes
+        its discard granularity from it. In a directory it is the largest one, a multiple of the others."""
+        images = [node.mounted.opened for node in self._tree.nodes if node.mounted.opened]
+        if images:
+            host = os.fstatvfs(cast(FileStorage, images[0].storage).fileno())
+        else:
+            host = await trio.to_thread.run_sync(os.statvfs, self._tree.directories[0])
+        result = StatvfsData()
+        result.f_bsize = max((image.geometry.cluster_size for image in images), default=DEFAULT_CLUSTER_SIZE)
+        result.f_frsize = host.f_frsize
+        result.f_blocks, result.f_bfree, result.f_bavail = host.f_blocks, host.f_bfree, host.f_bavail
+        result.f_files, result.f_ffree, result.f_favail = len(self._tree.nodes), 0, 0
+        result.f_namemax = host.f_namemax
+        return result
+
+    # -- small parts --------------------------------------------------------------------------------------------------
+
+    async def _acquire(self, node: Node, *, to_write: bool) -> Image:
+        """The node's open image. One that is broken is EIO to whoever opens it, and a line in the log."""
+        try:
+            return await self._tree.acquire(node, to_write=to_write)
+        except Exception as error:
+            raise FUSEError(self.complaints.errno_of(error, "open", broken=True)) from None
+
+    def _attributes(self, node: Node, peek: Peek | None) -> Attributes:
+        """Of an open image what is true now, of another what a look has found."""
+        image = node.mounted.opened
+        if image is not None:
+            status = image.storage.stat()
+            return raw_attributes(
+                status, image.size, host_blocks(image), writable=image.writable, options=self._options
+            )
+        if peek is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        writable = not node.mounted.read_only and peek.writable
+        return raw_attributes(peek.status, peek.size, peek.status.st_blocks, writable=writable, options=self._options)
+
+    def _entry(self, inode: int, attributes: Attributes) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = inode
+        entry.st_mode = attributes.mode
+        entry.st_nlink = attributes.nlink
+        entry.st_uid = attributes.uid
+        entry.st_gid = attributes.gid
+        entry.st_size = attributes.size
+        entry.st_blocks = attributes.blocks
+        entry.st_atime_ns = attributes.atime_ns
+        entry.st_mtime_ns = attributes.mtime_ns
+        entry.st_ctime_ns = attributes.ctime_ns
+        entry.attr_timeout = ATTRIBUTES_TIMEOUT
+        entry.entry_timeout = self._names_timeout
+        if self.settling:
+            entry.attr_timeout = 0
+            entry.st_uid = os.geteuid()
+            entry.st_mode |= 0o600
+        return entry
+
+    def _take_handle(self) -> int:
+        self._next_handle += 1
+        return self._next_handle
