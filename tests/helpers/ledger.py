@@ -1,0 +1,97 @@
+"""What a raw file may hold after a crash, by what its writers have announced and what was acknowledged."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from tests.helpers.acknowledging import SECTOR, content
+
+
+class Ledger:
+    """Each sector's possible versions: the last one that is certain, and whatever was written since.
+
+    `base` is what the file held before anybody wrote (version 0). A sector has one writer at a time, whose writes come
+    in order, so that an acknowledged version rules out all before it.
+    """
+
+    def __init__(self, seed: int, base: bytes) -> None:
+        self.seed = seed
+        self.acknowledged = 0  # writes
+        self._base = base
+        self._versions: dict[int, list[int]] = {}
+        self._pending: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        self._last = 0
+
+    @property
+    def next_version(self) -> int:
+        """An even version that is higher than any before."""
+        return (self._last + 2) & ~1
+
+    def listener(self, writer: int) -> Callable[[str], None]:
+        """Takes what a writer says."""
+        return lambda line: self._note(writer, line)
+
+    def _note(self, writer: int, line: str) -> None:
+        word, *numbers = line.split()
+        if word == "a":
+            for write in self._pending.pop(writer, []):
+                self._acknowledge(*write)
+            return
+        assert word == "w", line
+        first, count, version = map(int, numbers)
+        self._pending[writer].append((first, count, version))
+        self._last = max(self._last, version)
+        for sector in range(first, first + count):
+            self._versions.setdefault(sector, [0]).append(version)
+
+    def _acknowledge(self, first: int, count: int, version: int) -> None:
+        self.acknowledged += 1
+        for sector in range(first, first + count):
+            versions = self._versions[sector]
+            del versions[: versions.index(version)]
+
+    def settle(self, data: bytes) -> None:
+        """After a crash: fails if any sector holds what it cannot; from now on each has what it was found with."""
+        assert len(data) == len(self._base), (len(data), len(self._base))
+        wrong = []
+        self._pending.clear()
+        for sector, versions in self._versions.items():
+            found = data[sector * SECTOR : (sector + 1) * SECTOR]
+            for version in reversed(versions):
+                if found == self._content(sector, version):
+                    self._versions[sector] = [version]
+                    break
+            else:
+                wrong.append(f"sector {sector}: {self._describe(sector, found)}, not one of {versions}")
+        wrong += self._strays(data)
+        assert not wrong, f"{len(wrong)} sectors are wrong (seed {self.seed}):\n" + "\n".join(wrong[:20])
+
+    def _strays(self, data: bytes) -> list[str]:
+        """Sectors that nobody has written and that have changed all the same."""
+        expected = bytearray(self._base)
+        for sector in self._versions:
+            place = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            expected[place] = data[place]
+        if expected == data:
+            return []
+        return [
+            f"sector {place // SECTOR}: nobody wrote it, but it has changed"
+            for place in range(0, len(data), SECTOR)
+            if expected[place : place + SECTOR] != data[place : place + SECTOR]
+        ]
+
+    def _content(self, sector: int, version: int) -> bytes:
+        if version == 0:
+            return self._base[sector * SECTOR : (sector + 1) * SECTOR]
+        return content(self.seed, sector, version)
+
+    def _describe(self, sector: int, found: bytes) -> str:
+        if found == self._content(sector, 0):
+            return "what was there before any write"
+        if not any(found):
+            return "zeroes"
+        for version in range(2, self._last + 1, 2):
+            if found == content(self.seed, sector, version):
+                return f"version {version}"
+        return f"garbage {found[:16].hex()}"

@@ -1,0 +1,33 @@
+"""Tests that run twice: with requests answered by the native fast path, and by Python alone."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from tests.helpers.mounts import EXTRA_OPTIONS
+
+#: The words of a mode for `mounted`.
+Mode = tuple[str, ...]
+
+NATIVE: Mode = ()
+PYTHON: Mode = ("--no-fastpath",)
+
+#: Gives a test the argument `mode`.
+MODES = pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(
+            NATIVE,
+            id="native",
+            marks=[
+                pytest.mark.skipif("--no-fastpath" in EXTRA_OPTIONS, reason="--no-fastpath is chosen for all mounts"),
+                pytest.mark.skipif(
+                    importlib.util.find_spec("qedfuse._fastpath") is None, reason="the fast path is not built"
+                ),
+            ],
+        ),
+        pytest.param(PYTHON, id="python"),
+    ],
+)

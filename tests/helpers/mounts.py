@@ -1,0 +1,165 @@
+"""Real mounts, which never outlive their test.
+
+    with mounted(image, raw):                      # in the background, as users do
+    with mounted(image, raw, "--ro") as mount:     # more words for the command line
+        mount.umount()                             # ends it early; a mount that is gone is not unmounted again
+
+`QEDFUSE_TEST_OPTIONS` in the environment adds words to every mount, for instance `--no-fastpath`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from qedfuse.mounts import FSTYPE, Mount, find_mount
+from tests.helpers.cli import TIMEOUT, Name, Result, environment, qedfuse
+
+EXTRA_OPTIONS = os.environ.get("QEDFUSE_TEST_OPTIONS", "").split()
+
+QEMU_IMG = shutil.which("qemu-img")
+
+
+class Mounted(NamedTuple):
+    """A mount that `mounted` has made. `process`: the daemon, if it is in the foreground; `log`: its log file."""
+
+    point: Path
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def umount(self) -> Result:
+        """`qedfuse umount`."""
+        return qedfuse("umount", self.point)
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def pid(self) -> int:
+        """The daemon's process id."""
+        return self.process.pid if self.process else find_daemon(self.point)
+
+
+def need_fuse() -> None:
+    """Skip, with the reason, where nothing can be mounted."""
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("no /dev/fuse here")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("/dev/fuse may not be opened")
+    if shutil.which("fusermount3") is None:
+        pytest.skip("fusermount3 is not installed")
+
+
+@contextmanager
+def mounted(*words: Name, foreground: bool = False) -> Iterator[Mounted]:
+    """`qedfuse mount WORDS...`, unmounted in the end. Options may stand anywhere."""
+    need_fuse()
+    point = Path(_positional(words)[-1])
+    log = point.parent / f"{point.name}.log"
+    arguments = ["mount", *EXTRA_OPTIONS, "--log-file", str(log), *map(str, words)]
+    if foreground:
+        with _foreground(arguments, point, log) as mount:
+            yield mount
+        return
+    done = qedfuse(*arguments)
+    assert done == Result(0, "", ""), done
+    with _cleaned_up(point):
+        yield Mounted(point, log)
+        result = qedfuse("umount", point) if is_mounted(point) else Result(0, "", "")
+        assert result == Result(0, "", ""), (result, log.read_text())
+
+
+def _positional(words: tuple[Name, ...]) -> list[str]:
+    """The words that are no options."""
+    result = []
+    rest = iter(map(str, words))
+    for word in rest:
+        if word in ("-o", "--log-file", "--backing-root"):
+            next(rest)
+        elif not word.startswith("-"):
+            result.append(word)
+    return result
+
+
+@contextmanager
+def _foreground(arguments: list[str], point: Path, log: Path) -> Iterator[Mounted]:
+    command = [sys.executable, "-m", "qedfuse", arguments[0], "-f", *arguments[1:]]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
+        try:
+            with _cleaned_up(point):
+                wait_until(
+                    lambda: process.poll() is not None or "mounted on" in (log.read_text() if log.exists() else "")
+                )
+                assert process.poll() is None, log.read_text()
+                yield Mounted(point, log, process)
+                if is_mounted(point):
+                    assert qedfuse("umount", point) == Result(0, "", "")
+                process.wait(TIMEOUT)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def _cleaned_up(point: Path) -> Iterator[None]:
+    """Nothing stays mounted at `point`, whatever happens in the block."""
+    try:
+        yield
+    finally:
+        while find_mount(os.path.realpath(point)) is not None:
+            subprocess.run(["umount", "-l", str(point)], check=True, timeout=TIMEOUT)
+
+
+def is_mounted(point: Path) -> bool:
+    return mount_at(point) is not None
+
+
+def mount_at(point: Path) -> Mount | None:
+    """The qedfuse mount on `point`; asks the kernel's table, not the mount."""
+    mount = find_mount(os.path.realpath(point))
+    return mount if mount is not None and mount.fstype == FSTYPE else None
+
+
+def find_daemon(point: Path) -> int:
+    """The pid of the daemon that serves `point`, by its control socket's answer."""
+    from qedfuse.control import Client
+
+    mount = mount_at(point)
+    assert mount is not None
+    with Client(mount) as client:
+        return int(client.ask("status")["pid"])
+
+
+def wait_until(condition: object, seconds: float = 20) -> None:
+    """Poll for something that has no event to wait for."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not happened in time"
+        time.sleep(0.01)
+
+
+def wait_for_exit(pid: int, seconds: float = 20) -> None:
+    """Until a process that is not our child has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        import select
+
+        assert select.select([fd], [], [], seconds)[0], f"process {pid} does not end"
+    finally:
+        os.close(fd)
+
+
+def kill(pid: int, number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(pid, number)

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Run the tests of the native fast path with AddressSanitizer and UndefinedBehaviorSanitizer. Arguments go to pytest.
+#
+# Works on a copy, so that no other program meets the slow library.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")/.."
+
+python=$PWD/.venv/bin/python
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r qedfuse tests pyproject.toml "$copy"
+cd "$copy"
+rm -f qedfuse/_fastpath*.so
+
+suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+gcc -std=gnu11 -O1 -g -fPIC -shared -Wall -Wextra -Werror -fno-omit-frame-pointer \
+    -fsanitize=address,undefined -fno-sanitize-recover=all \
+    -I"$include" qedfuse/_fastpath.c -o "qedfuse/_fastpath$suffix"
+
+# Python itself is not instrumented, so the runtime must be in the process first; what Python never frees is no leak of
+# ours. Only Python is started that way, not the other programs that the tests run.
+cat >sanitized <<END
+#!/bin/sh
+LD_PRELOAD=$(gcc -print-file-name=libasan.so) exec "$python" "\$@"
+END
+chmod +x sanitized
+cat >only_python.py <<END
+import os, sys
+del os.environ["LD_PRELOAD"]
+sys.executable = "$copy/sanitized"
+END
+export ASAN_OPTIONS=detect_leaks=0:log_path=$copy/report
+export UBSAN_OPTIONS=print_stacktrace=1:log_path=$copy/report
+export PYTHONMALLOC=malloc
+status=0
+./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath.py "$@" || status=$?
+if compgen -G "$copy/report*" >/dev/null; then
+    cat "$copy"/report*
+    status=1
+fi
+exit "$status"

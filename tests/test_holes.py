@@ -1,0 +1,263 @@
+"""Finding and making holes, on the engine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from qedfuse.holes import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    fallocate,
+    next_data,
+    next_hole,
+)
+from qedfuse.image import Image
+from qedfuse.layer import Layer
+from qedfuse.opening import open_image
+from tests.helpers.chains import qemu_img, run
+
+KIB = 1 << 10
+MIB = 1 << 20
+TIB = 1 << 40
+CLUSTER = 64 * KIB
+PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+Segments = list[tuple[int, int]]
+
+
+async def segments(layer: Layer) -> Segments:
+    """The data of a layer, as `cp --sparse` would walk it."""
+    result = []
+    offset = await next_data(layer, 0)
+    while offset is not None:
+        hole = await next_hole(layer, offset)
+        assert hole > offset
+        result.append((offset, hole))
+        offset = await next_data(layer, hole)
+    return result
+
+
+@asynccontextmanager
+async def new_image(directory: Path, size: int | str, *options: object) -> AsyncIterator[Image]:
+    path = directory / "top.qed"
+    qemu_img("create", "-q", "-f", "qed", *options, path, size)
+    async with open_image(path) as image:
+        yield image
+
+
+def sparse_file(path: Path, size: int, data: Segments) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+        for start, end in data:
+            file.seek(start)
+            file.write(b"\xaa" * (end - start))
+    return path
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_image_is_one_hole(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, "1G") as image:
+            assert await next_data(image, 0) is None
+            assert await next_data(image, image.size) is None
+            assert await next_hole(image, 12345) == 12345
+            assert await segments(image) == []
+
+    run(check)
+
+
+def test_data_is_found_by_clusters(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, 100 * MIB + 512) as image:
+            for offset in (0, 5 * CLUSTER + 700, 6 * CLUSTER, 80 * MIB, image.size - 1):
+                await image.write(offset, b"x")
+            last = image.size // CLUSTER * CLUSTER
+            assert await segments(image) == [
+                (0, CLUSTER),
+                (5 * CLUSTER, 7 * CLUSTER),
+                (80 * MIB, 80 * MIB + CLUSTER),
+                (last, image.size),
+            ]
+            assert await next_data(image, 100) == 100
+            assert await next_data(image, CLUSTER) == 5 * CLUSTER
+            assert await next_hole(image, 5 * CLUSTER + 1) == 7 * CLUSTER
+            assert await next_hole(image, last + 1) == image.size
+
+    run(check)
+
+
+def test_zero_clusters_hide_the_backing_file(tmp_path: Path) -> None:
+    base = sparse_file(tmp_path / "base.raw", 4 * MIB, [(0, 4 * MIB)])
+
+    async def check() -> None:
+        async with new_image(tmp_path, "4M", "-b", base, "-F", "raw") as image:
+            assert await segments(image) == [(0, 4 * MIB)]
+            await image.zero(MIB, 2 * MIB)
+            assert await segments(image) == [(0, MIB), (3 * MIB, 4 * MIB)]
+
+    run(check)
+
+
+def test_holes_of_a_raw_backing_file_are_holes(tmp_path: Path) -> None:
+    """At the host's granularity; what lies past the backing file's end is a hole, too."""
+    data = [(64 * KIB, 128 * KIB), (MIB, MIB + 8 * KIB)]
+    base = sparse_file(tmp_path / "base.raw", 2 * MIB, data)
+
+    async def check() -> None:
+        async with new_image(tmp_path, "8M", "-b", base, "-F", "raw") as image:
+            assert await segments(image) == data
+            await image.write(4 * MIB, b"x")
+            assert await segments(image) == [*data, (4 * MIB, 4 * MIB + CLUSTER)]
+            assert await next_hole(image, MIB + 4 * KIB) == MIB + 8 * KIB
+
+    run(check)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_in_a_hole_reads_as_zeroes(tmp_path: Path, seed: int) -> None:
+    """A chain of two images over a raw file, written and zeroed at random."""
+    rnd = random.Random(seed)
+    size = 4 * MIB
+    starts = sorted(rnd.sample(range(0, 1024, 2), 20))
+    base = sparse_file(tmp_path / "base.raw", size, [(n * 4 * KIB, (n + 1) * 4 * KIB) for n in starts])
+    middle = tmp_path / "middle.qed"
+    qemu_img("create", "-q", "-f", "qed", "-o", "cluster_size=4096", "-b", base, "-F", "raw", middle)
+
+    async def scribble(image: Image) -> None:
+        for _ in range(60):
+            offset = rnd.randrange(size)
+            length = min(rnd.randrange(1, 20_000), size - offset)
+            if rnd.random() < 0.5:
+                await image.write(offset, rnd.randbytes(length))
+            else:
+                await image.zero(offset, length)
+
+    async def check() -> None:
+        async with open_image(middle) as image:
+            await scribble(image)
+        async with new_image(tmp_path, size, "-o", "cluster_size=4096", "-b", middle, "-F", "qed") as image:
+            await scribble(image)
+            content = bytes(await image.read(0, size))
+            found = await segments(image)
+            assert 10 < len(found)
+            end = 0
+            for start, stop in [*found, (size, size)]:
+                assert content[end:start] == bytes(start - end)
+                end = stop
+            for offset in rnd.sample(range(size), 200):
+                inside = next((segment for segment in found if segment[0] <= offset < segment[1]), None)
+                after = next((start for start, _ in found if start > offset), None)
+                assert await next_data(image, offset) == (offset if inside else after)
+                assert await next_hole(image, offset) == (inside[1] if inside else offset)
+
+    run(check)
+
+
+def test_64_tib_are_scanned_in_no_time(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, "64T") as image:
+            assert image.size == 64 * TIB
+            await image.write(63 * TIB + 4711, b"x")
+            begin = time.perf_counter()
+            cluster = 63 * TIB
+            assert await segments(image) == [(cluster, cluster + CLUSTER)]
+            assert await next_data(image, cluster + CLUSTER) is None
+            assert time.perf_counter() - begin < 2
+
+    run(check)
+
+
+# -- making -----------------------------------------------------------------------------------------------------------
+
+
+def test_punching_gives_back_whole_clusters_and_zeroes_the_rest(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, "4M") as image:
+            await image.write(0, b"x" * 4 * MIB)
+            await fallocate(image, PUNCH, MIB + 100, MIB)
+            expected = b"x" * (MIB + 100) + bytes(MIB) + b"x" * (2 * MIB - 100)
+            assert bytes(await image.read(0, 4 * MIB)) == expected
+            assert await segments(image) == [(0, MIB + CLUSTER), (2 * MIB, 4 * MIB)]
+            await image.flush()
+            used = os.stat(image.path).st_blocks * 512
+            await fallocate(image, PUNCH, 2 * MIB, 2 * MIB)
+            await image.flush()
+            assert os.stat(image.path).st_blocks * 512 <= used - 2 * MIB
+            assert image.size == 4 * MIB
+
+    run(check)
+
+
+def test_punching_past_the_end_keeps_the_size(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, "4M") as image:
+            await image.write(0, b"x" * 4 * MIB)
+            await fallocate(image, PUNCH, 3 * MIB, 1 << 40)
+            await fallocate(image, PUNCH, 1 << 41, MIB)
+            assert image.size == 4 * MIB
+            assert await segments(image) == [(0, 3 * MIB)]
+
+    run(check)
+
+
+def test_zero_range_grows_unless_told_not_to(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, "4M") as image:
+            await image.write(0, b"x" * 4 * MIB)
+            await fallocate(image, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, 3 * MIB, 3 * MIB)
+            assert image.size == 4 * MIB
+            assert await segments(image) == [(0, 3 * MIB)]
+            await fallocate(image, FALLOC_FL_ZERO_RANGE, 2 * MIB, 3 * MIB)
+            assert image.size == 5 * MIB
+            assert await segments(image) == [(0, 2 * MIB)]
+
+    run(check)
+
+
+def test_preallocation_grows_and_stores_nothing(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, "4M") as image:
+            await image.write(0, b"x")
+            await fallocate(image, 0, MIB, MIB)
+            await fallocate(image, FALLOC_FL_KEEP_SIZE, 3 * MIB, 3 * MIB)
+            assert image.size == 4 * MIB
+            await fallocate(image, 0, 3 * MIB, 3 * MIB + 1)
+            assert image.size == 6 * MIB + 512
+            assert await segments(image) == [(0, CLUSTER)]
+
+    run(check)
+
+
+def test_preallocation_is_refused_if_the_host_is_too_small(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, "64T") as image:
+            for offset, mode in ((0, 0), (0, FALLOC_FL_KEEP_SIZE), (image.size, FALLOC_FL_KEEP_SIZE)):
+                with pytest.raises(OSError, match="No space") as caught:
+                    await fallocate(image, mode, offset, 64 * TIB)
+                assert caught.value.errno == errno.ENOSPC
+
+    run(check)
+
+
+@pytest.mark.parametrize("mode", [0x08, 0x20, 0x40, FALLOC_FL_PUNCH_HOLE, PUNCH | FALLOC_FL_ZERO_RANGE])
+def test_what_cannot_be_done_is_refused(tmp_path: Path, mode: int) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, "4M") as image:
+            await image.write(0, b"x" * MIB)
+            with pytest.raises(OSError, match="not supported") as caught:
+                await fallocate(image, mode, 0, MIB)
+            assert caught.value.errno == errno.EOPNOTSUPP
+            assert await segments(image) == [(0, MIB)]
+
+    run(check)

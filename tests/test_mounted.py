@@ -1,0 +1,211 @@
+"""When an image of a mount is opened and closed. No mount here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfuse.create import create_image
+from qedfuse.errors import InUseError, QedfuseError
+from qedfuse.image import Image
+from qedfuse.mounted import MountedImage
+from qedfuse.opening import open_image
+from qedfuse.peek import mark_of
+
+MIB = 1 << 20
+
+
+class Openings:
+    """Opens real images and counts; may fail on demand."""
+
+    def __init__(self) -> None:
+        self.opened: list[bool] = []
+        self.closed = 0
+        self.on_open: Exception | None = None
+        self.on_close: Exception | None = None
+
+    def __call__(self, path: str, read_only: bool) -> AbstractAsyncContextManager[Image]:
+        return self._open(path, read_only)
+
+    @asynccontextmanager
+    async def _open(self, path: str, read_only: bool) -> AsyncIterator[Image]:
+        if self.on_open is not None and not read_only:
+            raise self.on_open
+        async with open_image(path, read_only=read_only) as image:
+            self.opened.append(read_only)
+            yield image
+        self.closed += 1
+        if self.on_close is not None:
+            raise self.on_close
+
+
+Body = Callable[[MountedImage, Openings], Awaitable[None]]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    path = str(tmp_path / "disk.qed")
+    trio.run(create_image, path, MIB)
+    return path
+
+
+def run(path: str, body: Body, *, read_only: bool = False, linger: float = 0.0) -> Openings:
+    openings = Openings()
+
+    async def main() -> None:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                mounted = MountedImage(path, openings, nursery, read_only=read_only, linger=linger)
+                await body(mounted, openings)
+                await mounted.close()
+                assert mounted.opened is None
+
+    trio.run(main)
+    assert openings.closed == len(openings.opened)
+    return openings
+
+
+async def until_closed(mounted: MountedImage) -> None:
+    for _ in range(2000):
+        if not mounted.busy:
+            return
+        await trio.sleep(0.005)
+    raise AssertionError("it stays open")
+
+
+def test_users_share_one_opening(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        first = await mounted.acquire(to_write=False)
+        assert await mounted.acquire(to_write=True) is first
+        mounted.release()
+        await trio.sleep(0.05)
+        assert mounted.opened is first
+        mounted.release()
+        await until_closed(mounted)
+        assert await mounted.acquire(to_write=False) is not first
+        mounted.release()
+
+    assert run(path, body).opened == [False, False]
+
+
+def test_many_users_at_once(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        async def use() -> None:
+            for _ in range(20):
+                image = await mounted.acquire(to_write=True)
+                assert mounted.opened is image
+                await image.write(0, b"x")
+                await trio.lowlevel.checkpoint()
+                assert mounted.opened is image
+                mounted.release()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(use)
+
+    run(path, body)
+
+
+def test_it_lingers(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        first = await mounted.acquire(to_write=False)
+        mounted.release()
+        await trio.sleep(0.02)
+        assert await mounted.acquire(to_write=False) is first
+        mounted.release()
+
+    assert len(run(path, body, linger=5).opened) == 1  # and closing does not wait for it: run has a limit
+
+
+def test_closing_does_not_wait_for_users(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        await mounted.acquire(to_write=False)
+
+    assert run(path, body).closed == 1
+
+
+def test_an_opening_that_fails_can_be_tried_again(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        openings.on_open = QedfuseError(path, "no")
+        for _ in range(2):
+            with pytest.raises(QedfuseError, match="no"):
+                await mounted.acquire(to_write=False)
+            assert not mounted.busy
+        openings.on_open = None
+        await mounted.acquire(to_write=False)
+        mounted.release()
+
+    run(path, body)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(30, "no"), OSError(1, "no")])
+def test_what_may_not_be_written_is_opened_read_only(path: str, error: OSError) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        openings.on_open = error
+        image = await mounted.acquire(to_write=True)
+        assert not image.writable
+        mounted.release()
+
+    assert run(path, body).opened == [True]
+
+
+def test_what_is_in_use_elsewhere_is_shared_with_readers_only(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        openings.on_open = InUseError(path, "taken")
+        with pytest.raises(InUseError):
+            await mounted.acquire(to_write=True)
+        image = await mounted.acquire(to_write=False)
+        assert not image.writable
+        with pytest.raises(InUseError):
+            await mounted.acquire(to_write=True)
+        mounted.release()
+        await until_closed(mounted)
+        openings.on_open = None
+        assert (await mounted.acquire(to_write=True)).writable
+        mounted.release()
+
+    run(path, body)
+
+
+def test_a_read_only_mount_never_opens_for_writing(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        await mounted.acquire(to_write=True)
+        mounted.release()
+
+    assert run(path, body, read_only=True).opened == [True]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space"), ZeroDivisionError()])
+def test_a_failed_close_is_remembered(path: str, error: Exception) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        openings.on_close = error
+        await mounted.acquire(to_write=True)
+        mounted.release()
+        await until_closed(mounted)
+        assert mounted.failure is not None
+        openings.on_close = None
+        await mounted.acquire(to_write=True)
+        mounted.release()
+        await until_closed(mounted)
+        assert mounted.failure is None
+
+    run(path, body)
+
+
+def test_the_file_is_left_with_the_time_that_was_set(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        image = await mounted.acquire(to_write=True)
+        await image.write(0, b"x" * 512)
+        mounted.mtime_ns = 10**18
+        mounted.release()
+        await until_closed(mounted)
+        status = os.stat(path)
+        assert status.st_mtime_ns == 10**18
+        assert mounted.mark == mark_of(status)
+
+    run(path, body)
