@@ -119,4 +119,6 @@ python=$(find_python)
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 install_packages
 install_qedfuse
+# fusermount3 wants it from an ordinary user; systemd makes it at boot, a bare root has none.
+[ -e /etc/mtab ] || as_root ln -sf ../proc/self/mounts /etc/mtab
 [ -c /dev/fuse ] || as_root modprobe fuse 2>/dev/null || echo "no /dev/fuse here: nothing can be mounted"

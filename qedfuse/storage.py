@@ -200,11 +200,12 @@ class FileStorage:
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         """Run a system call in a worker thread. Not abandoned when cancelled: its buffers are in use until it ends."""
-        with trio.CancelScope(shield=True):
-            try:
-                return await trio.to_thread.run_sync(functools.partial(function, *args))
-            except OSError as error:
-                raise self._named(error) from None
+        try:
+            with trio.CancelScope(shield=True):
+                result = await trio.to_thread.run_sync(functools.partial(function, *args))
+        except OSError as error:
+            raise self._named(error) from None
+        return result
 
     def _named(self, error: OSError) -> OSError:
         """An error of a call by descriptor, with the file's name."""

@@ -9,6 +9,7 @@ import resource
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -19,7 +20,7 @@ from qedfuse.create import new_header, write_image
 from qedfuse.errors import FormatError
 from qedfuse.geometry import Geometry, round_up
 from qedfuse.header import Header
-from qedfuse.storage import Buffer
+from qedfuse.storage import Buffer, Storage
 from tests.helpers.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 
 CLUSTER_SIZES = ["4k", "64k", "2M"]
@@ -367,7 +368,7 @@ def test_crash_leaves_the_old_image_or_the_new_one_or_none(tmp_path: Path) -> No
     header = new_header("log", 9 << 20, Geometry(4096, 2), b"new-name-that-is-longer")
     for before in (b"", old):
         log = LoggingStorage(before)
-        trio.run(write_image, log, header, b"new-name-that-is-longer")
+        trio.run(write_image, cast("Storage", log), header, b"new-name-that-is-longer")
         new = apply(before, [step for group in log.groups for step in group])
         states = log.crashes()
         assert before in states and new in states

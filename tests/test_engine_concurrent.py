@@ -19,6 +19,7 @@ from tests.helpers.expect import raises_errno
 from tests.helpers.history import SECTOR, ZEROES, Guest, History, fill
 from tests.helpers.images import TINIEST, TINY, Chain, assert_sound, contents, new_chain, open_chain, raw_file
 from tests.helpers.ram import Chaos
+from tests.helpers.schedule import run_seeded
 
 CLUSTER = 4096
 
@@ -39,7 +40,7 @@ async def new_guest(
 
 def many(seeds: int, main: Callable[[int], Awaitable[None]]) -> None:
     for seed in range(seeds):
-        trio.run(main, seed)
+        run_seeded(seed, main, seed)
 
 
 async def finish(chain: Chain, guest: Guest) -> bytes:
@@ -56,29 +57,6 @@ async def finish(chain: Chain, guest: Guest) -> bytes:
     return flat
 
 
-async def do_something(guest: Guest, rnd: random.Random, size: int) -> None:
-    sectors = rnd.choice([1, 2, 8, 8, 13, 24])
-    offset = rnd.randrange(size // SECTOR - sectors) * SECTOR
-    if rnd.random() < 0.3:
-        offset -= offset % CLUSTER
-    length = sectors * SECTOR
-    choice = rnd.random()
-    if choice < 0.45:
-        await guest.write(offset, length)
-    elif choice < 0.5:
-        await guest.write(offset, length, data=bytes(length))
-    elif choice < 0.6:
-        await guest.zero(offset, length)
-    elif choice < 0.7:
-        await guest.discard(offset, length)
-    elif choice < 0.78:
-        await guest.flush()
-    elif choice < 0.85:
-        await guest.write_back()
-    else:
-        await guest.read(offset, length)
-
-
 @pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
 def test_tasks_that_overlap(backing: bool) -> None:
     """Six tasks on ten clusters, a hundred times, some with hardly any memory for tables."""
@@ -91,7 +69,7 @@ def test_tasks_that_overlap(backing: bool) -> None:
 
         async def task() -> None:
             for _ in range(12):
-                await do_something(guest, rnd, size)
+                await guest.do_something(rnd, size)
 
         async with trio.open_nursery() as nursery:
             for _ in range(6):
@@ -122,7 +100,7 @@ def test_cancelled_tasks(backing: bool) -> None:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(killer)
                     for _ in range(12):
-                        await do_something(guest, rnd, size)
+                        await guest.do_something(rnd, size)
                     nursery.cancel_scope.cancel()
             cancelled.append(scope.cancelled_caught)
 
@@ -151,7 +129,7 @@ def test_resizes_in_between(backing: bool) -> None:
 
         async def inside() -> None:
             for _ in range(12):
-                await do_something(guest, rnd, low)
+                await guest.do_something(rnd, low)
 
         async def outside() -> None:
             for number in range(12):
@@ -274,7 +252,7 @@ def test_memory_for_tables_is_bounded() -> None:
         assert pool.in_use == 0
         await assert_sound(chain.file)
 
-    trio.run(main)
+    run_seeded(1, main)
 
 
 def test_dirty_tables_are_bounded_without_a_timer() -> None:
@@ -294,7 +272,7 @@ def test_dirty_tables_are_bounded_without_a_timer() -> None:
         await guest.image.close()
         await assert_sound(chain.file)
 
-    trio.run(main)
+    run_seeded(1, main)
 
 
 def test_flushes_share_commits() -> None:
@@ -316,7 +294,7 @@ def test_flushes_share_commits() -> None:
             assert storage.syncs - before <= 12  # type: ignore[attr-defined]
         await finish(chain, guest)
 
-    trio.run(main)
+    run_seeded(1, main)
 
 
 @pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])

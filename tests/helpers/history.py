@@ -7,6 +7,7 @@ after it ended) has ended - or, after a crash, was durable by then. All others a
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -236,3 +237,26 @@ class Guest:
             assert all(any(byte == value[index] for value in possible) for index, byte in enumerate(found)), (
                 f"sector {number} reads as {found[:32]!r}, not as one of {[value[:32] for value in possible]}"
             )
+
+    async def do_something(self, rnd: random.Random, size: int) -> None:
+        """A random operation on whole sectors below `size`: half of them writes."""
+        sectors = rnd.choice([1, 2, 8, 8, 13, 24])
+        offset = rnd.randrange(size // SECTOR - sectors) * SECTOR
+        if rnd.random() < 0.3:
+            offset -= offset % self.cluster_size
+        length = sectors * SECTOR
+        choice = rnd.random()
+        if choice < 0.45:
+            await self.write(offset, length)
+        elif choice < 0.5:
+            await self.write(offset, length, data=bytes(length))
+        elif choice < 0.6:
+            await self.zero(offset, length)
+        elif choice < 0.7:
+            await self.discard(offset, length)
+        elif choice < 0.78:
+            await self.flush()
+        elif choice < 0.85:
+            await self.write_back()
+        else:
+            await self.read(offset, length)
