@@ -19,8 +19,8 @@ from tests.helpers.mounts import Mounted, find_daemon, mounted
 from tests.helpers.victims import kill_daemon
 
 KIB, MIB = 1 << 10, 1 << 20
-HOST = 16 * MIB
-SIZE = 64 * MIB
+HOST = 12 * MIB
+SIZE = 32 * MIB
 BALLAST = 2 * MIB
 BLOCK = 58 * KIB  # neighbours share clusters
 SECTOR = 512
@@ -133,10 +133,10 @@ class Disk:
             for block, versions in self._blocks.items():
                 file.seek(block * BLOCK)
                 found = file.read(BLOCK)
-                for start in range(0, BLOCK, SECTOR):
+                for start in range(0, BLOCK, SECTOR) if found != versions[-1] else ():
                     choice = [version[start : start + SECTOR] for version in versions]
                     assert found[start : start + SECTOR] in choice, f"{path}: block {block} + {start}: {len(versions)}"
-            for block in self._fresh[:200]:
+            for block in self._fresh[:100]:
                 file.seek(block * BLOCK)
                 assert file.read(BLOCK) == self._original(block), f"block {block}"
 
@@ -168,8 +168,7 @@ def test_a_full_disk_is_enospc_and_goes_on_with_space(tmp_path: Path, host: Path
     disk.judge_all()
 
 
-@HOSTS
-@IMAGES
+@pytest.mark.parametrize(("host", "overlay"), [("ext4", False), ("tmpfs", True)], indirect=["host"])
 def test_closing_on_a_full_disk_tells_the_truth(tmp_path: Path, host: Path, overlay: bool) -> None:
     disk = Disk(host, tmp_path, NATIVE, overlay=overlay)
     with disk.mounted() as mount:
@@ -185,8 +184,7 @@ def test_closing_on_a_full_disk_tells_the_truth(tmp_path: Path, host: Path, over
     reopen(disk, host)
 
 
-@HOSTS
-@IMAGES
+@pytest.mark.parametrize(("host", "overlay"), [("tmpfs", False), ("ext4", True)], indirect=["host"])
 def test_a_kill_on_a_full_disk_loses_nothing(tmp_path: Path, host: Path, overlay: bool) -> None:
     disk = Disk(host, tmp_path, NATIVE, overlay=overlay)
     with disk.mounted() as mount:

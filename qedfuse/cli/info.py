@@ -6,7 +6,15 @@ import json
 
 import click
 
-from qedfuse.cli.params import output_option, share_hint, share_option, show_size, size_param
+from qedfuse.cli.params import (
+    backing_options,
+    backing_policy,
+    output_option,
+    share_hint,
+    share_option,
+    show_size,
+    size_param,
+)
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
 from qedfuse.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, read_untrusted
 
@@ -17,8 +25,7 @@ from qedfuse.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, rea
 @output_option
 @share_option
 @click.option("--backing-chain", is_flag=True, help="Show the files below it, too (and open them).")
-@click.option("--backing-root", metavar="DIR", help="With --backing-chain: refuse backing files outside DIR.")
-@click.option("--no-backing", is_flag=True, help="With --backing-chain: refuse backing files.")
+@backing_options
 @click.option(
     "--untrusted",
     is_flag=True,
@@ -66,10 +73,9 @@ def info(
 def _read_chain(image: str, share: bool, backing_root: str | None, no_backing: bool) -> list[ImageInfo]:
     import trio
 
-    from qedfuse.backing import BackingPolicy
+    policy = backing_policy(backing_root, no_backing)
 
     async def run() -> list[ImageInfo]:
-        policy = BackingPolicy(allowed=not no_backing, root=backing_root)
         return await read_chain(image, share=share, policy=policy)
 
     return trio.run(run)

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qedfuse.cli.params import output_option, share_hint, share_option, size_param
+from qedfuse.cli.params import (
+    backing_options,
+    backing_policy,
+    output_option,
+    share_hint,
+    share_option,
+    size_param,
+)
 from qedfuse.errors import printable
 
 if TYPE_CHECKING:
+    from qedfuse.backing import BackingPolicy
     from qedfuse.mapping import MapEntry
 
 
@@ -22,23 +30,33 @@ if TYPE_CHECKING:
 @share_option
 @click.option("-s", "--start-offset", type=size_param, metavar="SIZE", default="0", help="Where to begin.")
 @click.option("-l", "--max-length", type=size_param, metavar="SIZE", help="How much to show; default: to the end.")
+@backing_options
 @click.argument("image")
-def map_command(output: str, share: bool, start_offset: int, max_length: int | None, image: str) -> None:
+def map_command(
+    output: str,
+    share: bool,
+    start_offset: int,
+    max_length: int | None,
+    backing_root: str | None,
+    no_backing: bool,
+    image: str,
+) -> None:
     """Show where the bytes of IMAGE are, in it and in the files below it.
 
     In human output, only what is stored; as JSON, everything, with the keys of `qemu-img map`.
     """
     import trio
 
+    policy = backing_policy(backing_root, no_backing)
     with share_hint():
-        trio.run(_map, output == "json", share, start_offset, max_length, image)
+        trio.run(_map, output == "json", share, policy, start_offset, max_length, image)
 
 
-async def _map(as_json: bool, share: bool, start: int, length: int | None, path: str) -> None:
+async def _map(as_json: bool, share: bool, policy: BackingPolicy, start: int, length: int | None, path: str) -> None:
     from qedfuse.chain import open_layer
     from qedfuse.mapping import map_image
 
-    top = await open_layer(path, "qed", share=share)
+    top = await open_layer(path, "qed", share=share, policy=policy)
     try:
         async with aclosing(map_image(top, start, length)) as entries:
             await (_print_json(entries) if as_json else _print_table(entries))

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import click
 
+from qedfuse.cli.params import backing_options
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
 from qedfuse.mount_options import MountOptions, parse_mount_options
 from qedfuse.mounts import FSTYPE, find_mount
@@ -32,8 +33,7 @@ from qedfuse.mounts import FSTYPE, find_mount
 )
 @click.option("--no-fastpath", "fastpath", is_flag=True, flag_value=False, default=True, help="Answer all in Python.")
 @click.option("--log-file", metavar="FILE", help="Where the daemon logs (default: syslog).")
-@click.option("--backing-root", metavar="DIR", help="Refuse backing files outside DIR.")
-@click.option("--no-backing", is_flag=True, help="Refuse backing files.")
+@backing_options
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.argument("mountpoint")
 def mount(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from qedfuse.errors import InUseError
+from qedfuse.errors import InUseError, UsageError
+
+if TYPE_CHECKING:
+    from qedfuse.backing import BackingPolicy
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _UNITS = {unit: 1024**power for power, unit in enumerate("bkmgtpe")}
 _SIZE = re.compile(r"(?P<whole>\d+)(?P<part>\.\d+)?(?P<unit>[bkmgtpe])?", re.IGNORECASE | re.ASCII)
@@ -63,6 +71,22 @@ share_option = click.option(
     is_flag=True,
     help="Look at an image that another process is writing; what is shown may already be old.",
 )
+
+
+def backing_options(command: Callable[P, T]) -> Callable[P, T]:
+    """`--backing-root` and `--no-backing`: the parameters `backing_root` and `no_backing`."""
+    root = click.option("--backing-root", metavar="DIR", help="Refuse backing files outside DIR.")
+    none = click.option("--no-backing", is_flag=True, help="Refuse backing files.")
+    return root(none(command))
+
+
+def backing_policy(root: str | None, none: bool) -> BackingPolicy:
+    """What `backing_options` ask for. Raises UsageError if `root` is no directory."""
+    from qedfuse.backing import BackingPolicy
+
+    if root is not None and not os.path.isdir(root):
+        raise UsageError(root, "is not a directory (--backing-root)")
+    return BackingPolicy(allowed=not none, root=root)
 
 
 @contextmanager

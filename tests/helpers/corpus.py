@@ -110,7 +110,7 @@ def _names() -> Iterator[Case]:
     yield _refused("name of 0", over(b"", size=0), "has 0 bytes")
     yield _refused("name of 8000", over(b"x", size=8000, header_size=2, l1_table_offset=2 * C), "has 8000 bytes")
     for name in (b"\0", b"a\0b", b"image.qed\0"):
-        yield Case(f"over {name!r}", over(name), *["nul byte"] * 3)
+        yield Case(f"over {name!r}", over(name), "nul byte", "nul byte", "nul byte")
     for name, opens in (
         (b"gone", "no such file"),
         (b"/gone/" + b"../" * 50 + b"gone", "no such file"),

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from tests.helpers.history import SECTOR, ZEROES, History
 from tests.helpers.ram import PAGE, Chaos, RamFile, RamStorage
 
-#: How many states the sampled tests may try, all together; the knob for millions.
-STATES = int(os.environ.get("QEDFUSE_CRASH_STATES", "40000"))
+#: How many different states to try, all tests together; the knob for millions.
+STATES = int(os.environ.get("QEDFUSE_CRASH_STATES", "50000"))
 SEED = int(os.environ.get("QEDFUSE_CRASH_SEED", "1"))
 _PER_PAGE = PAGE // SECTOR
 

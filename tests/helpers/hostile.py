@@ -114,9 +114,9 @@ def patched(offset: int, value: bytes, build: Build | None = None) -> Build:
 
 def over(name: bytes, *, offset: int = HEADER_BYTES, size: int | None = None, features: int = 1, **more: int) -> Build:
     """`good` with a backing file of that name. `size`: what the header says of its length."""
-    fields = {"backing_filename_offset": offset, "backing_filename_size": len(name) if size is None else size}
+    more |= {"backing_filename_offset": offset, "backing_filename_size": len(name) if size is None else size}
     place = offset if offset < C else HEADER_BYTES
-    return good(more={place: name}, features=features, **fields, **more)
+    return good(None, None, {place: name}, CLUSTERS * C, features=features, **more)
 
 
 def chain(images: int, *, loop: bool = False) -> Build:
@@ -170,9 +170,8 @@ class Case:
     """What the commands make of an image.
 
     `info`, `untrusted`, `opens`: words of the one line with which `info`, `info --untrusted`, and whatever opens the
-    chain, refuse it; "" where they do not. `check`, `repaired`: exit codes of `check` and of `check -r all`; `says`: words
-    of the line with which they fail. `long`: it takes hours to map, and says so at once or goes on in bounded memory.
-    `size`: of the largest file in it.
+    chain, refuse it; "" where they do not. `check`, `repaired`: exit codes of `check` and of `check -r all`; `says`:
+    words of the line with which they fail. `long`: to map all of it takes hours. `size`: the file's, if it is huge.
     """
 
     name: str

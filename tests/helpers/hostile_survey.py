@@ -1,4 +1,4 @@
-"""What an application may do to an image, at many offsets; for `zygote.py`. Only OSErrors may come out of the engine."""
+"""What an application may do to an image, at many offsets, for `zygote.py`: only OSErrors may come out."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class Report:
         try:
             result = await action()
         except OSError as error:
-            line = describe(error)
-            assert error.errno in errno.errorcode and line and "\n" not in line, repr(error)
-            self.errors[name] = line
-            return None
-        self.done += 1
-        return result
+            failure = error
+        else:
+            self.done += 1
+            return result
+        line = describe(failure)
+        assert failure.errno in errno.errorcode and line and "\n" not in line, repr(failure)
+        self.errors[name] = line
+        return None
 
 
 def read(args: list[str]) -> int:

@@ -1,10 +1,12 @@
-"""What a raw file may hold after a crash, by what its writers have announced and what was acknowledged."""
+"""What must be there after a crash, and what may be, by what the writers have announced and what was acknowledged."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
+from tests.helpers import filing
 from tests.helpers.acknowledging import SECTOR, content
 
 
@@ -95,3 +97,36 @@ class Ledger:
             if found == content(self.seed, sector, version):
                 return f"version {version}"
         return f"garbage {found[:16].hex()}"
+
+
+class Files:
+    """The files of `filing.py` processes: those that must be there, and those that may be."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.made: set[str] = set()
+        self.gone: set[str] = set()
+        self.count = 0  # acknowledged
+
+    def hear(self, line: str) -> None:
+        word, name = line.split()
+        if word == "m":
+            self.count += 1
+            self.made.add(name)
+        else:
+            self.made.remove(name)
+            self.gone.add(name)
+
+    def settle(self, directory: Path) -> None:
+        """After a crash: fails if a file is lost or damaged; from now on those that were found must stay."""
+        found = {path.name for path in directory.iterdir()}
+        assert self.made <= found, f"lost: {self.made - found}"
+        for name in found:
+            if name.startswith("new"):
+                (directory / name).unlink()
+            else:  # it got its name after its fsync: whole, or not there
+                assert (directory / name).read_bytes() == filing.content(self.seed, name), f"{name} is damaged"
+                self.made.add(name)
+        for name in sorted(self.made)[20:]:
+            (directory / name).unlink()
+            self.made.remove(name)

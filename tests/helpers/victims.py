@@ -1,4 +1,4 @@
-"""Processes that write to a mount whose daemon is about to be killed, and the killing."""
+"""Processes that write to a mount until they are stopped, or until its daemon is killed."""
 
 from __future__ import annotations
 
@@ -92,6 +92,12 @@ class Victims:
             target = count() + more
             self._changed.wait_for(lambda: count() >= target or any(each.ended for each in self._victims), _PATIENCE)
             assert count() >= target, [(each.ended, each.failure) for each in self._victims]
+
+    def watch(self, seconds: float) -> None:
+        """Let them work for so long. Fails as soon as one of them ends."""
+        with self._changed:
+            failed = self._changed.wait_for(lambda: any(each.ended for each in self._victims), seconds)
+            assert not failed, self.failures
 
     def stop(self) -> None:
         """Tell them to end between two writes, and wait for it. None may have failed."""

@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
@@ -29,11 +28,13 @@ from tests.helpers.cli import Name, environment
 #: What a command may reserve before it is refused more memory: to protect the machine, far above what is tested.
 ADDRESS_SPACE = 4 << 30
 COMMAND_LINE = "qedfuse.cli.main:main"
-_PRELOAD = ["info", "map", "check"]
+CRASHED = 70
+_PRELOAD = ["cli.main", "cli.info", "cli.map", "cli.check", "opening", "mapping", "check"]
 
 
 class Done(NamedTuple):
-    """`code`: negative for a signal (-SIGALRM: it took longer than its limit). `memory` is in bytes."""
+    """`code`: negative for a signal (-SIGALRM: it took longer than its limit); `CRASHED` for an exception. `seconds` of
+    processor time, `memory` in bytes at its peak. `out` is its first mebibyte."""
 
     code: int
     out: str
@@ -70,10 +71,7 @@ class Zygote:
 
 def _main() -> None:
     for name in _PRELOAD:
-        importlib.import_module(f"qedfuse.cli.{name}")
-    for name in ("trio", "qedfuse.opening", "qedfuse.mapping", "qedfuse.main", "qedfuse.cli.main")[:3]:
-        importlib.import_module(name)
-    importlib.import_module("qedfuse.cli.main")
+        importlib.import_module(f"qedfuse.{name}")
     for line in sys.stdin:
         print(json.dumps(_fork(json.loads(line))), flush=True)
 
@@ -81,7 +79,6 @@ def _main() -> None:
 def _fork(job: dict[str, Any]) -> dict[str, Any]:
     function = _load(job["function"])
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as opened:
-        start = time.monotonic()
         pid = os.fork()
         if pid == 0:
             _child(function, job, out, err, opened)
@@ -90,7 +87,7 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
             "code": os.waitstatus_to_exitcode(status),
             "out": _text(out),
             "err": _text(err),
-            "seconds": time.monotonic() - start,
+            "seconds": usage.ru_utime + usage.ru_stime,
             "memory": usage.ru_maxrss << 10,
             "opened": sorted(set(filter(None, _text(opened).split("\0")))),
         }
@@ -110,7 +107,7 @@ def _text(file: IO[bytes]) -> str:
 def _child(
     function: Callable[[list[str]], int], job: dict[str, Any], out: IO[bytes], err: IO[bytes], opened: IO[bytes]
 ) -> None:
-    code = 70
+    code = CRASHED
     try:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)

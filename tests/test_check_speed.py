@@ -1,0 +1,114 @@
+"""The check of a full 1 TiB image against qemu-img's."""
+
+from __future__ import annotations
+
+import random
+import resource
+import subprocess
+import sys
+import time
+from array import array
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfuse.check import check_image
+from qedfuse.header import HEADER_BYTES, Header
+from qedfuse.storage import FileStorage
+from tests.helpers.check_images import (
+    header_of,
+)
+from tests.helpers.check_tools import (
+    check_file,
+    sparse,
+)
+
+
+def terabyte(path: Path, order: str) -> Path:
+    """1 TiB, all allocated, 64 KiB clusters; only the tables are written."""
+    cluster, number, tables = 65536, 32768, 512
+    span = 4 * cluster
+    header = Header(cluster, 4, 1, 0, 0, 0, cluster, 1 << 40)
+    start = cluster + span
+    pieces: dict[int, bytes] = {}
+    if order == "sequential":
+        offsets = [start + index * (span + number * cluster) for index in range(tables)]
+        end = start + tables * (span + number * cluster)
+        for table in offsets:
+            pieces[table] = array("Q", range(table + span, table + span + number * cluster, cluster)).tobytes()
+    else:
+        offsets = [start + index * span for index in range(tables)]
+        first = start + tables * span
+        end = first + tables * number * cluster
+        run = 1 if order == "random" else 64
+        starts = list(range(first, end, run * cluster))
+        random.Random(1).shuffle(starts)
+        entries = array("Q", (at + step for at in starts for step in range(0, run * cluster, cluster)))
+        for index, table in enumerate(offsets):
+            pieces[table] = entries[index * number : (index + 1) * number].tobytes()
+    pieces[cluster] = array("Q", offsets).tobytes()
+    return sparse(path, header, end, pieces)
+
+
+def cpu_seconds(*command: object) -> tuple[float, str]:
+    """What a command takes of the processor, which other work on the machine changes little, and its output."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "bound"), [("sequential", 3), ("runs of 64", 20), ("random", 50)])
+def test_a_full_terabyte(order: str, bound: float, tmp_path: Path) -> None:
+    """Against `qemu-img check`, best of five. Bounds are wide: they catch a lost fast path, not a busy machine."""
+    path = terabyte(tmp_path / "image.qed", order)
+    script = "import sys; from qedfuse.cli.main import main; code = main(['check', '-q', sys.argv[1]]); "
+    script += "print(code, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    ours, theirs, inside = [], [], []
+    for _ in range(5):
+        theirs.append(cpu_seconds("qemu-img", "check", "-q", path)[0])
+        seconds, output = cpu_seconds(sys.executable, "-c", script, path)
+        code, memory = map(int, output.split())
+        assert code == 0
+        ours.append(seconds)
+        start = time.process_time()
+        result = check_file(path)
+        inside.append(time.process_time() - start)
+    assert (result.corruptions, result.leaks, result.allocated_clusters) == (0, 0, 1 << 24)
+    ratio = min(ours) / min(theirs)
+    print(
+        f"\n{order}: cpu seconds: qemu-img {min(theirs):.2f}, the command {min(ours):.2f} (ratio {ratio:.2f}), "
+        f"check_image alone {min(inside):.2f}; {memory >> 10} MiB"
+    )
+    assert ratio < bound
+    assert memory >> 10 < 96
+
+
+@pytest.mark.slow
+def test_a_full_terabyte_does_not_block_the_loop(tmp_path: Path) -> None:
+    path = terabyte(tmp_path / "image.qed", "random")
+    gaps: list[float] = []
+
+    async def watch() -> None:
+        last = time.process_time()
+        while True:
+            await trio.lowlevel.checkpoint()
+            now = time.process_time()
+            gaps.append(now - last)
+            last = now
+
+    async def work() -> None:
+        storage = FileStorage.open(path, False)
+        head = bytearray(HEADER_BYTES)
+        await storage.read_into(0, memoryview(head))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await check_image(storage, header_of(head))
+            nursery.cancel_scope.cancel()
+        await storage.close()
+
+    trio.run(work)
+    assert len(gaps) > 50
+    assert max(gaps) < 0.1

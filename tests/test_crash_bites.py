@@ -1,0 +1,192 @@
+"""Crash enumeration bites: each test breaks the order of writes in one place, and some state must be judged bad."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from qedfuse import commit
+from qedfuse.allocator import Allocator
+from qedfuse.clusters import ClusterWriter
+from qedfuse.commit import Committer
+from qedfuse.geometry import UNALLOCATED
+from qedfuse.header import FEATURE_NEED_CHECK
+from qedfuse.image import Image
+from tests.helpers.crash import SEED
+from tests.helpers.history import Guest
+from tests.helpers.scenarios import allocate, churn, grow, idle, reuse, run_scenario, shrink, shrink_and_grow
+from tests.helpers.schedule import run_seeded
+from tests.helpers.survival import Scenario
+
+
+@pytest.fixture(autouse=True)
+def growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file grows by what is needed, so that it often does."""
+    monkeypatch.setattr(commit, "_GROW_CLUSTERS", 0)
+
+
+def expect_failure(scenario: Scenario, backing: str) -> None:
+    """The scenario must have a state that is judged bad."""
+
+    async def main() -> None:
+        run = await run_scenario(scenario, backing)
+        await run.enumerate(random.Random(SEED), complete=1024, samples=4000)
+
+    with pytest.raises(AssertionError, match=r"reads as|lies outside the file"):
+        run_seeded(SEED, main)
+
+
+@pytest.mark.parametrize("backing", ["shorter", "longer"])
+def test_tables_before_the_barrier(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
+    """With a backing file: no sync between the data and the L2 page."""
+    original = Committer.__init__
+
+    def broken(self: Committer, *arguments: object, barrier: bool) -> None:
+        original(self, *arguments, barrier=False)  # type: ignore[arg-type]
+
+    async def no_mark(self: Committer) -> None:
+        pass
+
+    monkeypatch.setattr(Committer, "__init__", broken)
+    monkeypatch.setattr(Committer, "_mark", no_mark)
+    expect_failure(allocate, backing)
+
+
+def test_tables_swapped_with_the_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pages go before the barrier instead of behind it."""
+    original = Committer._commit
+
+    async def broken(self: Committer, durable: bool) -> None:
+        tables = self._tables
+        tables.new_tables.update(dict.fromkeys(range(tables.geometry.table_entries), 0))
+        await original(self, durable)
+
+    monkeypatch.setattr(Committer, "_commit", broken)
+    expect_failure(allocate, "longer")
+
+
+def test_l1_before_the_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new table's L1 entry goes to the file while the table may still lie outside it."""
+    original = Committer._write_pages
+
+    async def broken(self: Committer, group: list[object]) -> None:
+        tables = self._tables
+        level = tables.l1
+        await original(self, [(level, i, level.hosts[i], bytes(level.pages[i])) for i in sorted(level.pinned)])
+        await original(self, group)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Committer, "_write_pages", broken)
+    expect_failure(allocate, "longer")
+
+
+@pytest.mark.parametrize("backing", ["alone", "longer"])
+def test_reuse_without_waiting(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
+    """A freed cluster comes back before the entry that freed it is durable."""
+    monkeypatch.setattr(Allocator, "release", lambda self, offset, size: self._free.add(offset, size))
+    expect_failure(churn, backing)
+
+
+def test_reuse_before_the_entry_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Punched first (so nothing stale shows), but the old entry may still be in the file."""
+
+    async def punch_now(guest: Guest) -> None:
+        allocator = guest.image._committer._allocator  # type: ignore[union-attr]
+
+        def release(offset: int, size: int) -> None:
+            guest.image.storage.apply_punch(offset, size)  # type: ignore[attr-defined]
+            allocator._free.add(offset, size)
+
+        allocator.release = release  # type: ignore[method-assign]
+        await churn(guest)
+
+    expect_failure(punch_now, "longer")
+
+
+def test_reuse_before_the_punch_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a backing file: the stale contents of a recycled cluster show beside what was written."""
+    monkeypatch.setattr(Allocator, "add_punched", lambda self, offset, size: self._free.add(offset, size))
+    expect_failure(churn, "alone")
+
+
+def test_reuse_without_punching(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_punch(self: Committer, released: list[tuple[int, int]]) -> None:
+        for offset, size in released:
+            self._allocator.add_punched(offset, size)
+
+    monkeypatch.setattr(Committer, "_punch", no_punch)
+    expect_failure(reuse, "alone")
+
+
+@pytest.mark.parametrize("scenario", [allocate, reuse], ids=lambda scenario: scenario.__name__)
+def test_no_need_check(monkeypatch: pytest.MonkeyPatch, scenario: Scenario) -> None:
+    """Without a backing file and without the mark, nobody repairs the entries that point outside the file."""
+
+    async def no_mark(self: Committer) -> None:
+        pass
+
+    monkeypatch.setattr(Committer, "_mark", no_mark)
+    expect_failure(scenario, "alone")
+
+
+def test_mark_without_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lazy_mark(self: Committer) -> None:
+        if not self._barrier and not self.header.needs_check:
+            self.header = self.header.with_feature(FEATURE_NEED_CHECK, True)
+            await self._storage.write(0, [self.header.encode()])
+
+    monkeypatch.setattr(Committer, "_mark", lazy_mark)
+    expect_failure(allocate, "alone")
+
+
+def test_clean_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NEED_CHECK is cleared before the tables are durable."""
+    original = Committer.clean
+
+    async def broken(self: Committer) -> None:
+        self.header = self.header.with_feature(FEATURE_NEED_CHECK, False)
+        await self._storage.write(0, [self.header.encode()])
+        await original(self)
+
+    monkeypatch.setattr(Committer, "clean", broken)
+    expect_failure(idle, "alone")
+
+
+def test_flush_without_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush that only writes back."""
+    monkeypatch.setattr(Committer, "flush", Committer.write_back)
+    expect_failure(allocate, "alone")
+
+
+@pytest.mark.parametrize("backing", ["alone", "longer"])
+def test_shrink_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
+    """The entries are dropped before the smaller size is durable."""
+
+    async def broken(self: Image, size: int) -> None:
+        old, self._size = self._size, size
+        await self._clear(size, old, UNALLOCATED)
+        await self._committer_of().shrink(size)
+
+    monkeypatch.setattr(Image, "_shrink", broken)
+    expect_failure(shrink, backing)
+
+
+def test_grow_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger size is written before the entries that hide the backing file."""
+    original = Image._grow
+
+    async def broken(self: Image, size: int) -> None:
+        committer = self._committer_of()
+        await committer._write_header(committer.header.with_image_size(size))
+        await original(self, size)
+
+    monkeypatch.setattr(Image, "_grow", broken)
+    expect_failure(grow, "longer")
+
+
+def test_grow_without_hiding_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: ClusterWriter, image_end: int) -> None:
+        pass
+
+    monkeypatch.setattr(ClusterWriter, "clear_tail", nothing)
+    expect_failure(shrink_and_grow, "alone")
