@@ -136,7 +136,8 @@ class Image:
             if page is None:
                 return self._read_mapped_nowait(offset, size)
             entry = page[cluster & _ENTRY_MASK]
-            if entry > ZERO_CLUSTER and not entry & self._mask and self._data_start <= entry < self._tables.file_end:
+            inside = self._data_start <= entry < self._tables.file_end - self._mask
+            if entry > ZERO_CLUSTER and inside and not entry & self._mask:
                 buffer = bytearray(size)
                 host = entry + (offset & self._mask)
                 return buffer if self.storage.read_into_nowait(host, memoryview(buffer)) else None

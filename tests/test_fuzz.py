@@ -1,0 +1,32 @@
+"""A short run of the fuzzer, so that it does not rot; `tests/fuzz/fuzz_open.py` tells how to make long ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.cli import ROOT, environment
+
+SECONDS = 10
+
+
+def test_a_short_run(tmp_path: Path) -> None:
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("atheris is not installed (it has wheels for x86-64 only)")
+    command = [sys.executable, "-m", "tests.fuzz.fuzz_open", f"-max_total_time={SECONDS}", "-seed=1"]
+    command += [f"-artifact_prefix={tmp_path}/"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    runs = re.search(r"Done (\d+) runs", done.stderr)
+    covered = re.findall(r"cov: (\d+)", done.stderr)
+    assert runs and covered, done.stderr[-2000:]
+    print(f"\nfuzzed {runs[1]} inputs, {covered[-1]} edges covered")
+    assert int(runs[1]) > 50
+    assert int(covered[-1]) > 500, "the instrumentation sees nothing"
