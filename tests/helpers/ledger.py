@@ -9,12 +9,17 @@ from pathlib import Path
 from tests.helpers import filing
 from tests.helpers.acknowledging import SECTOR, content
 
+_MIXTURE = -1
+
 
 class Ledger:
     """Each sector's possible versions: the last one that is certain, and whatever was written since.
 
     `base` is what the file held before anybody wrote (version 0). A sector has one writer at a time, whose writes come
     in order, so that an acknowledged version rules out all before it.
+
+    Stores into a map have no units: the kernel may write a page back in the middle of one, and a sector that was not
+    acknowledged yet may then be a mixture, byte by byte. `mixed` is how many of these were found.
     """
 
     def __init__(self, seed: int, base: bytes) -> None:
@@ -24,17 +29,20 @@ class Ledger:
         self._versions: dict[int, list[int]] = {}
         self._pending: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
         self._last = 0
+        self._mapped: set[int] = set()  # sectors with a writer by map
+        self._mixtures: dict[int, bytes] = {}
+        self.mixed = 0
 
     @property
     def next_version(self) -> int:
         """An even version that is higher than any before."""
         return (self._last + 2) & ~1
 
-    def listener(self, writer: int) -> Callable[[str], None]:
-        """Takes what a writer says."""
-        return lambda line: self._note(writer, line)
+    def listener(self, writer: int, *, mapped: bool) -> Callable[[str], None]:
+        """Takes what a writer says. `mapped`: it writes into a map."""
+        return lambda line: self._note(writer, mapped, line)
 
-    def _note(self, writer: int, line: str) -> None:
+    def _note(self, writer: int, mapped: bool, line: str) -> None:
         word, *numbers = line.split()
         if word == "a":
             for write in self._pending.pop(writer, []):
@@ -46,6 +54,8 @@ class Ledger:
         self._last = max(self._last, version)
         for sector in range(first, first + count):
             self._versions.setdefault(sector, [0]).append(version)
+        if mapped:
+            self._mapped.update(range(first, first + count))
 
     def _acknowledge(self, first: int, count: int, version: int) -> None:
         self.acknowledged += 1
@@ -65,7 +75,12 @@ class Ledger:
                     self._versions[sector] = [version]
                     break
             else:
-                wrong.append(f"sector {sector}: {self._describe(sector, found)}, not one of {versions}")
+                if sector in self._mapped and self._is_mixture(sector, found, versions):
+                    self.mixed += 1
+                    self._mixtures[sector] = found
+                    self._versions[sector] = [_MIXTURE]
+                else:
+                    wrong.append(f"sector {sector}: {self._describe(sector, found)}, not one of {versions}")
         wrong += self._strays(data)
         assert not wrong, f"{len(wrong)} sectors are wrong (seed {self.seed}):\n" + "\n".join(wrong[:20])
 
@@ -83,7 +98,13 @@ class Ledger:
             if expected[place : place + SECTOR] != data[place : place + SECTOR]
         ]
 
+    def _is_mixture(self, sector: int, found: bytes, versions: list[int]) -> bool:
+        choice = [self._content(sector, version) for version in versions]
+        return all(found[place] in {each[place] for each in choice} for place in range(SECTOR))
+
     def _content(self, sector: int, version: int) -> bytes:
+        if version == _MIXTURE:
+            return self._mixtures[sector]
         if version == 0:
             return self._base[sector * SECTOR : (sector + 1) * SECTOR]
         return content(self.seed, sector, version)
@@ -93,10 +114,15 @@ class Ledger:
             return "what was there before any write"
         if not any(found):
             return "zeroes"
+        parts = []
         for version in range(2, self._last + 1, 2):
-            if found == content(self.seed, sector, version):
+            wanted = content(self.seed, sector, version)
+            if found == wanted:
                 return f"version {version}"
-        return f"garbage {found[:16].hex()}"
+            same = [place for place in range(SECTOR) if found[place] == wanted[place]]
+            if len(same) > SECTOR // 16:
+                parts.append(f"{len(same)} bytes of version {version} in {same[0]}..{same[-1]}")
+        return ", ".join(parts) or f"garbage {found.hex()}"
 
 
 class Files:

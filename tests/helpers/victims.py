@@ -84,7 +84,7 @@ class Victims:
         version = ledger.next_version
         for number, kind in enumerate(KINDS):
             words = (raw, kind, ledger.seed, version, number, len(KINDS), int(holes))
-            self.start(acknowledging.__file__, *words, hear=ledger.listener(number))
+            self.start(acknowledging.__file__, *words, hear=ledger.listener(number, mapped=kind == "mmap"))
 
     def wait_for(self, count: Callable[[], int], more: int) -> None:
         """Until what is counted has grown by so many. Fails if one of them ends before."""
