@@ -24,6 +24,8 @@ from tests.helpers.scenarios import (
     SCENARIOS,
     SIZE,
     allocate,
+    dirty_end,
+    go_on,
     new_tables,
     random_walk,
     reuse,
@@ -152,23 +154,6 @@ def test_autoclear_bits(backing: str) -> None:
         await enumerate_all(run, None)
 
     run_seeded(SEED, main)
-
-
-async def dirty_end(guest: Guest) -> None:
-    """Leaves tables that are written but not durable, and data past the end of what may be left of the file."""
-    await guest.write(CLUSTER, 2 * SECTOR)
-    await guest.flush()
-    await guest.write(2 * CLUSTER, SECTOR)
-    await guest.write(4 * CLUSTER, SECTOR)
-    await guest.discard(CLUSTER, CLUSTER)
-    await guest.write_back()
-
-
-async def go_on(guest: Guest) -> None:
-    await guest.write(CLUSTER + SECTOR, SECTOR)
-    await guest.write(6 * CLUSTER, SECTOR)
-    await guest.flush()
-    await guest.close()
 
 
 def test_repair_and_after(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from tests.helpers.check_images import (
     contents,
     count,
     header_of,
+    mapping,
     readable,
+    table_clusters,
 )
 
 
@@ -90,3 +92,27 @@ def expect_clean(storage: Ram) -> None:
     assert again.log == []
     assert (result.corruptions, result.leaks, result.problem_count, result.need_check) == (0, 0, 0, False)
     assert result.punched_clusters == left.unreferenced
+
+
+def expect_no_worse(raw: bytes, before: dict[int, bytes | None], shared: set[int]) -> None:
+    """What could be read is still there in `raw`. `shared`: guest clusters that were also tables, which may change."""
+    now = contents(raw)
+    for cluster, content in before.items():
+        if cluster in shared:
+            continue
+        if content is not None:
+            assert now.get(cluster) == content, f"cluster {cluster} has changed"
+        else:
+            assert now.get(cluster) is None, f"cluster {cluster} could not be read, and now reads as something"
+    assert not now.keys() - before.keys(), "data where there was none"
+    storage = Ram(raw)
+    check_ram(storage, Repair.ALL)
+    assert count(storage.raw).corruptions == 0
+    assert {c: now[c] for c in readable(now) if c not in shared} == {
+        c: content for c, content in contents(storage.raw).items() if c not in shared
+    }
+
+
+def shared_with_tables(raw: bytes | bytearray) -> set[int]:
+    tables = table_clusters(raw)
+    return {cluster for cluster, offset in mapping(raw).items() if offset and offset // CLUSTER in tables}

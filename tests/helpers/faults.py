@@ -57,6 +57,16 @@ class FaultStorage(CrashStorage):
             raise fault.error()
         await super().read_into(offset, target)
 
+    def next_data(self, offset: int) -> int | None:
+        if fault := self._now("seek"):
+            raise fault.error()
+        return super().next_data(offset)
+
+    def next_hole(self, offset: int) -> int:
+        if fault := self._now("seek"):
+            raise fault.error()
+        return super().next_hole(offset)
+
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         if fault := self._now("write"):
             self._partly(fault, offset, bytes(data))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 from qedfuse.geometry import round_up
@@ -57,13 +58,19 @@ def fill(tag: int, offset: int, size: int) -> bytes:
     return b"".join([content(tag, sector) for sector in range(offset // SECTOR, (offset + size) // SECTOR)])
 
 
+@lru_cache(maxsize=16)
+def end_of_data(content: bytes) -> int:
+    """Where the last byte that is not zero ends. Megabytes of zeroes are slow to strip."""
+    return len(content.rstrip(b"\0"))
+
+
 class History:
     """Versions of all sectors. `initial` is the content before anything was done; zeroes follow."""
 
     def __init__(self, initial: bytes) -> None:
         self.now = 1
         self.initial = initial
-        self.initial_data = len(initial.rstrip(b"\0"))  # bytes; nothing but zeroes behind
+        self.initial_data = end_of_data(initial)  # nothing but zeroes behind
         self.sectors: dict[int, Register[bytes]] = {}
         self.size = Register([Version(len(initial), -2, -1, -1, 0)])
         self.milestones: list[int] = []  # when something became durable
@@ -102,12 +109,12 @@ class History:
         """Somebody starts to zero a large range of whole sectors. Those that never held anything are left out."""
         first, end = offset // SECTOR, (offset + size) // SECTOR
         version = Version(ZEROES, self.tick())
-        for number in self._ever_data(first, end):
+        for number in self.ever_data(first, end):
             self.sector(number).versions.append(version)
         self._wide.append((first, end, version))
         return [version]
 
-    def _ever_data(self, first: int, end: int) -> list[int]:
+    def ever_data(self, first: int, end: int) -> list[int]:
         """The sectors of [first, end) that were ever written or that hold something from the beginning."""
         known = [number for number in self.sectors if first <= number < end]
         last = -(-self.initial_data // SECTOR)
@@ -130,7 +137,7 @@ class History:
         self.end([version])
         version.durable = now = self.now
         self.milestones.append(now)
-        for number in self._ever_data(version.value // SECTOR, -(-old // SECTOR)):
+        for number in self.ever_data(version.value // SECTOR, -(-old // SECTOR)):
             self.sector(number).versions.append(Version(ZEROES, now, now, now, now))
 
     def flushed(self, began: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,9 @@ async def open_chain(
 
 async def repaired(storage: RamStorage, header: Header) -> Header:
     result = await check_image(storage, header, repair=Repair.ALL, progress=None)
-    assert result.corruptions == 0 and result.check_errors == 0, result.problems
+    if result.check_errors:
+        raise OSError(errno.EIO, str(result.problems))
+    assert result.corruptions == 0, result.problems
     return result.header
 
 

@@ -100,7 +100,7 @@ async def reuse(guest: Guest) -> None:
     used = guest.image._committer._allocator.end  # type: ignore[union-attr]
     await guest.write(6 * CLUSTER + SECTOR, SECTOR)
     await guest.write(8 * CLUSTER, SECTOR)
-    assert guest.image._committer._allocator.end == used, "nothing was reused"  # type: ignore[union-attr]
+    assert guest.may_fail or guest.image._committer._allocator.end == used, "nothing was reused"  # type: ignore[union-attr]
     await guest.flush()
     await guest.zero(6 * CLUSTER, CLUSTER)
     await guest.write_back()
@@ -189,7 +189,7 @@ async def timer(guest: Guest) -> None:
         await guest.write(3 * CLUSTER, SECTOR)
         await guest.discard(CLUSTER, CLUSTER)
         await trio.sleep(IDLE_DELAY + 2 * COMMIT_DELAY)
-        assert not guest.image.header.needs_check
+        assert guest.may_fail or not guest.image.header.needs_check
         await guest.write(5 * CLUSTER, SECTOR)
         await trio.sleep(COMMIT_DELAY)
         await guest.close()
@@ -226,7 +226,8 @@ async def idle_or_not(guest: Guest) -> None:
 
         storage.sync = sync  # type: ignore[method-assign]
         await guest.clean()
-        assert storage.sync == original, "nothing was synced"
+        assert guest.may_fail or storage.sync == original, "nothing was synced"
+        storage.sync = original  # type: ignore[method-assign]
     await guest.write(2 * CLUSTER, SECTOR)
     await guest.write_back()
     await guest.close()
@@ -249,6 +250,23 @@ async def close_and_cancel(guest: Guest) -> None:
                 nursery.cancel_scope.cancel()
     await guest.flush()
     await guest.write(8 * CLUSTER + SECTOR, SECTOR)
+    await guest.close()
+
+
+async def dirty_end(guest: Guest) -> None:
+    """Leaves tables that are written but not durable, and data past the end of what may be left of the file."""
+    await guest.write(CLUSTER, 2 * SECTOR)
+    await guest.flush()
+    await guest.write(2 * CLUSTER, SECTOR)
+    await guest.write(4 * CLUSTER, SECTOR)
+    await guest.discard(CLUSTER, CLUSTER)
+    await guest.write_back()
+
+
+async def go_on(guest: Guest) -> None:
+    await guest.write(CLUSTER + SECTOR, SECTOR)
+    await guest.write(6 * CLUSTER, SECTOR)
+    await guest.flush()
     await guest.close()
 
 

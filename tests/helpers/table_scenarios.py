@@ -45,8 +45,7 @@ async def cut_tables(guest: Guest) -> None:
     used = end_of_clusters(guest)
     for cluster in (0, 3, 4, 5, 6):
         await guest.write(cluster * CLUSTER, CLUSTER)
-    if not guest.may_fail:
-        assert end_of_clusters(guest) == used, "nothing was reused"
+    assert guest.may_fail or end_of_clusters(guest) == used, "nothing was reused"
     await guest.flush()
     await guest.resize(3 * table)
     await guest.write(table + 2 * CLUSTER + SECTOR, SECTOR)
@@ -87,8 +86,7 @@ async def zero_tables(guest: Guest) -> None:
     await guest.write(3 * CLUSTER, SECTOR)
     await guest.write(5 * CLUSTER, SECTOR)
     await guest.write(table + 8 * CLUSTER, SECTOR)
-    if not guest.may_fail:
-        assert end_of_clusters(guest) == used, "nothing was reused"
+    assert guest.may_fail or end_of_clusters(guest) == used, "nothing was reused"
     await guest.zero(table, table)
     await guest.flush()
     await guest.discard(0, 3 * table)
@@ -103,8 +101,11 @@ async def tables_among_tasks(guest: Guest) -> None:
     await guest.flush()
 
     async def ask() -> None:
-        async for _entry in map_image(guest.image):
-            pass
+        try:
+            async for _entry in map_image(guest.image):
+                pass
+        except OSError:
+            assert guest.may_fail
 
     jobs: list[list[Callable[[], Awaitable[None]]]] = [
         [ask, guest.write_back, lambda: guest.resize(table), guest.flush, ask],
