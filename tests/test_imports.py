@@ -14,14 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "qedfuse"
 
 #: A module may import what stands on an earlier line; modules of one line know nothing of each other.
 ORDER = """
-    errors geometry rangelock logs
+    errors geometry rangelock logs blocking
     header allocator pages complaints launch mounts outside
     qcow2_header
     probe peek
     storage filelock
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
-    qcow2 tables marker attributes changes
+    qcow2 tables attributes changes
     commit repair
     clusters check
     image

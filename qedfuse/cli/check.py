@@ -64,14 +64,14 @@ class _Check(click.Command):
 @click.argument("image")
 def check(output: str, repair: str | None, share: bool, quiet: bool, image: str) -> int:
     """Check whether IMAGE is consistent, and repair it."""
-    import trio
+    from qedfuse.blocking import run_blocking
 
     if share and repair:
         raise click.ClickException("-U is for looking only: it excludes -r (try 'qedfuse check --help')")
     bar = _Bar(sys.stderr.isatty() and not quiet)
     try:
         with share_hint():
-            result = trio.run(_check, image, repair, share, bar)
+            result = run_blocking(_check(image, repair, share, bar))
     finally:
         bar.close()
     if result is None:
