@@ -145,6 +145,23 @@ class ClusterWriter:
                 self._release(host, room)
                 raise
 
+    # -- for the fast path --------------------------------------------------------------------------------------------
+
+    def offer(self) -> tuple[int, int]:
+        """From where to where in the file there are clusters that somebody else may take, from the front, before
+        anything else happens here."""
+        return self._allocator.next_free(self._committer.file_size)
+
+    def take_offered(self, offset: int, size: int, lost: int, pages: Sequence[int]) -> None:
+        """`size` bytes from the front of the offer were taken. See `Image.note_written`."""
+        self._allocator.take(offset, size)
+        self._tables.file_end = self._allocator.end
+        for index in pages:
+            self._tables.changed(index)
+        if lost:
+            self._allocator.release(offset + size - lost, lost)
+        self._committer.note_change()
+
     # -- small parts --------------------------------------------------------------------------------------------------
 
     async def _put(self, host: int, buffers: Sequence[Buffer]) -> None:
