@@ -67,9 +67,9 @@ def kill_under_fio(case: Case, kills: int) -> None:
         direct, block = case.random.random() < 0.5, case.random.choice(("4k", "4k", "16k", "128k"))
         fio = Fio(case, case.directory / f"fio{case.kills}", direct=direct, block=block)
         with case.mounted() as mount:
-            with fio.start():
+            with fio.start() as process:
                 goal = case.random.choice((1, 20, 100, 400))
-                wait_until(lambda goal=goal: writes(case.raw) >= goal)
+                wait_until(lambda goal=goal, fio=process: writes(case.raw) >= goal or fio.poll() is not None)
                 time.sleep(case.random.uniform(0, 0.05))
                 kill_daemon(mount)
                 case.kills += 1
