@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "qedfuse"
 
 #: A module may import what stands on an earlier line; modules of one line know nothing of each other.
 ORDER = """
-    errors geometry rangelock logs offload
-    header allocator pages complaints launch mounts outside
+    errors geometry rangelock offload
+    header allocator pages complaints launch logs mounts outside
     qcow2_header
     probe peek
     storage filelock
