@@ -25,11 +25,11 @@ class Runs:
         self._starts: list[int] = []
         self._sizes: dict[int, int] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._starts)
-
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((start, self._sizes[start]) for start in self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts)
 
     @property
     def total(self) -> int:
@@ -133,6 +133,11 @@ class Allocator:
     def recycling(self) -> bool:
         """Clusters are on their way back and want a sync."""
         return bool(self._released) or bool(self._punched)
+
+    @property
+    def released_runs(self) -> int:
+        """How many runs wait for a commit."""
+        return len(self._released)
 
     def take_released(self) -> Runs:
         taken, self._released = self._released, Runs()

@@ -37,6 +37,21 @@ own: it was written before the group was taken, so the syncs of 3 and 5 cover it
 
 Shrinking goes the other way round: the smaller size is durable before the first entry behind it is dropped.
 
+An L2 table that lies wholly behind the new end, or whose whole range is zeroed without a backing file, is dropped as
+one: its L1 entry becomes 0 in memory and its pages leave memory, then the clusters that it maps are released, then its
+own. Three things make that safe:
+
+    - the L1 entry goes first. Whatever commit takes the released clusters has the L1 page in its group, or an earlier
+      one had, so they are free only when nothing in the file leads to them. The entries in the table stay as they are:
+      nobody follows them any more.
+    - a page of the table is not written once its clusters can be somebody else's. It is dropped only while none of its
+      pages is pinned (changed, in a new table, or in the group of a commit that is running) and its whole range is
+      locked, so that none becomes so. Then no group has them, now or later. Before a shrink all is flushed and locked;
+      zeroing leaves a table that has pinned pages where it is, and changes its entries.
+    - a page that is being read while its table is dropped does not come into memory (`tables.py`).
+
+A crash leaves the old L1 entry, with the table and what it maps as they were, or 0: leaks.
+
 NEED_CHECK is cleared after a commit with sync that left nothing dirty: when the image has been idle, and on close.
 
 A failed sync is final: the kernel may have dropped the pages that it could not write, so no later sync can vouch for
@@ -69,6 +84,8 @@ COMMIT_DELAY = 1.0
 IDLE_DELAY = 5.0
 #: Dirty pages at which writers commit first: 1 MiB of tables.
 MAX_DIRTY_PAGES = 256
+#: Runs of freed clusters at which they do, too: a few hundred bytes each.
+_MAX_RELEASED_RUNS = 128 << 10
 #: The file grows by this many clusters at a time, but not by more than the bytes below: one truncate for many.
 _GROW_CLUSTERS = 64
 _GROW_BYTES = 16 << 20
@@ -190,6 +207,11 @@ class Committer:
             with trio.CancelScope(shield=True):
                 await self._write_header(self.header.with_image_size(size))
                 self._size = size
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much waits for a commit that writers have to see to one first."""
+        return self._tables.dirty_pages > MAX_DIRTY_PAGES or self._allocator.released_runs > _MAX_RELEASED_RUNS
 
     @property
     def _dirty(self) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from qedfuse.allocator import Allocator
 from qedfuse.clusters import ClusterWriter
-from qedfuse.commit import MAX_DIRTY_PAGES, Committer
+from qedfuse.commit import Committer
 from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, UNALLOCATED, ZERO_CLUSTER, Geometry, round_up
 from qedfuse.header import Header
@@ -279,7 +279,13 @@ class Image:
         except BaseException:
             self._size = old
             raise
-        await self._clear(size, old, UNALLOCATED)
+        first = self.geometry.l1_entries_for(size)
+        await self._clear(size, min(old, first * self.geometry.l2_coverage), UNALLOCATED)
+        breathe = Breather()
+        for index in range(first, self.geometry.l1_entries_for(old)):  # tables that are cut off whole
+            clusters = await self._begin_change()
+            await clusters.drop_table(index)
+            await breathe()
 
     async def _clear(self, start: int, end: int, entry: int) -> None:
         """Set every whole cluster of [start, end) to 0 or 1."""
@@ -329,6 +335,6 @@ class Image:
         """What every change begins with: may it be, and is there memory for more dirty pages?"""
         committer = self._committer_of()
         committer.check()
-        if self._tables.dirty_pages > MAX_DIRTY_PAGES:
+        if committer.crowded:
             await committer.write_back()
         return self._writer
