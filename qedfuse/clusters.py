@@ -43,6 +43,8 @@ class ClusterWriter:
         self._bits = tables.geometry.cluster_bits
         self._mask = self._cluster_size - 1
         self._coverage = tables.geometry.l2_coverage
+        #: Zeroes that are written to unallocated clusters are stored, too.
+        self.keep_zeroes = False
         #: The entry of a cluster that was zeroed or discarded.
         self.zero_entry = UNALLOCATED if backing is None else ZERO_CLUSTER
 
@@ -58,7 +60,7 @@ class ClusterWriter:
                 offset += length
 
     async def _write_unmapped(self, offset: int, data: memoryview, kind: Kind, image_end: int) -> None:
-        if _is_zero(data):
+        if not self.keep_zeroes and _is_zero(data):
             if kind is Kind.ZERO or not self._below(offset, len(data)):
                 return
             if not (offset | len(data)) & self._mask:

@@ -218,6 +218,11 @@ class Image:
                 if end <= self._size:  # nobody shrank it meanwhile
                     return await clusters.write(offset, data, self._size)
 
+    def keep_zeroes(self) -> None:
+        """From now on zeroes that are written take space as other data does: for who wants an image allocated."""
+        self._committer_of()
+        self._writer.keep_zeroes = True
+
     async def zero(self, offset: int, size: int) -> None:
         """Make a range read as zeroes, as far as it lies inside the image; whole clusters give their space back."""
         end = min(offset + size, self._size)

@@ -34,6 +34,7 @@ COMMANDS = {
     "create": _Entry("qedfuse.cli.create:create", "Create an image."),
     "info": _Entry("qedfuse.cli.info:info", "Show what an image is."),
     "map": _Entry("qedfuse.cli.map:map_command", "Show where an image's bytes are."),
+    "convert": _Entry("qedfuse.cli.convert:convert", "Copy an image, as a raw disk or a qed image."),
     "check": _Entry("qedfuse.cli.check:check", "Check an image, and repair it."),
     "status": _Entry("qedfuse.cli.status:status", "Show what a mount is doing."),
 }
