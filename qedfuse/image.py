@@ -127,7 +127,7 @@ class Image:
         if committer is None or committer.failed:
             return self._size, self._tables.file_end, False, 0, 0
         self._offered = (0, 0)
-        if not self._locks and self._tables.dirty_pages <= MAX_DIRTY_PAGES:
+        if not self._locks and not committer.crowded:
             self._offered = self._writer.offer()
         return self._size, self._tables.file_end, True, *self._offered
 
