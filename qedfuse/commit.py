@@ -346,9 +346,7 @@ class Committer:
             self._dirty_event = trio.Event()
             changes = self._changes
             try:
-                async with self._running:
-                    with trio.CancelScope(shield=True):
-                        await self._mark()
+                await self._mark_early()
                 await trio.sleep(COMMIT_DELAY)
                 await self.write_back()
                 if self.header.needs_check and not self._barrier:
@@ -362,6 +360,14 @@ class Committer:
                 log.warning("%s: cannot write tables yet: %s", self._storage.path, error.strerror or error)
                 await trio.sleep(COMMIT_DELAY)
                 self._dirty_event.set()
+
+    async def _mark_early(self) -> None:
+        """Step 1, if the next commit will need it."""
+        async with self._running:
+            self.check()
+            if self._tables.dirty_l1 or self._tables.dirty_l2:
+                with trio.CancelScope(shield=True):
+                    await self._mark()
 
     async def clean(self) -> None:
         """Flush, and clear NEED_CHECK if nothing has become dirty meanwhile. Raises OSError."""
