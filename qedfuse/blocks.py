@@ -5,7 +5,7 @@ A block's place is counted from the buffer's start; the last one may be cut off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 
@@ -30,8 +30,11 @@ def differ(one: memoryview, other: memoryview, block: int) -> list[bool]:
     return [one[start : start + block].tobytes() != other[start : start + block].tobytes() for start in starts]
 
 
-def runs(flags: Iterable[bool], block: int, size: int) -> Iterator[tuple[int, int, bool]]:
+def runs(flags: Sequence[bool], block: int, size: int) -> Iterator[tuple[int, int, bool]]:
     """Blocks as runs (start, end, flag) of neighbours with one flag, in bytes of a buffer of `size`."""
+    if flags and all(flags):  # the common case
+        yield 0, size, True
+        return
     first = 0
     for flag, group in groupby(flags):
         end = first + sum(1 for _ in group)
