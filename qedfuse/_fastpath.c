@@ -7,16 +7,22 @@
  * uses. If a linker does not do us the favour, the function below is never called (`counters()["calls"]` stays 0) and
  * everything works as if this file did not exist.
  *
- * What it does. It reads requests from the session's descriptor. READs, and WRITEs that overwrite allocated clusters,
- * it answers at once and goes on to the next request (a *burst*); FALLOCATE and LSEEK, for which pyfuse3 has no
+ * What it does. It reads requests from the session's descriptor. READs, WRITEs that overwrite allocated clusters, and
+ * most WRITEs into new ones it answers at once and goes on to the next request (a *burst*); FALLOCATE and LSEEK, for which pyfuse3 has no
  * handlers, it hands to a Python callable; the first request that is anything else ends the burst and is returned to
  * pyfuse3 untouched. At the end of a burst without such a request it returns -EINTR, upon which pyfuse3 waits for the
  * descriptor as it always does. The GIL is released but for the moments when Python is asked or told something.
  *
- * What it never does: allocate, change a table, wait for a disk to read, report an error. Whatever is not plainly fine
+ * What it never does: choose clusters, bring a table to the file, wait for a disk to read, report an error. Whatever is not plainly fine
  * (a table page that is not in memory, an entry that points nowhere, data that is not in the host's page cache, a
  * failed or short read or write) goes to Python, whose behaviour is the reference: it does the request again from its
  * start and owns the outcome. A write that failed half-way and is done again is the same write.
+ *
+ * New clusters. Python offers a run of them, all of which read as zeroes and lie inside the file, whenever nobody holds a
+ * lock on a range (image.py, `state`). They are taken from the front: data first, with what the layers below have around
+ * it, then the entries in the page in memory. Python is told how many were taken and which pages have changed, before
+ * it runs again (`note_written`), so for allocator.py and commit.py it is as if Python had done it. A cluster whose write
+ * failed is told of as lost: what is in it must not show up in anything else.
  *
  * Why the mapping cannot change under it. The tables have one place, the page pool of pages.py; this file reads the
  * entries there, by way of an index (page number -> address) that pages.py keeps up to date. Python changes tables,
@@ -32,7 +38,9 @@
  * requests of its own to work on; then trio's other tasks have their turn. When the queue becomes empty the next request
  * is awaited by polling for SPIN_NS: a lone reader that waits for one answer before it asks again is served without a
  * trip through the event loop. After a spin in vain ever more chances to spin are let pass, so that it costs little where
- * it does not pay off; an idle mount never spins, as there is nothing to answer before.
+ * it does not pay off. Then it sleeps for WAIT_NS at most, which costs nothing and is still quicker than the event loop
+ * (a writer of 1 MiB needs more than a spin's time between two requests). Neither happens while Python has requests to
+ * work on; an idle mount does neither, as there is nothing to answer before.
  *
  * Sources: linux/fuse.h (wire format), preadv2(2), QEMU docs/interop/qed_spec (tables).
  */
@@ -45,6 +53,7 @@
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <malloc.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
@@ -57,9 +66,10 @@
 
 enum {
     BURST_REQUESTS = 64,
-    BURST_NS = 1000 * 1000,
+    BURST_NS = 2000 * 1000,
     BUSY_BURST_NS = 250 * 1000, /* while Python works on requests, too */
     SPIN_NS = 50 * 1000,
+    WAIT_NS = 500 * 1000,
     PAUSE_MAX = 63,
     MAX_IO = 1 << 20, /* a request's data: the most that the kernel asks for (256 pages) */
     MAX_DEPTH = 200,  /* layers in a chain */
@@ -100,7 +110,7 @@ static struct {
 } count;
 
 static bool enabled;       /* false: every request is passed */
-static bool spinning = true;
+static bool spinning = true; /* may poll, and sleep, for the next request */
 static unsigned in_python; /* requests that Python is working on */
 static PyObject *hand_over; /* callable(session_fd, opcode, unique, nodeid, fh, offset, length, mode) or NULL */
 
@@ -872,6 +882,13 @@ static int spin(struct fuse_session *session, struct fuse_buf *buf, int fd)
     return result;
 }
 
+/* Sleeps for a moment, until there is a request: still quicker than the way through the event loop. */
+static int wait_and_receive(struct fuse_session *session, struct fuse_buf *buf, int fd)
+{
+    struct pollfd ready = {.fd = fd, .events = POLLIN};
+    return ppoll(&ready, 1, &(struct timespec){.tv_nsec = WAIT_NS}, NULL) > 0 ? receive(session, buf, fd) : -EINTR;
+}
+
 static int do_burst(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
     int64_t start = now();
@@ -891,6 +908,8 @@ static int do_burst(struct burst *burst, struct fuse_session *session, struct fu
         result = receive(session, buf, burst->fd);
         if (result == -EINTR && spinning && !busy && pace.waited++ >= pace.pause)
             result = spin(session, buf, burst->fd);
+        if (result == -EINTR && spinning && !busy)
+            result = wait_and_receive(session, buf, burst->fd);
     }
     return result;
 }
