@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from qedfuse.geometry import Geometry, round_up
+from qedfuse.geometry import Geometry, round_down, round_up
 
 
 class Runs:
@@ -25,11 +25,11 @@ class Runs:
         self._starts: list[int] = []
         self._sizes: dict[int, int] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._starts)
-
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((start, self._sizes[start]) for start in self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts)
 
     @property
     def total(self) -> int:
@@ -99,6 +99,19 @@ class Allocator:
         found = self._free.take_first(size, whole=True)
         return found[0] if found else self._fresh(size)
 
+    def next_free(self, file_size: int) -> tuple[int, int]:
+        """Start and end of the run that `allocate` would take from; of fresh clusters, what the file covers."""
+        for start, size in self._free:
+            return start, start + size
+        return self.end, max(self.end, round_down(file_size, self._geometry.cluster_size))
+
+    def take(self, offset: int, size: int) -> None:
+        """Hand out `size` bytes from the front of `next_free`."""
+        if offset == self.end:
+            self.end += size
+        else:
+            self._free.take_first(size, whole=True)
+
     def _fresh(self, size: int) -> int:
         offset = self.end
         self.end += size
@@ -120,6 +133,11 @@ class Allocator:
     def recycling(self) -> bool:
         """Clusters are on their way back and want a sync."""
         return bool(self._released) or bool(self._punched)
+
+    @property
+    def released_runs(self) -> int:
+        """How many runs wait for a commit."""
+        return len(self._released)
 
     def take_released(self) -> Runs:
         taken, self._released = self._released, Runs()

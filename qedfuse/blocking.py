@@ -35,11 +35,9 @@ async def in_thread(function: Callable[..., T], *args: object) -> T:
     """Make a system call in a worker thread. Not abandoned when cancelled: its buffers are in use until it ends."""
     if _alone.get():
         return function(*args)
-    import trio
+    from qedfuse.offload import offload
 
-    with trio.CancelScope(shield=True):
-        result = await trio.to_thread.run_sync(functools.partial(function, *args))
-    return result  # noqa: RET504 -- for mypy a scope may end early
+    return await offload(functools.partial(function, *args))
 
 
 async def checkpoint() -> None:

@@ -81,10 +81,11 @@ class CheckResult:
         """Whether the image says that it was not closed cleanly."""
         return self.header.needs_check
 
-    def note(self, problem: str) -> None:
+    def note(self, problem: str, *, first: bool = False) -> None:
+        """`first`: it must not be lost among many others."""
         self.problem_count += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(problem)
+        self.problems.insert(0 if first else len(self.problems), problem)
+        del self.problems[MAX_PROBLEMS:]
 
     def to_json(self) -> dict[str, object]:
         """The keys of `qemu-img check --output=json`, all of them always, and ours."""
@@ -148,7 +149,7 @@ async def _repair(storage: Storage, found: CheckResult, used: ClusterMap, progre
     if found.corruptions or found.past_end_clusters:
         await repair_tables(storage, header, overlaps=found.overlaps > 0)
         result, used = await _scan(storage, header, progress)
-        result.problems = (found.problems + result.problems)[:MAX_PROBLEMS]
+        result.problems = (result.problems + found.problems)[:MAX_PROBLEMS]  # first what is still wrong
         result.problem_count += found.problem_count
     if not (result.corruptions or result.check_errors):
         await release(storage, header, used)
@@ -223,7 +224,7 @@ async def _scan_l2(
         raise
     except OSError as error:
         result.check_errors += 1
-        result.note(f"the l2 table at {offset:#x} cannot be read: {describe(error, result.filename)}")
+        result.note(f"the l2 table at {offset:#x} cannot be read: {describe(error, result.filename)}", first=True)
 
 
 def _split(chunk: bytearray, position: int, inside: int) -> list[tuple[bytearray, int]]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import trio
+
 from qedfuse.allocator import Allocator
 from qedfuse.commit import Committer
 from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, UNALLOCATED, ZERO_CLUSTER, round_up
 from qedfuse.layer import Kind, Layer, read_layer
+from qedfuse.scan import Breather, TableChunks, unpack_entries
 from qedfuse.storage import Buffer, Storage
 from qedfuse.tables import Tables
 
@@ -39,6 +42,9 @@ class ClusterWriter:
         self._cluster_size = tables.geometry.cluster_size
         self._bits = tables.geometry.cluster_bits
         self._mask = self._cluster_size - 1
+        self._coverage = tables.geometry.l2_coverage
+        #: Zeroes that are written to unallocated clusters are stored, too.
+        self.keep_zeroes = False
         #: The entry of a cluster that was zeroed or discarded.
         self.zero_entry = UNALLOCATED if backing is None else ZERO_CLUSTER
 
@@ -54,7 +60,7 @@ class ClusterWriter:
                 offset += length
 
     async def _write_unmapped(self, offset: int, data: memoryview, kind: Kind, image_end: int) -> None:
-        if _is_zero(data):
+        if not self.keep_zeroes and _is_zero(data):
             if kind is Kind.ZERO or not self._below(offset, len(data)):
                 return
             if not (offset | len(data)) & self._mask:
@@ -92,7 +98,14 @@ class ClusterWriter:
         """Zero up to `size` bytes at `offset`. Returns how far it got, at least 1.
 
         Whole clusters are given back; the last cluster of the image counts as whole when the range reaches its end.
+        Without a backing file a whole table is, too, if nothing of it waits to be written.
         """
+        table, rest = divmod(offset, self._coverage)
+        length = min(size, self._coverage)
+        whole = not rest and (length == self._coverage or offset + length == image_end)
+        if whole and self._backing is None and await self._tables.table(table) and self._tables.settled(table):
+            await self.drop_table(table)
+            return length
         kind, length, host = (await self._tables.map(offset, size))[0]
         if kind is Kind.ZERO or (kind is Kind.UNALLOCATED and not self._below(offset, length)):
             return length
@@ -125,6 +138,21 @@ class ClusterWriter:
             await self._set_whole(offset, length, entry, kind, host)
         return length
 
+    async def drop_table(self, l1_index: int) -> None:
+        """Give back an L2 table and all that it maps, which nobody can ask for any more. Nothing of it may wait to be
+        written (`Tables.settled`). Once begun it is carried out even if cancelled; failed, the rest is leaked."""
+        offset = await self._tables.table(l1_index)
+        if not offset:
+            return
+        size = self._tables.geometry.table_bytes
+        self._tables.drop_table(l1_index)
+        self._committer.note_change()
+        with trio.CancelScope(shield=True):
+            async for _position, chunk in TableChunks(self._storage, offset, size, Breather()):
+                for start, length in self._tables.data_runs(unpack_entries(chunk)):
+                    self._release(start, length)
+        self._release(offset, size)
+
     async def clear_tail(self, image_end: int) -> None:
         """Make the rest of the image's last cluster, past its end, read as zeroes should the image grow."""
         skip = image_end & self._mask
@@ -144,6 +172,23 @@ class ClusterWriter:
             except BaseException:
                 self._release(host, room)
                 raise
+
+    # -- for the fast path --------------------------------------------------------------------------------------------
+
+    def offer(self) -> tuple[int, int]:
+        """From where to where in the file there are clusters that somebody else may take, from the front, before
+        anything else happens here."""
+        return self._allocator.next_free(self._committer.file_size)
+
+    def take_offered(self, offset: int, size: int, lost: int, pages: Sequence[int]) -> None:
+        """`size` bytes from the front of the offer were taken. See `Image.note_written`."""
+        self._allocator.take(offset, size)
+        self._tables.file_end = self._allocator.end
+        for index in pages:
+            self._tables.changed(index)
+        if lost:
+            self._allocator.release(offset + size - lost, lost)
+        self._committer.note_change()
 
     # -- small parts --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ instant (the group: copies of the dirty pages, so that later changes stay out) a
 
     - header   after a failed write of the header, which may have happened: the header is written again; sync
     0 extend   the file covers every cluster handed out (truncate)
-    1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet
+    1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet. (The background task
+               does it before that, right after the first change, while there is little to sync.)
     2 new      pages of L2 tables to which the file's L1 table does not refer yet
     3 barrier  backing file: sync
     4 tables   pages of the other L2 tables, pages of the L1 table
@@ -35,6 +36,21 @@ freed cluster must not come back before step 7 of one commit and step 5 of a lat
 own: it was written before the group was taken, so the syncs of 3 and 5 cover it.
 
 Shrinking goes the other way round: the smaller size is durable before the first entry behind it is dropped.
+
+An L2 table that lies wholly behind the new end, or whose whole range is zeroed without a backing file, is dropped as
+one: its L1 entry becomes 0 in memory and its pages leave memory, then the clusters that it maps are released, then its
+own. Three things make that safe:
+
+    - the L1 entry goes first. Whatever commit takes the released clusters has the L1 page in its group, or an earlier
+      one had, so they are free only when nothing in the file leads to them. The entries in the table stay as they are:
+      nobody follows them any more.
+    - a page of the table is not written once its clusters can be somebody else's. It is dropped only while none of its
+      pages is pinned (changed, in a new table, or in the group of a commit that is running) and its whole range is
+      locked, so that none becomes so. Then no group has them, now or later. Before a shrink all is flushed and locked;
+      zeroing leaves a table that has pinned pages where it is, and changes its entries.
+    - a page that is being read while its table is dropped does not come into memory (`tables.py`).
+
+A crash leaves the old L1 entry, with the table and what it maps as they were, or 0: leaks.
 
 NEED_CHECK is cleared after a commit with sync that left nothing dirty: when the image has been idle, and on close.
 
@@ -68,6 +84,8 @@ COMMIT_DELAY = 1.0
 IDLE_DELAY = 5.0
 #: Dirty pages at which writers commit first: 1 MiB of tables.
 MAX_DIRTY_PAGES = 256
+#: Runs of freed clusters at which they do, too: a few hundred bytes each.
+_MAX_RELEASED_RUNS = 128 << 10
 #: The file grows by this many clusters at a time, but not by more than the bytes below: one truncate for many.
 _GROW_CLUSTERS = 64
 _GROW_BYTES = 16 << 20
@@ -91,7 +109,7 @@ class Committer:
         self._unsynced_tables = False
         self._closed = False
         self._header_known = True  # the file's header is `header`: no write of another one has failed
-        self._file_size = storage.stat().st_size
+        self.file_size = storage.stat().st_size  # bytes; clusters handed out may lie beyond until `extend`
         self._growing = trio.Lock()
         self._size = header.image_size  # what the header shall say after the next commit with sync
         self._running = trio.Lock()
@@ -121,7 +139,7 @@ class Committer:
 
     def covers(self, room: int) -> bool:
         """Whether the file covers every cluster handed out, and `room` bytes more."""
-        return self._file_size >= self._allocator.end + room
+        return self.file_size >= self._allocator.end + room
 
     async def extend(self, room: int = 0) -> None:
         """Step 0: let the file cover every cluster handed out, and `room` bytes more. Raises OSError."""
@@ -129,7 +147,7 @@ class Committer:
             return
         async with self._growing:
             end = self._allocator.end + room
-            if self._file_size < end:
+            if self.file_size < end:
                 cluster_size = self.header.cluster_size
                 size = end + min(_GROW_CLUSTERS * cluster_size, _GROW_BYTES) // cluster_size * cluster_size
                 try:
@@ -139,7 +157,7 @@ class Committer:
                         raise
                     size = end  # close to the host's limit: without a reserve
                     await self._storage.truncate(size)
-                self._file_size = size
+                self.file_size = size
                 self.unsynced = True
 
     # -- durability -------------------------------------------------------------------------------------------------
@@ -189,6 +207,11 @@ class Committer:
             with trio.CancelScope(shield=True):
                 await self._write_header(self.header.with_image_size(size))
                 self._size = size
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much waits for a commit that writers have to see to one first."""
+        return self._tables.dirty_pages > MAX_DIRTY_PAGES or self._allocator.released_runs > _MAX_RELEASED_RUNS
 
     @property
     def _dirty(self) -> bool:
@@ -322,8 +345,9 @@ class Committer:
             await self._dirty_event.wait()
             self._dirty_event = trio.Event()
             changes = self._changes
-            await trio.sleep(COMMIT_DELAY)
             try:
+                await self._mark_early()
+                await trio.sleep(COMMIT_DELAY)
                 await self.write_back()
                 if self.header.needs_check and not self._barrier:
                     with trio.move_on_after(IDLE_DELAY - COMMIT_DELAY):
@@ -336,6 +360,14 @@ class Committer:
                 log.warning("%s: cannot write tables yet: %s", self._storage.path, error.strerror or error)
                 await trio.sleep(COMMIT_DELAY)
                 self._dirty_event.set()
+
+    async def _mark_early(self) -> None:
+        """Step 1, if the next commit will need it."""
+        async with self._running:
+            self.check()
+            if self._tables.dirty_l1 or self._tables.dirty_l2:
+                with trio.CancelScope(shield=True):
+                    await self._mark()
 
     async def clean(self) -> None:
         """Flush, and clear NEED_CHECK if nothing has become dirty meanwhile. Raises OSError."""
@@ -354,10 +386,10 @@ class Committer:
         try:
             await self.flush()
             end = self._allocator.trim()
-            if end < self._file_size:
+            if end < self.file_size:
                 self.unsynced = True
                 await self._storage.truncate(end)
-                self._file_size = end
+                self.file_size = end
             if self.unsynced:
                 await self._sync()
             await self.clean()

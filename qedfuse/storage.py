@@ -1,8 +1,8 @@
 """The only way to a host file: an asynchronous protocol, and the real file behind it.
 
 Everything above speaks `Storage`; tests plug in RAM, faults and a crash log. What is at hand is done on the spot
-(`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a worker thread. EINTR is retried by
-Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
+(`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a thread (`offload.py`). EINTR is
+retried by Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
 
 Source: preadv2(2), fallocate(2), fdatasync(2).
 """

@@ -12,6 +12,7 @@ Source: QEMU docs/interop/qed_spec, "Tables" and "Cluster offset translation".
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 
 import trio
 
@@ -162,12 +163,21 @@ class Tables:
             l1_index = index >> self.geometry.table_page_bits
             table = self._table_nowait(l1_index)
             if table is None:
-                l1_page = l1_index >> PAGE_BITS
-                await self._load_page(self.l1, l1_page, self._l1_offset + l1_page * PAGE_SIZE)
+                await self._load_l1(l1_index)
             elif l1_index in self.new_tables:  # what was never put into a new table is zeroes, and in no file yet
                 self.l2.insert(index, table + self._in_table(index), None)
             else:
                 await self._load_page(self.l2, index, table + self._in_table(index))
+
+    async def table(self, l1_index: int) -> int:
+        """The offset of an L2 table, 0 if there is none. Raises OSError, CorruptError."""
+        while (offset := self._table_nowait(l1_index)) is None:
+            await self._load_l1(l1_index)
+        return offset
+
+    async def _load_l1(self, l1_index: int) -> None:
+        l1_page = l1_index >> PAGE_BITS
+        await self._load_page(self.l1, l1_page, self._l1_offset + l1_page * PAGE_SIZE)
 
     async def _load_page(self, level: PageMap, index: int, host: int) -> None:
         """Read one page, once at a time: nobody may change a page while an old copy of it is on its way."""
@@ -180,9 +190,11 @@ class Tables:
             content = bytearray(PAGE_SIZE)
             if not self._storage.read_into_nowait(host, memoryview(content)):
                 await self._storage.read_into(host, memoryview(content))
-            level.insert(index, host, content)
+            if self._loading.get((level, index)) is done:  # or the table has been dropped meanwhile
+                level.insert(index, host, content)
         finally:
-            del self._loading[level, index]
+            if self._loading.get((level, index)) is done:
+                del self._loading[level, index]
             done.set()
 
     def _in_table(self, index: int) -> int:
@@ -199,10 +211,7 @@ class Tables:
             l1_index = index >> self.geometry.table_page_bits
             offset = self.new_tables[l1_index] = allocator.allocate_table()
             self.file_end = allocator.end
-            l1_page = l1_index >> PAGE_BITS
-            self.l1.pages[l1_page][l1_index & _PAGE_MASK] = offset
-            self.l1.pin(l1_page)
-            self.dirty_l1.add(l1_page)
+            self._set_table(l1_index, offset)
             page = self.l2.insert(index, offset + self._in_table(index), None)
         return page
 
@@ -214,6 +223,42 @@ class Tables:
         """The L2 page `index` was changed: keep it until it is written."""
         self.l2.pin(index)
         self.dirty_l2.add(index)
+
+    def settled(self, l1_index: int) -> bool:
+        """Whether the file has all of an L2 table that there is, and no commit is writing any of it."""
+        return l1_index not in self.new_tables and self.l2.pinned.isdisjoint(self._pages_of(l1_index))
+
+    def drop_table(self, l1_index: int) -> None:
+        """Take away an L2 table that is settled, whose range is locked and whose `table` was asked for just now."""
+        assert self.settled(l1_index)
+        for index in self._pages_of(l1_index):
+            self._loading.pop((self.l2, index), None)
+            if index in self.l2.pages:
+                self.l2.drop(index)
+        self._set_table(l1_index, 0)
+
+    def data_runs(self, entries: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """The clusters that L2 entries map, as runs (offset, bytes); passes over what points at no cluster."""
+        step = self.geometry.cluster_size
+        start = end = 0
+        for entry in entries:
+            if start and entry == end and end + step <= self.file_end:
+                end += step
+            elif entry > ZERO_CLUSTER and self._inside(entry, step):
+                if start:
+                    yield start, end - start
+                start, end = entry, entry + step
+        if start:
+            yield start, end - start
+
+    def _pages_of(self, l1_index: int) -> range:
+        return range(l1_index * self.geometry.table_pages, (l1_index + 1) * self.geometry.table_pages)
+
+    def _set_table(self, l1_index: int, offset: int) -> None:
+        l1_page = l1_index >> PAGE_BITS
+        self.l1.pages[l1_page][l1_index & _PAGE_MASK] = offset
+        self.l1.pin(l1_page)
+        self.dirty_l1.add(l1_page)
 
     @property
     def dirty_pages(self) -> int:

@@ -16,7 +16,7 @@ from qedfuse import commit
 from qedfuse.header import Header
 from tests.helpers.crash import SEED, STATES
 from tests.helpers.history import SECTOR, Guest
-from tests.helpers.images import TINIEST, TINY, Chain, contents, new_chain, read_header
+from tests.helpers.images import TINIEST, TINY, Chain, assert_sound, contents, new_chain, read_header
 from tests.helpers.ram import Chaos, RamFile
 from tests.helpers.scenarios import (
     BELOW,
@@ -31,10 +31,11 @@ from tests.helpers.scenarios import (
 )
 from tests.helpers.schedule import run_seeded
 from tests.helpers.survival import Run, Scenario, raw_below
+from tests.helpers.table_scenarios import TABLE_SCENARIOS, run_tables
 
 COMPLETE = 1024  # states of one moment up to which all of them are tried
-#: Each scenario alone and over both kinds of backing files, new_tables, the headers, repair.
-RUNS = len(SCENARIOS) * len(BELOW) + 8
+#: Each scenario alone and over both kinds of backing files, tables, the headers, repair.
+RUNS = len(SCENARIOS) * len(BELOW) + 2 * len(TABLE_SCENARIOS) + 8
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,17 @@ def test_new_tables(backing: str) -> None:
         below, flat = raw_below(BELOW[backing]) if BELOW[backing] else ([], b"")
         run = await Run.of(new_tables, size=3 * TINIEST.l2_coverage, below=below, flat=flat, geometry=TINIEST)
         await enumerate_all(run, None)
+
+    run_seeded(SEED, main)
+
+
+@pytest.mark.parametrize("backing", ["alone", "shorter"])
+@pytest.mark.parametrize("scenario", TABLE_SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_whole_tables(scenario: Scenario, backing: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        run = await run_tables(scenario, backing)
+        await assert_sound(run.storage.file)
+        await enumerate_all(run, tmp_path)
 
     run_seeded(SEED, main)
 

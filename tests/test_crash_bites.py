@@ -13,11 +13,14 @@ from qedfuse.commit import Committer
 from qedfuse.geometry import UNALLOCATED
 from qedfuse.header import FEATURE_NEED_CHECK
 from qedfuse.image import Image
+from qedfuse.pages import PageMap
+from qedfuse.tables import Tables
 from tests.helpers.crash import SEED
 from tests.helpers.history import Guest
 from tests.helpers.scenarios import allocate, churn, grow, idle, reuse, run_scenario, shrink, shrink_and_grow
 from tests.helpers.schedule import run_seeded
 from tests.helpers.survival import Scenario
+from tests.helpers.table_scenarios import TABLE_SCENARIOS, cut_and_fill_again, cut_tables, run_tables, zero_tables
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +29,18 @@ def growth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit, "_GROW_CLUSTERS", 0)
 
 
+#: What a state is judged bad for: its contents, its tables, guest data where a table is looked for.
+BAD = r"reads as|lies outside the file|used more than once|overlaps|is not cluster-aligned"
+
+
 def expect_failure(scenario: Scenario, backing: str) -> None:
     """The scenario must have a state that is judged bad."""
 
     async def main() -> None:
-        run = await run_scenario(scenario, backing)
+        run = await (run_tables if scenario in TABLE_SCENARIOS else run_scenario)(scenario, backing)
         await run.enumerate(random.Random(SEED), complete=1024, samples=4000)
 
-    with pytest.raises(AssertionError, match=r"reads as|lies outside the file"):
+    with pytest.raises(AssertionError, match=BAD):
         run_seeded(SEED, main)
 
 
@@ -190,3 +197,68 @@ def test_grow_without_hiding_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ClusterWriter, "clear_tail", nothing)
     expect_failure(shrink_and_grow, "alone")
+
+
+# -- whole tables ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scenario", "backing"), [(cut_tables, "shorter"), (zero_tables, "alone")])
+def test_tables_reused_without_waiting(monkeypatch: pytest.MonkeyPatch, scenario: Scenario, backing: str) -> None:
+    """The clusters of a dropped table, and those it maps, come back while the file still leads to them."""
+    monkeypatch.setattr(Allocator, "release", lambda self, offset, size: self._free.add(offset, size))
+    expect_failure(scenario, backing)
+
+
+@pytest.mark.parametrize(("scenario", "backing"), [(cut_tables, "shorter"), (zero_tables, "alone")])
+def test_tables_dropped_from_the_file_too_late(
+    monkeypatch: pytest.MonkeyPatch, scenario: Scenario, backing: str
+) -> None:
+    """What a dropped table mapped is released in one commit, its L1 entry is written two commits later."""
+    held: list[tuple[int, int]] = []
+    drop, commit_once = Tables.drop_table, Committer._commit
+
+    def broken_drop(self: Tables, l1_index: int) -> None:
+        drop(self, l1_index)
+        self.dirty_l1.clear()  # there is only one page in these
+        held.append((2, 0))
+
+    async def broken_commit(self: Committer, durable: bool) -> None:
+        if held:
+            self._tables.dirty_l1.clear()
+        await commit_once(self, durable)
+        held[:] = [(left - 1, page) for left, page in held if left]
+        if not held:
+            self._tables.dirty_l1.update(self._tables.l1.pinned)
+
+    monkeypatch.setattr(Tables, "drop_table", broken_drop)
+    monkeypatch.setattr(Committer, "_commit", broken_commit)
+    expect_failure(scenario, backing)
+
+
+@pytest.mark.parametrize(("scenario", "backing"), [(cut_and_fill_again, "shorter"), (zero_tables, "alone")])
+def test_dropped_tables_stay_in_memory(monkeypatch: pytest.MonkeyPatch, scenario: Scenario, backing: str) -> None:
+    """Changes go to pages whose place in the file is somebody else's."""
+
+    def broken(self: Tables, l1_index: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(PageMap, "drop", lambda *_: None)
+            original(self, l1_index)
+
+    original = Tables.drop_table
+    monkeypatch.setattr(Tables, "drop_table", broken)
+    expect_failure(scenario, backing)
+
+
+@pytest.mark.parametrize("backing", ["alone", "shorter"])
+def test_tables_dropped_before_the_size_is_durable(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
+    original = Image._shrink
+
+    async def broken(self: Image, size: int) -> None:
+        await self.flush()
+        geometry = self.geometry
+        for index in range(geometry.l1_entries_for(size), geometry.l1_entries_for(self._size)):
+            await self._writer.drop_table(index)
+        await original(self, size)
+
+    monkeypatch.setattr(Image, "_shrink", broken)
+    expect_failure(cut_tables, backing)

@@ -93,7 +93,7 @@ def test_a_long_change_lets_others_run_and_can_be_cancelled(what: str, tmp_path:
     async def run() -> None:
         async with open_image(wide(ONE_TABLE, [1, 34 * C] * 4096)(tmp_path)) as image:
             async with breathing(0.5):
-                with trio.move_on_after(2) as scope:
+                with trio.move_on_after(0.5) as scope:  # before the timer commits: all share one table, which goes then
                     await (image.resize(512) if what == "shrink" else image.zero(0, image.size))
             assert scope.cancelled_caught
             await image.write(0, b"still here")

@@ -5,25 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections import Counter
 
 import pytest
 import trio
 
 from qedfuse import repair as repair_module
-from qedfuse.check import Repair, check_image
+from qedfuse.check import CheckResult, Repair, check_image
 from qedfuse.header import FEATURE_NEED_CHECK
 from tests.helpers.check_faults import (
     FAULTS,
-    Fault,
     broken,
     dangling_where_copies_go,
     data_twice,
-    leaks_in_the_middle,
     many,
-    not_closed,
     table_twice,
-    tables_overlap,
 )
+from tests.helpers.check_faults import Fault as Damage
 from tests.helpers.check_images import (
     CLUSTER,
     Ram,
@@ -35,9 +33,9 @@ from tests.helpers.check_images import (
     sound,
     table_clusters,
 )
-from tests.helpers.check_tools import (
-    check_ram,
-)
+from tests.helpers.check_tools import check_ram, expect_clean
+from tests.helpers.faults import Fault
+from tests.helpers.faulty_ram import FaultyRam
 
 
 def expect_no_worse(raw: bytes, before: dict[int, bytes | None], shared: set[int]) -> None:
@@ -79,29 +77,29 @@ async def no_sync(_storage: Ram) -> None:
     await trio.lowlevel.checkpoint()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_crash_in_a_repair(fault: Fault) -> None:
-    states = enumerate_crashes(broken(fault), seed=1, samples=3)
-    print(f"{fault.__name__}: {states} states")
+@pytest.mark.parametrize("damage", FAULTS)
+def test_a_crash_in_a_repair(damage: Damage) -> None:
+    states = enumerate_crashes(broken(damage), seed=1, samples=3)
+    print(f"{damage.__name__}: {states} states")
 
 
 def test_a_crash_does_not_let_a_dangling_entry_see_a_copy() -> None:
     enumerate_crashes(broken(dangling_where_copies_go), seed=2, samples=10)
 
 
-@pytest.mark.parametrize("fault", [data_twice, table_twice, dangling_where_copies_go])
-def test_the_crash_test_bites(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", [data_twice, table_twice, dangling_where_copies_go])
+def test_the_crash_test_bites(damage: Damage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the rulebook's syncs and its fence, some crash does harm, and the harness sees it."""
 
     async def no_fence(_self: object) -> None:
         await trio.lowlevel.checkpoint()
 
-    if fault is dangling_where_copies_go:
+    if damage is dangling_where_copies_go:
         monkeypatch.setattr(repair_module._TableRepair, "fence", no_fence)
     else:
         monkeypatch.setattr(Ram, "sync", no_sync)
     with pytest.raises(AssertionError):
-        enumerate_crashes(broken(fault), seed=3, samples=10)
+        enumerate_crashes(broken(damage), seed=3, samples=10)
 
 
 @pytest.mark.parametrize("synced", [True, False])
@@ -127,18 +125,62 @@ def test_what_is_released_was_released_durably(repair: Repair, synced: bool, mon
     assert bool(wrong) == (not synced)
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("fault", [many, dangling_where_copies_go, leaks_in_the_middle, not_closed, tables_overlap])
-def test_every_operation_of_a_repair_fails_once(fault: Fault, code: int) -> None:
-    raw = broken(fault)
-    whole = Ram(raw)
-    check_ram(whole, Repair.ALL)
-    for number in range(len(whole.log)):
-        storage = Ram(raw, fail_at=number)
-        storage.error = code
-        with pytest.raises(OSError, match=os.strerror(code)):
-            check_ram(storage, Repair.ALL)
-        expect_no_worse(bytes(storage.raw), contents(raw), shared_with_tables(raw))
+#: How the calls of each kind fail: errno, and before, half-way or after the deed.
+WAYS = {
+    "read": [(errno.EIO, "before")],
+    "seek": [(errno.EIO, "before")],
+    "write": [(errno.EIO, "before"), (errno.ENOSPC, "before"), (errno.ENOSPC, "half"), (errno.EIO, "after")],
+    "truncate": [(errno.ENOSPC, "before"), (errno.EIO, "after")],
+    "punch": [(errno.EIO, "before"), (errno.EIO, "half"), (errno.ENOSPC, "after")],
+    "sync": [(errno.EIO, "before"), (errno.ENOSPC, "after")],
+}
+INJECTED: Counter[str] = Counter()
+
+
+def outcome(storage: Ram, repair: Repair) -> CheckResult | int | None:
+    """What a check finds, or the errno it fails with."""
+    try:
+        return check_ram(storage, repair)
+    except OSError as error:
+        return error.errno
+
+
+@pytest.mark.parametrize("repair", [Repair.LEAKS, Repair.ALL])
+@pytest.mark.parametrize("damage", [*FAULTS, dangling_where_copies_go])
+def test_every_call_of_a_repair_fails_once(damage: Damage, repair: Repair) -> None:
+    """The caller is told, the image is no worse, even if the power fails next, and a second repair finishes."""
+    raw = broken(damage)
+    before, shared, rng = contents(raw), shared_with_tables(raw), random.Random(5)
+    whole = FaultyRam(raw)
+    finished = check_ram(whole, repair)
+    calls = whole.calls
+    tried: set[bytes] = set()
+    finishes: set[bytes] = set()
+    for number, kind in enumerate(calls):
+        for code, when in WAYS[kind]:
+            storage = FaultyRam(raw, Fault(number, code, when))
+            told = outcome(storage, repair)
+            if told != code:  # the check counts tables that it cannot read, and then repairs nothing
+                assert kind in ("read", "seek") and isinstance(told, CheckResult) and told.check_errors == 1
+                assert any(os.strerror(code).lower() in problem for problem in told.problems)
+            assert storage.fault and storage.fault.hit == kind
+            INJECTED[kind] += 1
+            for state in {bytes(storage.raw), *(storage.crashes_now(rng, 1) if storage.log else [])} - tried:
+                tried.add(state)
+                expect_no_worse(state, before, shared)
+            if bytes(storage.raw) not in finishes:
+                finishes.add(bytes(storage.raw))
+                again = check_ram(storage, repair)
+                assert (again.corruptions, again.leaks) == (finished.corruptions, finished.leaks)
+                if repair is Repair.ALL:
+                    expect_clean(storage)
+
+
+def test_how_many_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    """Says it; and when all of the above ran, it were many."""
+    with capsys.disabled():
+        print(f"\nfaults in repairs: {INJECTED.total()} injected, by call: {dict(INJECTED)}")
+    assert not INJECTED or INJECTED.total() > 2000 or len(INJECTED) < len(WAYS)
 
 
 def test_cancelled_anywhere() -> None:

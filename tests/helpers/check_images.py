@@ -266,26 +266,26 @@ class Ram:
         durable = bytearray(self.start)
         pending: list[tuple[str, int, bytes]] = []
         for step in [*self.log, ("end", 0, b"")]:
-            pieces = [piece for item in pending for piece in _torn(item)]
-            yield _replay(durable, [])
-            yield _replay(durable, pieces)
+            pieces = [piece for item in pending for piece in torn(item)]
+            yield replay(durable, [])
+            yield replay(durable, pieces)
             for _ in range(samples if pieces else 0):
-                yield _replay(durable, [piece for piece in pieces if rng.random() < 0.5])
+                yield replay(durable, [piece for piece in pieces if rng.random() < 0.5])
             if step[0] == "sync":
-                durable = bytearray(_replay(durable, pieces))
+                durable = bytearray(replay(durable, pieces))
                 pending = []
             else:
                 pending.append(step)
 
 
-def _torn(item: tuple[str, int, bytes]) -> list[tuple[str, int, bytes]]:
+def torn(item: tuple[str, int, bytes]) -> list[tuple[str, int, bytes]]:
     kind, number, data = item
     if kind not in ("write", "punch"):
         return [item]
     return [(kind, number + at, data[at : at + 512]) for at in range(0, len(data), 512)]
 
 
-def _replay(start: bytes | bytearray, pieces: Iterable[tuple[str, int, bytes]]) -> bytes:
+def replay(start: bytes | bytearray, pieces: Iterable[tuple[str, int, bytes]]) -> bytes:
     raw = bytearray(start)
     for kind, number, data in pieces:
         _apply(raw, kind, number, data)

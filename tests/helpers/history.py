@@ -18,6 +18,7 @@ from qedfuse.image import Image
 SECTOR = 512
 NEVER = 1 << 60
 ZEROES = bytes(SECTOR)
+_LARGE = 1 << 20  # bytes; to keep each of their sectors on record takes too long
 
 V = TypeVar("V")
 
@@ -62,9 +63,11 @@ class History:
     def __init__(self, initial: bytes) -> None:
         self.now = 1
         self.initial = initial
+        self.initial_data = len(initial.rstrip(b"\0"))  # bytes; nothing but zeroes behind
         self.sectors: dict[int, Register[bytes]] = {}
         self.size = Register([Version(len(initial), -2, -1, -1, 0)])
         self.milestones: list[int] = []  # when something became durable
+        self._wide: list[tuple[int, int, Version[bytes]]] = []  # zeroes for many sectors: first, end
 
     def tick(self) -> int:
         self.now += 1
@@ -75,6 +78,7 @@ class History:
         if register is None:
             value = self.initial[number * SECTOR : (number + 1) * SECTOR] or ZEROES
             register = self.sectors[number] = Register([Version(value.ljust(SECTOR, b"\0"), -2, -1, -1, 0)])
+            register.versions += [version for first, end, version in self._wide if first <= number < end]
         return register
 
     def begin(self, offset: int, data: bytes) -> list[Version[bytes]]:
@@ -94,6 +98,21 @@ class History:
                 versions.append(version)
         return versions
 
+    def begin_zeroes(self, offset: int, size: int) -> list[Version[bytes]]:
+        """Somebody starts to zero a large range of whole sectors. Those that never held anything are left out."""
+        first, end = offset // SECTOR, (offset + size) // SECTOR
+        version = Version(ZEROES, self.tick())
+        for number in self._ever_data(first, end):
+            self.sector(number).versions.append(version)
+        self._wide.append((first, end, version))
+        return [version]
+
+    def _ever_data(self, first: int, end: int) -> list[int]:
+        """The sectors of [first, end) that were ever written or that hold something from the beginning."""
+        known = [number for number in self.sectors if first <= number < end]
+        last = -(-self.initial_data // SECTOR)
+        return known + [number for number in range(first, min(end, last)) if number not in self.sectors]
+
     def begin_size(self, size: int) -> Version[int]:
         version = Version(size, self.tick())
         self.size.versions.append(version)
@@ -111,8 +130,7 @@ class History:
         self.end([version])
         version.durable = now = self.now
         self.milestones.append(now)
-        last = max(max(self.sectors, default=-1) + 1, -(-len(self.initial) // SECTOR))
-        for number in range(version.value // SECTOR, min(last, -(-old // SECTOR))):
+        for number in self._ever_data(version.value // SECTOR, -(-old // SECTOR)):
             self.sector(number).versions.append(Version(ZEROES, now, now, now, now))
 
     def flushed(self, began: int) -> None:
@@ -128,13 +146,17 @@ class History:
 
 @dataclass
 class Guest:
-    """An image whose operations are put on record. Errors pass through; what failed may have happened or not."""
+    """An image whose operations are put on record. Errors pass through; what failed may have happened or not.
+
+    `may_fail`: a scenario must not rely on what it has done.
+    """
 
     image: Image
     history: History
     cluster_size: int
     tag: int = 0
     size_failed: bool = False
+    may_fail: bool = False
 
     async def _do(self, versions: list[Version[bytes]], function: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -170,12 +192,17 @@ class Guest:
 
     async def zero(self, offset: int, size: int) -> None:
         size = min(size, self.image.size - offset)
-        await self._do(self.history.begin(offset, bytes(size)), lambda: self.image.zero(offset, size))
+        await self._do(self._begin_zeroes(offset, size), lambda: self.image.zero(offset, size))
 
     async def discard(self, offset: int, size: int) -> None:
         first, end = round_up(offset, self.cluster_size), offset + size
         end = self.image.size if end >= self.image.size else end - end % self.cluster_size
-        await self._do(self.history.begin(first, bytes(max(0, end - first))), lambda: self.image.discard(offset, size))
+        await self._do(self._begin_zeroes(first, max(0, end - first)), lambda: self.image.discard(offset, size))
+
+    def _begin_zeroes(self, offset: int, size: int) -> list[Version[bytes]]:
+        if size > _LARGE:
+            return self.history.begin_zeroes(offset, size)
+        return self.history.begin(offset, bytes(size))
 
     async def resize(self, size: int) -> None:
         old = self.image.size

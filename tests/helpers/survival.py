@@ -146,6 +146,8 @@ class Run:
         while offset < image.size:
             for kind, length, _host in await image.map(offset, image.size - offset):
                 first, last = offset // step, -(-(offset + length) // step)
+                if kind is Kind.ZERO:  # as what was nothing before reads anyway
+                    last = min(last, -(-self.history.initial_data // step))
                 if kind is not Kind.UNALLOCATED:
                     strange = set(range(first, last)).difference(self.watched)
                     assert not strange, f"guest clusters {strange} were never touched but are mapped"
