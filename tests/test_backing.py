@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 
-from qedfuse.backing import BackingPolicy
-from qedfuse.errors import FormatError, UnsupportedError
+from qedfuse.backing import BackingPolicy, open_backing_file, resolve_backing
+from qedfuse.errors import FormatError, QedfuseError, UnsupportedError, describe
 from tests.helpers.chains import (
     SIZE,
     make_qed,
@@ -284,6 +286,39 @@ def test_a_path_that_changes_all_the_time(tmp_path: Path) -> None:
                     refused += "lies outside" in str(error)
         finally:
             swapper.kill()
+
+
+STARTS = ["", "", "", "./", "/", "//", "file:", "file:/", "/proc/self/root/", "/proc/self/cwd/", "/dev/fd/", "nbd:"]
+PARTS = ["..", ".", "sub", "up", "top", "", "proc", "self", "root", "cwd", "fd", "0"]
+NAMES = ["inside.raw", "inside.raw", "out", "fifo", "sub", "gone", "\udcff", "a\nb", "x" * 300, ""]
+
+
+@given(st.sampled_from(STARTS), st.lists(st.sampled_from(PARTS), max_size=5), st.sampled_from(NAMES))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+def test_no_name_leads_out_of_the_root(tmp_path: Path, start: str, parts: list[str], name: str) -> None:
+    """Whatever it is put together from: what is open is a file inside, or there is one plain line."""
+    root = tmp_path / "root"
+    if not root.exists():
+        (root / "sub").mkdir(parents=True)
+        for file in (root / "inside.raw", root / "sub" / "inside.raw", tmp_path / "inside.raw"):
+            make_raw(file)
+        for link, target in (("up", ".."), ("top", "/"), ("out", "../inside.raw")):
+            (root / link).symlink_to(target)
+        os.mkfifo(root / "fifo")
+    image = str(root / "top.qed")
+    try:
+        path = resolve_backing(image, start + "/".join([*parts, name]))
+        opened = open_backing_file(image, path, BackingPolicy(root=str(root)))
+    except QedfuseError as error:
+        line = describe(error)
+        assert line.startswith(f"{image}: ") and line.isprintable()
+        event("refused")
+        return
+    try:
+        assert os.path.commonpath([os.readlink(f"/proc/self/fd/{opened.fileno()}"), root]) == str(root)
+        event("opened")
+    finally:
+        os.close(opened.fileno())
 
 
 def test_what_has_no_path_is_outside(tmp_path: Path) -> None:
