@@ -37,7 +37,7 @@ def refuse_sources(path: str, status: os.stat_result, sources: Mapping[Identity,
     """Raise QedfuseError if the target is one of the files that are read, given with their names."""
     source = sources.get(identity(status))
     if source is not None:
-        raise QedfuseError(path, f"cannot be the target: it is read, as {source}", errno.EINVAL)
+        raise QedfuseError(path, f"cannot be the target: it is read from (as {source})", errno.EINVAL)
 
 
 class OutputFile(FileStorage):

@@ -66,7 +66,7 @@ _CACHES = click.Choice(["none", "writeback", "writethrough", "directsync", "unsa
     "to TARGET.",
 )
 @click.option("-F", "backing_format", type=_FORMATS, help="BACKING's format; probed if not given.")
-@click.option("-c", is_flag=True, expose_value=False, hidden=True, callback=_no_compression)
+@click.option("-c", "compress", is_flag=True, expose_value=False, hidden=True, callback=_no_compression)
 @click.option("-n", "no_create", is_flag=True, help="TARGET exists: fill it, and keep its size and what is behind.")
 @click.option("-p", "percentage", is_flag=True, help="Show progress on stdout, as qemu-img does.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -80,8 +80,8 @@ _CACHES = click.Choice(["none", "writeback", "writethrough", "directsync", "unsa
     help="So many zeroes in a row become a hole; 0: store everything.",
 )
 @click.option("-U", "--force-share", "share", is_flag=True, help="Copy SOURCE even if another process is writing it.")
-@_hint("-W", is_flag=True)
-@_hint("-C", is_flag=True)
+@_hint("-W", "out_of_order", is_flag=True)
+@_hint("-C", "copy_offload", is_flag=True)
 @_hint("--target-is-zero", is_flag=True)
 @_hint("-m", "coroutines", type=click.IntRange(1, 16))
 @_hint("-t", "cache", type=_CACHES)
@@ -117,7 +117,7 @@ def convert(
     if no_create and (given or backing is not None):
         raise click.UsageError("-n takes TARGET as it is: it excludes -o and -B")
     if backing is not None and target_format != "qed":
-        raise click.UsageError("-B: a raw target has no backing file (try -O qed)")
+        raise click.UsageError("-B: a raw target has no backing file, only -O qed does")
     if backing is None and backing_format is not None:
         raise click.UsageError("-F is the backing file's format: it needs -B")
     if backing is not None and no_backing:
