@@ -7,16 +7,22 @@
  * uses. If a linker does not do us the favour, the function below is never called (`counters()["calls"]` stays 0) and
  * everything works as if this file did not exist.
  *
- * What it does. It reads requests from the session's descriptor. READs, and WRITEs that overwrite allocated clusters,
- * it answers at once and goes on to the next request (a *burst*); FALLOCATE and LSEEK, for which pyfuse3 has no
+ * What it does. It reads requests from the session's descriptor. READs, WRITEs that overwrite allocated clusters, and
+ * most WRITEs into new ones it answers at once and goes on to the next request (a *burst*); FALLOCATE and LSEEK, for which pyfuse3 has no
  * handlers, it hands to a Python callable; the first request that is anything else ends the burst and is returned to
  * pyfuse3 untouched. At the end of a burst without such a request it returns -EINTR, upon which pyfuse3 waits for the
  * descriptor as it always does. The GIL is released but for the moments when Python is asked or told something.
  *
- * What it never does: allocate, change a table, wait for a disk to read, report an error. Whatever is not plainly fine
+ * What it never does: choose clusters, bring a table to the file, wait for a disk to read, report an error. Whatever is not plainly fine
  * (a table page that is not in memory, an entry that points nowhere, data that is not in the host's page cache, a
  * failed or short read or write) goes to Python, whose behaviour is the reference: it does the request again from its
  * start and owns the outcome. A write that failed half-way and is done again is the same write.
+ *
+ * New clusters. Python offers a run of them, all of which read as zeroes and lie inside the file, whenever nobody holds a
+ * lock on a range (image.py, `state`). They are taken from the front: data first, with what the layers below have around
+ * it, then the entries in the page in memory. Python is told how many were taken and which pages have changed, before
+ * it runs again (`note_written`), so for allocator.py and commit.py it is as if Python had done it. A cluster whose write
+ * failed is told of as lost: what is in it must not show up in anything else.
  *
  * Why the mapping cannot change under it. The tables have one place, the page pool of pages.py; this file reads the
  * entries there, by way of an index (page number -> address) that pages.py keeps up to date. Python changes tables,
@@ -32,7 +38,9 @@
  * requests of its own to work on; then trio's other tasks have their turn. When the queue becomes empty the next request
  * is awaited by polling for SPIN_NS: a lone reader that waits for one answer before it asks again is served without a
  * trip through the event loop. After a spin in vain ever more chances to spin are let pass, so that it costs little where
- * it does not pay off; an idle mount never spins, as there is nothing to answer before.
+ * it does not pay off. Then it sleeps for WAIT_NS at most, which costs nothing and is still quicker than the event loop
+ * (a writer of 1 MiB needs more than a spin's time between two requests). Neither happens while Python has requests to
+ * work on; an idle mount does neither, as there is nothing to answer before.
  *
  * Sources: linux/fuse.h (wire format), preadv2(2), QEMU docs/interop/qed_spec (tables).
  */
@@ -45,6 +53,7 @@
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <malloc.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
@@ -57,10 +66,10 @@
 
 enum {
     BURST_REQUESTS = 64,
-    BURST_NS = 1000 * 1000,
+    BURST_NS = 2000 * 1000,
     BUSY_BURST_NS = 250 * 1000, /* while Python works on requests, too */
-    BUSY_NS = 1000 * 1000,      /* after a request went to Python it counts as busy for so long */
     SPIN_NS = 50 * 1000,
+    WAIT_NS = 500 * 1000,
     PAUSE_MAX = 63,
     MAX_IO = 1 << 20, /* a request's data: the most that the kernel asks for (256 pages) */
     MAX_DEPTH = 200,  /* layers in a chain */
@@ -101,7 +110,8 @@ static struct {
 } count;
 
 static bool enabled;       /* false: every request is passed */
-static bool spinning = true;
+static bool spinning = true; /* may poll, and sleep, for the next request */
+static unsigned in_python; /* requests that Python is working on */
 static PyObject *hand_over; /* callable(session_fd, opcode, unique, nodeid, fh, offset, length, mode) or NULL */
 
 /* -- index: numbers to pointers, open addressing ---------------------------------------------------------------------- */
@@ -277,10 +287,16 @@ typedef struct Layer {
     unsigned table_bits;            /* log2 of entries */
     PageIndex *l1, *l2;             /* NULL: a raw file */
     struct Layer *below;            /* NULL: zeroes */
-    PyObject *state;                /* callable() -> (size, file_end, writable), or NULL: what is said above stays */
-    PyObject *wrote;                /* callable(): something was written in place */
-    bool writable, dirty;
+    PyObject *state;                /* callable() -> (size, file_end, writable, free, free_end), or NULL: as above */
+    PyObject *wrote;                /* callable(taken, lost, pages): something was written */
+    uint64_t free, free_end;        /* bytes of the file: clusters that may be taken, from the first on */
+    bool writable;
     uint64_t burst; /* the one that has fetched `state` */
+    /* what Python has not been told yet */
+    bool dirty;
+    uint64_t taken, lost;            /* bytes of clusters; `lost`, the last of them, hold what was left of a write */
+    unsigned pages;                  /* L2 pages in which entries were set */
+    uint64_t page[BURST_REQUESTS];
 } Layer;
 
 static PyTypeObject LayerType;
@@ -351,10 +367,10 @@ static PyTypeObject LayerType = {
 /* Asks Python for the numbers that change. Needs the GIL. */
 static bool layer_refresh(Layer *layer)
 {
-    unsigned long long size, file_end;
+    unsigned long long size, file_end, free, free_end;
     int writable;
     PyObject *state = PyObject_CallNoArgs(layer->state);
-    if (!state || !PyArg_ParseTuple(state, "KKp", &size, &file_end, &writable)) {
+    if (!state || !PyArg_ParseTuple(state, "KKpKK", &size, &file_end, &writable, &free, &free_end)) {
         Py_XDECREF(state);
         PyErr_WriteUnraisable(layer->state);
         return false;
@@ -363,7 +379,32 @@ static bool layer_refresh(Layer *layer)
     layer->size = size;
     layer->file_end = file_end;
     layer->writable = writable;
+    layer->free = free;
+    layer->free_end = free_end;
     return true;
+}
+
+/* Tells Python what was done to an image. Needs the GIL. */
+static void layer_tell(Layer *layer)
+{
+    PyObject *pages = PyTuple_New(layer->pages), *told = NULL;
+    for (unsigned i = 0; pages && i < layer->pages; i++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(layer->page[i]);
+        if (!number)
+            Py_CLEAR(pages);
+        else
+            PyTuple_SET_ITEM(pages, i, number);
+    }
+    if (pages && layer->wrote)
+        told = PyObject_CallFunction(layer->wrote, "KKO", (unsigned long long)layer->taken,
+                                     (unsigned long long)layer->lost, pages);
+    if (layer->wrote && !told)
+        PyErr_WriteUnraisable(layer->wrote);
+    Py_XDECREF(told);
+    Py_XDECREF(pages);
+    layer->dirty = false;
+    layer->taken = layer->lost = 0;
+    layer->pages = 0;
 }
 
 /* -- the mapping ------------------------------------------------------------------------------------------------------- */
@@ -435,6 +476,23 @@ static enum kind chain_run(const Layer *layer, uint64_t offset, uint64_t *length
             *length = layer->size - offset;
     }
     return UNKNOWN;
+}
+
+/* -- memory ------------------------------------------------------------------------------------------------------------- */
+
+static char *reply_memory; /* a reply: the header right before a page boundary, the data from there on */
+static char *scratch;      /* twice MAX_IO: what a new cluster gets from below, before and behind a write */
+
+static bool memory_prepare(void)
+{
+    if (!reply_memory) {
+        void *memory = mmap(NULL, PAGE + 3 * MAX_IO, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory != MAP_FAILED) {
+            reply_memory = (char *)memory + PAGE;
+            scratch = reply_memory + MAX_IO;
+        }
+    }
+    return reply_memory != NULL;
 }
 
 /* -- input and output --------------------------------------------------------------------------------------------------- */
@@ -519,14 +577,8 @@ static void release_gil(struct burst *burst)
 /* Before Python does anything else. Needs the GIL. */
 static void tell_writes(struct burst *burst)
 {
-    while (burst->writes) {
-        Layer *layer = burst->wrote[--burst->writes];
-        layer->dirty = false;
-        PyObject *told = layer->wrote ? PyObject_CallNoArgs(layer->wrote) : Py_NewRef(Py_None);
-        if (!told)
-            PyErr_WriteUnraisable(layer->wrote);
-        Py_XDECREF(told);
-    }
+    while (burst->writes)
+        layer_tell(burst->wrote[--burst->writes]);
 }
 
 /* HANDED: to Python, which should have its turn. PASS, MISS: nothing was replied; to pyfuse3. */
@@ -556,21 +608,95 @@ static enum outcome read_image(const Layer *top, uint64_t offset, uint64_t size,
     return batch_do(&batch) ? DONE : MISS;
 }
 
-/* Nothing is written unless all of the range has clusters of its own in the top layer. */
+/* Sees to it that Python will be told. */
+static bool note_write(struct burst *burst, Layer *top)
+{
+    if (!top->dirty) {
+        if (burst->writes == sizeof burst->wrote / sizeof *burst->wrote)
+            return false;
+        burst->wrote[burst->writes++] = top; /* no reference: only Python detaches, and is told before it runs */
+        top->dirty = true;
+    }
+    return true;
+}
+
+static bool all_zero(const char *memory, uint64_t size)
+{
+    return !size || (!memory[0] && !memcmp(memory, memory + 1, size - 1));
+}
+
+/* What a new cluster gets of the layers below: bytes that are not there to be read are zeroes. */
+static bool copy_below(const Layer *top, uint64_t offset, uint64_t size, char *memory)
+{
+    uint64_t inside = offset >= top->size ? 0 : top->size - offset < size ? top->size - offset : size;
+    memset(memory + inside, 0, size - inside);
+    return !inside || read_image(top, offset, inside, memory) == DONE;
+}
+
+/*
+ * Writes into clusters that have no data yet, all of one run and one table page, as ClusterWriter._write_unmapped does:
+ * head, data and tail go to clusters that Python offers, and then the entries are set, which Python brings to the file
+ * (commit.py). Passes whatever is not that simple.
+ */
+static enum outcome write_new(struct burst *burst, Layer *top, uint64_t offset, uint64_t size, char *memory)
+{
+    unsigned bits = top->cluster_bits;
+    uint64_t length = size, host = 0, first = offset >> bits, last = (offset + size - 1) >> bits;
+    uint64_t run = (last - first + 1) << bits, start = first << bits, end = offset + size;
+    enum kind kind = layer_run(top, offset, &length, &host);
+    uint64_t *page = index_get(&top->l2->pages, first >> PAGE_BITS);
+    if ((kind != UNALLOCATED && kind != ZERO) || length != size || !page || first >> PAGE_BITS != last >> PAGE_BITS)
+        return PASS;
+    bool covers = kind == UNALLOCATED && top->below && start < top->below->size;
+    if (all_zero(memory, size))
+        return covers ? PASS : DONE;
+    if (run > top->free_end - top->free || !note_write(burst, top))
+        return PASS;
+    unsigned at = 0;
+    while (at < top->pages && top->page[at] != first >> PAGE_BITS)
+        at++;
+    if (at == BURST_REQUESTS)
+        return PASS;
+    struct iovec iov[3] = {{0}, {memory, size}, {0}};
+    uint64_t head = offset - start, tail = start + run - end;
+    if (covers) {
+        if (head > MAX_IO || tail > MAX_IO)
+            return PASS;
+        if (!copy_below(top, start, head, scratch) || !copy_below(top, end, tail, scratch + MAX_IO))
+            return MISS;
+        if (!all_zero(scratch, head))
+            iov[0] = (struct iovec){scratch, head};
+        if (!all_zero(scratch + MAX_IO, tail))
+            iov[2] = (struct iovec){scratch + MAX_IO, tail};
+    }
+    host = top->free;
+    ssize_t done = pwritev(top->fd, iov, 3, (off_t)(host + (iov[0].iov_len ? 0 : head)));
+    top->free += run;
+    top->taken += run;
+    if (done < 0 || (uint64_t)done != iov[0].iov_len + size + iov[2].iov_len) {
+        top->lost = run;
+        return MISS;
+    }
+    if (top->file_end < top->free)
+        top->file_end = top->free;
+    if (at == top->pages)
+        top->page[top->pages++] = first >> PAGE_BITS;
+    for (uint64_t cluster = first; cluster <= last; cluster++, host += UINT64_C(1) << bits)
+        page[cluster & (PAGE_ENTRIES - 1)] = host;
+    return DONE;
+}
+
+/* Nothing is written in place unless all of the range has clusters of its own in the top layer. */
 static enum outcome write_image(struct burst *burst, Layer *top, uint64_t offset, uint64_t size, char *memory)
 {
     uint64_t length, host = 0;
     for (uint64_t done = 0; done < size; done += length) {
         length = size - done;
         if (layer_run(top, offset + done, &length, &host) != DATA)
-            return PASS;
+            return done ? PASS : write_new(burst, top, offset, size, memory);
     }
-    if (!top->dirty) {
-        if (burst->writes == sizeof burst->wrote / sizeof *burst->wrote)
-            return PASS;
-        burst->wrote[burst->writes++] = top; /* no reference: only Python detaches, and is told before it runs */
-        top->dirty = true;
-    }
+    if (!note_write(burst, top))
+        return PASS;
     struct batch batch = {.write = true};
     for (uint64_t done = 0; done < size; done += length) {
         length = size - done;
@@ -590,18 +716,6 @@ struct handle {
 
 static struct index handles; /* fh -> struct handle */
 
-/* A reply: the header right before a page boundary, the data from there on. */
-static char *reply_memory;
-
-static bool reply_prepare(void)
-{
-    if (!reply_memory) {
-        void *memory = mmap(NULL, PAGE + MAX_IO, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (memory != MAP_FAILED)
-            reply_memory = (char *)memory + PAGE;
-    }
-    return reply_memory != NULL;
-}
 
 /* A reply that the kernel does not want (ENOENT: nobody waits any more, ENODEV: unmounted) is no loss. */
 static void reply(int fd, uint64_t unique, int error, size_t size)
@@ -745,7 +859,6 @@ static int receive(struct fuse_session *session, struct fuse_buf *buf, int fd)
 
 /* What we know of how requests arrive. */
 static struct {
-    int64_t passed;  /* when Python was last given a request */
     unsigned pause;  /* chances to spin that are let pass after a spin in vain: more with each one, up to PAUSE_MAX */
     unsigned waited; /* of these, so many are over */
 } pace;
@@ -769,10 +882,17 @@ static int spin(struct fuse_session *session, struct fuse_buf *buf, int fd)
     return result;
 }
 
+/* Sleeps for a moment, until there is a request: still quicker than the way through the event loop. */
+static int wait_and_receive(struct fuse_session *session, struct fuse_buf *buf, int fd)
+{
+    struct pollfd ready = {.fd = fd, .events = POLLIN};
+    return ppoll(&ready, 1, &(struct timespec){.tv_nsec = WAIT_NS}, NULL) > 0 ? receive(session, buf, fd) : -EINTR;
+}
+
 static int do_burst(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
     int64_t start = now();
-    bool busy = start - pace.passed < BUSY_NS;
+    bool busy = in_python > 0;
     int64_t limit = start + (busy ? BUSY_BURST_NS : BURST_NS);
     int result = receive(session, buf, burst->fd);
     for (int requests = 1; result > 0; requests++) {
@@ -780,7 +900,6 @@ static int do_burst(struct burst *burst, struct fuse_session *session, struct fu
         if (outcome == PASS || outcome == MISS) {
             count.passed++;
             count.missed += outcome == MISS;
-            pace.passed = now();
             break;
         }
         result = -EINTR;
@@ -789,6 +908,8 @@ static int do_burst(struct burst *burst, struct fuse_session *session, struct fu
         result = receive(session, buf, burst->fd);
         if (result == -EINTR && spinning && !busy && pace.waited++ >= pace.pause)
             result = spin(session, buf, burst->fd);
+        if (result == -EINTR && spinning && !busy)
+            result = wait_and_receive(session, buf, burst->fd);
     }
     return result;
 }
@@ -836,7 +957,7 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
         *(void **)&session_fd = dlsym(library, "fuse_session_fd");
         *(void **)&real_receive_buf = session_fd ? dlsym(library, "fuse_session_receive_buf") : NULL;
     }
-    if (!real_receive_buf || !reply_prepare()) {
+    if (!real_receive_buf || !memory_prepare()) {
         PyErr_Format(PyExc_OSError, "%s: libfuse's functions were not found", path);
         return NULL;
     }
@@ -853,6 +974,18 @@ static PyObject *configure(PyObject *Py_UNUSED(module), PyObject *args, PyObject
     enabled = on;
     spinning = may_spin;
     Py_XSETREF(hand_over, callable == Py_None ? NULL : Py_NewRef(callable));
+    Py_RETURN_NONE;
+}
+
+static PyObject *enter(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    in_python++;
+    Py_RETURN_NONE;
+}
+
+static PyObject *leave(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    in_python--;
     Py_RETURN_NONE;
 }
 
@@ -910,6 +1043,8 @@ static PyMethodDef methods[] = {
      "configure(enabled, spin=True, hand_over=None)"},
     {"attach", attach, METH_VARARGS, "attach(fh, layer, writable): answer requests for this handle."},
     {"detach", detach, METH_O, "detach(fh): no longer."},
+    {"enter", enter, METH_NOARGS, "enter(): Python begins to work on a request."},
+    {"leave", leave, METH_NOARGS, "leave(): it has replied, or will in a moment."},
     {"counters", counters, METH_NOARGS, "counters() -> dict of what was done since loading."},
     {NULL, NULL, 0, NULL},
 };

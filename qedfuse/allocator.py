@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from qedfuse.geometry import Geometry, round_up
+from qedfuse.geometry import Geometry, round_down, round_up
 
 
 class Runs:
@@ -98,6 +98,19 @@ class Allocator:
         size = self._geometry.table_bytes
         found = self._free.take_first(size, whole=True)
         return found[0] if found else self._fresh(size)
+
+    def next_free(self, file_size: int) -> tuple[int, int]:
+        """Start and end of the run that `allocate` would take from; of fresh clusters, what the file covers."""
+        for start, size in self._free:
+            return start, start + size
+        return self.end, max(self.end, round_down(file_size, self._geometry.cluster_size))
+
+    def take(self, offset: int, size: int) -> None:
+        """Hand out `size` bytes from the front of `next_free`."""
+        if offset == self.end:
+            self.end += size
+        else:
+            self._free.take_first(size, whole=True)
 
     def _fresh(self, size: int) -> int:
         offset = self.end

@@ -1,8 +1,8 @@
 """From the backing file's name in an image to an open file: what a name means, and what may be opened.
 
-The name comes from the image and may be hostile. Confined (`BackingPolicy.root`), a file is first pinned by an O_PATH
-descriptor, which has no side effect on devices and FIFOs, then judged by what the pin refers to, and opened through the
-pin: what was judged is what is read, whatever happens to the path meanwhile.
+The name comes from the image and may be hostile. A file is first pinned by an O_PATH descriptor, which has no side
+effect on devices and FIFOs, then judged by what the pin refers to, and opened through the pin: what was judged is what
+is read, whatever happens to the path meanwhile.
 
 Source: QEMU block.c, "path_has_protocol" and "path_combine"; open(2) on O_PATH, proc(5) on /proc/pid/fd.
 """
@@ -75,12 +75,10 @@ def open_backing_file(image: str, path: str, policy: BackingPolicy) -> FileStora
             image, f"refers to backing file {shown(path)} and backing files are refused (--no-backing)"
         )
     try:
-        if policy.root is not None:
-            return _open_inside(image, path, policy.root, policy.refused_device)
-        status = os.stat(path)
-        _check_device(image, path, status, policy.refused_device)
-        _check_type(image, path, status.st_mode, allow_device=True)  # opening some devices has effects
-        return FileStorage.open(path, writable=False, allow_device=True)
+        root = None if policy.root is None else os.path.realpath(policy.root)
+        if root is not None:
+            _check_inside(image, path, _real_path(path), root)  # before it is told apart from a missing file
+        return _open_judged(image, path, root, policy.refused_device)
     except QedfuseError:
         raise
     except OSError as error:
@@ -88,16 +86,22 @@ def open_backing_file(image: str, path: str, policy: BackingPolicy) -> FileStora
         raise QedfuseError(image, f"cannot open its backing file {shown(path)}: {reason}", error.errno) from None
 
 
-def _open_inside(image: str, path: str, root: str, refused_device: int | None) -> FileStorage:
-    root = os.path.realpath(root)
-    _check_inside(image, path, os.path.realpath(path), root)  # before it is told apart from a missing file
+def _real_path(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except RecursionError:  # a chain of more links than the kernel would follow
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+
+
+def _open_judged(image: str, path: str, root: str | None, refused_device: int | None) -> FileStorage:
     pin = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         link = f"/proc/self/fd/{pin}"
-        _check_inside(image, path, os.readlink(link), root)
+        if root is not None:
+            _check_inside(image, path, os.readlink(link), root)
         status = os.fstat(pin)
         _check_device(image, path, status, refused_device)
-        _check_type(image, path, status.st_mode, allow_device=False)
+        _check_type(image, path, status.st_mode, allow_device=root is None)
         fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     finally:
         os.close(pin)
@@ -105,7 +109,7 @@ def _open_inside(image: str, path: str, root: str, refused_device: int | None) -
 
 
 def _check_inside(image: str, path: str, real: str, root: str) -> None:
-    if os.path.commonpath([real, root]) != root:
+    if not os.path.isabs(real) or os.path.commonpath([real, root]) != root:  # what has no path is in no directory
         raise UnsupportedError(
             image, f"refers to backing file {shown(path)}, which lies outside {shown(root)} (--backing-root)"
         )

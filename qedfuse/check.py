@@ -25,11 +25,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from qedfuse.clustermap import ClusterMap
+from qedfuse.clustermap import ClusterMap, Marks
 from qedfuse.errors import QedfuseError, ReadOnlyError, describe
 from qedfuse.geometry import ENTRY_SIZE
 from qedfuse.header import FEATURE_NEED_CHECK, Header
-from qedfuse.marker import Marker, Marks
 from qedfuse.repair import leaked_runs, release, repair_tables, write_header
 from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
 from qedfuse.storage import Storage
@@ -172,7 +171,6 @@ async def _scan(storage: Storage, header: Header, progress: Progress | None) -> 
     used = ClusterMap(storage, bounds)
     used.mark(header.l1_table_offset // header.cluster_size, header.table_size)
     result = CheckResult(storage.path, header, total_clusters=geometry.clusters_for(header.image_size))
-    marker = Marker(bounds, used)
     breathe = Breather()
     if progress is not None:
         progress(0, geometry.table_entries)
@@ -180,13 +178,13 @@ async def _scan(storage: Storage, header: Header, progress: Progress | None) -> 
         if not bounds.holds(offset, geometry.table_bytes):
             result.corruptions += 1
             result.note(f"l1 entry {index}: {offset:#x} {bounds.fault(offset)}")
-        elif again := used.mark(offset // header.cluster_size, header.table_size).bit_count():
+        elif again := used.mark(offset // header.cluster_size, header.table_size):
             result.overlaps += again
             result.corruptions += again
             result.note(f"l1 entry {index}: the l2 table at {offset:#x} overlaps other tables or data")
         else:
             chunks = TableChunks(storage, offset, geometry.table_bytes, breathe)
-            await _scan_l2(chunks, result, marker, bounds, index, offset)
+            await _scan_l2(chunks, result, used, bounds, index, offset)
         if progress is not None:
             progress(index + 1, geometry.table_entries)
     result.image_end_offset = used.end_of_marked() * header.cluster_size
@@ -200,7 +198,7 @@ async def _scan(storage: Storage, header: Header, progress: Progress | None) -> 
 
 
 async def _scan_l2(
-    chunks: TableChunks, result: CheckResult, marker: Marker, bounds: Bounds, index: int, offset: int
+    chunks: TableChunks, result: CheckResult, used: ClusterMap, bounds: Bounds, index: int, offset: int
 ) -> None:
     """Count what the L2 table at `offset`, of L1 entry `index`, refers to."""
     geometry = bounds.header.geometry
@@ -211,15 +209,15 @@ async def _scan_l2(
     try:
         async for position, chunk in chunks:
             for part, start in _split(chunk, position, inside):
-                before = marker.used.marked
-                marks = marker.mark(part, last)
+                before = used.marked
+                marks = used.mark_entries(part, last)
                 last = marks.last
                 result.allocated_clusters += marks.allocated
                 result.fragmented_clusters += marks.fragmented
                 result.corruptions += len(marks.invalid) + len(marks.again)
                 result.overlaps += len(marks.again)
                 if start >= inside:
-                    result.past_end_clusters += marker.used.marked - before
+                    result.past_end_clusters += used.marked - before
                 if marks.invalid or marks.again:
                     _note_entries(result, bounds, part, index * geometry.table_entries + start // ENTRY_SIZE, marks)
     except QedfuseError:
@@ -257,4 +255,5 @@ async def _count_leaks(storage: Storage, result: CheckResult, used: ClusterMap) 
         leaked += end - first
         await breathe()
     result.leaks = leaked + result.past_end_clusters
-    result.punched_clusters = used.clusters - result.header.header_size - used.marked - leaked
+    clusters = min(used.clusters, storage.stat().st_size // result.header.cluster_size)  # a repair shortens the file
+    result.punched_clusters = clusters - result.header.header_size - used.marked - leaked

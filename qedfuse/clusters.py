@@ -43,6 +43,8 @@ class ClusterWriter:
         self._bits = tables.geometry.cluster_bits
         self._mask = self._cluster_size - 1
         self._coverage = tables.geometry.l2_coverage
+        #: Zeroes that are written to unallocated clusters are stored, too.
+        self.keep_zeroes = False
         #: The entry of a cluster that was zeroed or discarded.
         self.zero_entry = UNALLOCATED if backing is None else ZERO_CLUSTER
 
@@ -58,7 +60,7 @@ class ClusterWriter:
                 offset += length
 
     async def _write_unmapped(self, offset: int, data: memoryview, kind: Kind, image_end: int) -> None:
-        if _is_zero(data):
+        if not self.keep_zeroes and _is_zero(data):
             if kind is Kind.ZERO or not self._below(offset, len(data)):
                 return
             if not (offset | len(data)) & self._mask:
@@ -170,6 +172,23 @@ class ClusterWriter:
             except BaseException:
                 self._release(host, room)
                 raise
+
+    # -- for the fast path --------------------------------------------------------------------------------------------
+
+    def offer(self) -> tuple[int, int]:
+        """From where to where in the file there are clusters that somebody else may take, from the front, before
+        anything else happens here."""
+        return self._allocator.next_free(self._committer.file_size)
+
+    def take_offered(self, offset: int, size: int, lost: int, pages: Sequence[int]) -> None:
+        """`size` bytes from the front of the offer were taken. See `Image.note_written`."""
+        self._allocator.take(offset, size)
+        self._tables.file_end = self._allocator.end
+        for index in pages:
+            self._tables.changed(index)
+        if lost:
+            self._allocator.release(offset + size - lost, lost)
+        self._committer.note_change()
 
     # -- small parts --------------------------------------------------------------------------------------------------
 

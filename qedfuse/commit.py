@@ -8,7 +8,8 @@ instant (the group: copies of the dirty pages, so that later changes stay out) a
 
     - header   after a failed write of the header, which may have happened: the header is written again; sync
     0 extend   the file covers every cluster handed out (truncate)
-    1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet
+    1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet. (The background task
+               does it before that, right after the first change, while there is little to sync.)
     2 new      pages of L2 tables to which the file's L1 table does not refer yet
     3 barrier  backing file: sync
     4 tables   pages of the other L2 tables, pages of the L1 table
@@ -108,7 +109,7 @@ class Committer:
         self._unsynced_tables = False
         self._closed = False
         self._header_known = True  # the file's header is `header`: no write of another one has failed
-        self._file_size = storage.stat().st_size
+        self.file_size = storage.stat().st_size  # bytes; clusters handed out may lie beyond until `extend`
         self._growing = trio.Lock()
         self._size = header.image_size  # what the header shall say after the next commit with sync
         self._running = trio.Lock()
@@ -138,7 +139,7 @@ class Committer:
 
     def covers(self, room: int) -> bool:
         """Whether the file covers every cluster handed out, and `room` bytes more."""
-        return self._file_size >= self._allocator.end + room
+        return self.file_size >= self._allocator.end + room
 
     async def extend(self, room: int = 0) -> None:
         """Step 0: let the file cover every cluster handed out, and `room` bytes more. Raises OSError."""
@@ -146,7 +147,7 @@ class Committer:
             return
         async with self._growing:
             end = self._allocator.end + room
-            if self._file_size < end:
+            if self.file_size < end:
                 cluster_size = self.header.cluster_size
                 size = end + min(_GROW_CLUSTERS * cluster_size, _GROW_BYTES) // cluster_size * cluster_size
                 try:
@@ -156,7 +157,7 @@ class Committer:
                         raise
                     size = end  # close to the host's limit: without a reserve
                     await self._storage.truncate(size)
-                self._file_size = size
+                self.file_size = size
                 self.unsynced = True
 
     # -- durability -------------------------------------------------------------------------------------------------
@@ -344,8 +345,9 @@ class Committer:
             await self._dirty_event.wait()
             self._dirty_event = trio.Event()
             changes = self._changes
-            await trio.sleep(COMMIT_DELAY)
             try:
+                await self._mark_early()
+                await trio.sleep(COMMIT_DELAY)
                 await self.write_back()
                 if self.header.needs_check and not self._barrier:
                     with trio.move_on_after(IDLE_DELAY - COMMIT_DELAY):
@@ -358,6 +360,14 @@ class Committer:
                 log.warning("%s: cannot write tables yet: %s", self._storage.path, error.strerror or error)
                 await trio.sleep(COMMIT_DELAY)
                 self._dirty_event.set()
+
+    async def _mark_early(self) -> None:
+        """Step 1, if the next commit will need it."""
+        async with self._running:
+            self.check()
+            if self._tables.dirty_l1 or self._tables.dirty_l2:
+                with trio.CancelScope(shield=True):
+                    await self._mark()
 
     async def clean(self) -> None:
         """Flush, and clear NEED_CHECK if nothing has become dirty meanwhile. Raises OSError."""
@@ -376,10 +386,10 @@ class Committer:
         try:
             await self.flush()
             end = self._allocator.trim()
-            if end < self._file_size:
+            if end < self.file_size:
                 self.unsynced = True
                 await self._storage.truncate(end)
-                self._file_size = end
+                self.file_size = end
             if self.unsynced:
                 await self._sync()
             await self.clean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -28,6 +29,7 @@ class ControlServer:
         self._commands = commands
         self._listener: trio.SocketListener | None = None
         self._scope = trio.CancelScope()
+        self._spare: int | None = None
         self._waiting: set[trio.SocketStream] = set()
 
     async def listen(self, device: str) -> None:
@@ -52,6 +54,7 @@ class ControlServer:
         """Answer until `stop_listening`."""
         if self._listener is None:
             return
+        self._keep_spare()
         with self._scope:
             async with trio.open_nursery() as nursery:
                 while True:
@@ -60,10 +63,20 @@ class ControlServer:
                     except trio.ClosedResourceError:
                         return
                     except OSError as error:
+                        if self._spare is not None:
+                            os.close(self._spare)
+                            self._spare = None
+                            continue
                         _log.warning("control socket: %s", error)
                         await trio.sleep(1)
                         continue
                     nursery.start_soon(self._answer, stream)
+
+    def _keep_spare(self) -> None:
+        """Keep a descriptor for somebody who asks when open images have taken all others."""
+        if self._spare is None:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def stop_listening(self) -> None:
         """Free the address; whoever waits goes on waiting."""
@@ -95,6 +108,7 @@ class ControlServer:
             pass
         self._waiting.discard(stream)
         await trio.aclose_forcefully(stream)
+        self._keep_spare()
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         """Answer one request; one that waits is under way until the client loses patience."""

@@ -125,14 +125,14 @@ async def create_image(
 
 async def _write_file(path: str, header: Header, backing_name: bytes) -> None:
     """`write_image` on a host file, new or not. A new one is gone again if that fails."""
-    new_path = _make_file(path)
+    new_path = make_file(path)
     storage = FileStorage.open(path, writable=True)
     try:
         lock(storage.fileno(), path, writable=True)
         try:
             await write_image(storage, header, backing_name)
             if new_path:
-                await trio.to_thread.run_sync(_sync_directory, os.path.dirname(new_path))
+                await trio.to_thread.run_sync(sync_directory, os.path.dirname(new_path))
         except BaseException:
             if new_path:
                 with suppress(OSError):
@@ -159,7 +159,7 @@ async def _look_at_backing(path: str, backing: str, backing_format: str | None) 
         await layer.close()
 
 
-def _make_file(path: str) -> str | None:
+def make_file(path: str) -> str | None:
     """See to it that there is a file; its real path if it is new. A link that leads nowhere gets its file."""
     real = os.path.realpath(path)
     try:
@@ -172,7 +172,7 @@ def _make_file(path: str) -> str | None:
     return real
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
     """Make a new name in a directory durable, where the file system knows how."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

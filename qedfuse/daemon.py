@@ -224,13 +224,13 @@ class Daemon:
         await self.flush()
 
     async def _try_unmount(self, *, lazy: bool) -> bool:
-        """Take our mount away, if it is still there and on top. False: it is in use."""
-        here = find_mount(self._config.mountpoint)
-        if here is None or self._mount is None or here.device != self._mount.device:
-            return False
+        """Take our mount away, if it is still there and on top. False: it is in use, or that cannot be found out."""
         try:
+            here = find_mount(self._config.mountpoint)
+            if here is None or self._mount is None or here.device != self._mount.device:
+                return False
             await trio.to_thread.run_sync(lambda: unmount(self._config.mountpoint, lazy=lazy))
-        except QedfuseError as error:
+        except OSError as error:
             if error.errno != errno.EBUSY:
                 _log.error("%s", describe(error))
             return False
@@ -250,6 +250,8 @@ class Daemon:
             await node.mounted.close()
             if node.mounted.failure is not None:
                 problems.append(describe(node.mounted.failure, node.mounted.path))
+        if self._session:
+            await self._try_unmount(lazy=True)  # if there were no descriptors left to find it
         error = "; ".join(problems) or None
         if self._mount is not None:
             _log.info("%s: closed%s", self._config.mountpoint, f", but {error}" if error else "")

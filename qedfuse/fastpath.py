@@ -15,7 +15,7 @@ import logging
 import os
 import struct
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -76,6 +76,11 @@ class FastPath:
         (`missed` of these because they needed a disk), `handed` to the handlers here, `spins` and those `spun`
         successfully."""
         return native.counters()
+
+    @property
+    def in_python(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """To be called before and after Python's work on a request, for the filter to know whether there is any."""
+        return native.enter, native.leave
 
     # -- handles ------------------------------------------------------------------------------------------------------
 
@@ -193,7 +198,7 @@ class _Attached:
         layer.tables.l1.watch(l1)
         layer.tables.l2.watch(l2)
         self._watched.append(layer)
-        size, file_end, _writable = layer.in_place()
+        size, file_end, *_ = layer.state()
         return native.Layer(
             fd,
             size,
@@ -204,7 +209,7 @@ class _Attached:
             l1=l1,
             l2=l2,
             below=below,
-            state=layer.in_place if top else None,
+            state=layer.state if top else None,
             wrote=layer.note_written if top else None,
         )
 

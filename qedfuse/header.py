@@ -6,6 +6,7 @@ the header's clusters, wherever backing_filename_offset says.
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -140,10 +141,10 @@ class Header:
 
 
 def decode_backing_name(raw: bytes, path: str) -> str:
-    """The backing file's name from its bytes; undecodable bytes survive as surrogates, as in `os.fsdecode`.
+    """The backing file's name from its bytes, as `os.fsdecode` has it: what is opened has these very bytes for a name.
 
     Raises FormatError for an embedded NUL.
     """
     if b"\0" in raw:
         raise FormatError(path, "the backing file's name contains a nul byte")
-    return raw.decode("utf-8", "surrogateescape")
+    return os.fsdecode(raw)

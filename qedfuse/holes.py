@@ -3,6 +3,9 @@
 A hole is what reads as zeroes without any bytes being stored for it: zero clusters, clusters that no layer has, and the
 holes of a raw backing file. Data is everything else, even if it consists of zeroes.
 
+Whoever waits for an lseek cannot be killed. A hostile image makes a search through exabytes of tables out of one, and
+so a search is given up after `PATIENCE` seconds, with an answer that is allowed for any file: here may be data.
+
 Source: lseek(2), fallocate(2).
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import aclosing
 
 from qedfuse.image import Image
@@ -18,28 +22,42 @@ from qedfuse.mapping import walk
 from qedfuse.scan import Breather
 from qedfuse.storage import FileStorage
 
+#: Seconds; time for a terabyte of tables that say "zeroes" and "data" cluster by cluster.
+PATIENCE = 2.0
+
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
 
 async def next_data(layer: Layer, offset: int) -> int | None:
-    """The first byte at or behind `offset` that is data, None if there is none. Raises OSError as reading does."""
-    return await _find(layer, offset, data=True)
+    """The first byte at or behind `offset` that is data, None if there is none. Raises OSError as reading does.
+
+    After `PATIENCE`: a byte behind `offset` before which there is none.
+    """
+    found, tired = await _find(layer, offset, data=True)
+    return None if found == layer.size and not tired else found
 
 
 async def next_hole(layer: Layer, offset: int) -> int:
-    """The first byte at or behind `offset` that is in a hole; the image's end counts as one. Raises OSError."""
-    found = await _find(layer, offset, data=False)
-    return layer.size if found is None else found
+    """The first byte at or behind `offset` that is in a hole; the image's end counts as one. Raises OSError.
+
+    After `PATIENCE`: the image's end.
+    """
+    found, tired = await _find(layer, offset, data=False)
+    return layer.size if tired else found
 
 
-async def _find(layer: Layer, offset: int, *, data: bool) -> int | None:
+async def _find(layer: Layer, offset: int, *, data: bool) -> tuple[int, bool]:
+    """Where what is looked for begins (the layer's end: nowhere), or how far the search came before it was given up."""
+    deadline = time.monotonic() + PATIENCE
     async with aclosing(walk(layer, offset, layer.size)) as entries:
         async for entry in entries:
             if entry.data is data:
-                return entry.start
-    return None
+                return entry.start, False
+            if entry.start > offset and time.monotonic() > deadline:
+                return entry.start, True
+    return layer.size, False
 
 
 async def fallocate(image: Image, mode: int, offset: int, size: int) -> None:

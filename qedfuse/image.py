@@ -10,6 +10,7 @@ The order of writes that makes this safe is not decided here: `commit.py` owns i
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 from qedfuse.allocator import Allocator
 from qedfuse.clusters import ClusterWriter
@@ -69,6 +70,7 @@ class Image:
         self._l2_pages = self._tables.l2.pages
         self._data_start = header.header_bytes
         self._locks = RangeLock()
+        self._offered = (0, 0)
         self._closed = False
         self._committer: Committer | None = None
         if writable:
@@ -114,15 +116,28 @@ class Image:
         """The mapping. Nobody else changes it."""
         return self._tables
 
-    def in_place(self) -> tuple[int, int, bool]:
-        """The image's size, where clusters end in the file, and whether they may be overwritten; as of now."""
-        committer = self._committer
-        return self._size, self._tables.file_end, committer is not None and committer.failed is None
+    def state(self) -> tuple[int, int, bool, int, int]:
+        """The image's size, where clusters end in the file, whether they may be overwritten, and from where to where
+        in the file there are clusters that may be taken from the front (see `note_written`); as of now.
 
-    def note_written(self) -> None:
-        """Clusters were overwritten in place: the next flush has to sync."""
+        None may be taken while anybody holds a lock, as he may be about to give a cluster of the range data himself,
+        nor when `_begin_change` would not let a change begin.
+        """
+        committer = self._committer
+        if committer is None or committer.failed:
+            return self._size, self._tables.file_end, False, 0, 0
+        self._offered = (0, 0)
+        if not self._locks and not committer.crowded:
+            self._offered = self._writer.offer()
+        return self._size, self._tables.file_end, True, *self._offered
+
+    def note_written(self, taken: int, lost: int, pages: Sequence[int]) -> None:
+        """Clusters were written, in place or into new ones: `taken` bytes of clusters from the front of what `state`
+        has offered. Nothing refers to the last `lost` of them; to the others entries of these L2 pages do."""
         if self._committer:
             self._committer.unsynced = True
+            if taken:
+                self._writer.take_offered(self._offered[0], taken, lost, pages)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -202,6 +217,11 @@ class Image:
             async with self._locks.hold(*self._clusters(offset, len(data)), exclusive=True):
                 if end <= self._size:  # nobody shrank it meanwhile
                     return await clusters.write(offset, data, self._size)
+
+    def keep_zeroes(self) -> None:
+        """From now on zeroes that are written take space as other data does: for who wants an image allocated."""
+        self._committer_of()
+        self._writer.keep_zeroes = True
 
     async def zero(self, offset: int, size: int) -> None:
         """Make a range read as zeroes, as far as it lies inside the image; whole clusters give their space back."""

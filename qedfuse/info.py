@@ -118,14 +118,20 @@ def read_untrusted(
     """As `read_info`, for an image from somebody who may mean harm: it must be consistent and stand alone.
 
     Opens nothing but the image; memory is bounded by the check, time by `time_limit` (seconds). Raises UnsupportedError
-    for an image that refers to another file, declares more than `max_size` bytes or takes too long to check, and
-    CorruptError for one whose tables are not in order (leaked clusters are harmless) or that was not closed cleanly.
+    for an image that refers to another file, declares more than `max_size` bytes, takes too long to check or is one of
+    another format, too (whose reader would see something else), and CorruptError for one whose tables are not in order
+    (leaked clusters are harmless) or that was not closed cleanly.
     """
+    from qedfuse.probe import PROBE_BYTES, other_format
+
     deadline = time.monotonic() + time_limit
     with _opened(path, share=share) as fd:
         info = _read_info(fd, path)
         if info.backing_name is not None:
             raise UnsupportedError(path, f"not to be trusted: it refers to another file, {info.backing_name!r}")
+        other = other_format(_pread(fd, path, PROBE_BYTES, 0))
+        if other is not None:
+            raise UnsupportedError(path, f"not to be trusted: it looks like a {other} image, too")
         if info.virtual_size > max_size:
             raise UnsupportedError(
                 path, f"not to be trusted: it declares {info.virtual_size} bytes, more than {max_size} (--max-size)"

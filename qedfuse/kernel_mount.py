@@ -11,12 +11,13 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pyfuse3
 
 from qedfuse.errors import QedfuseError
 from qedfuse.mount_options import MountOptions
+from qedfuse.offload import watch
 
 SUBTYPE = "qedfuse"
 
@@ -50,6 +51,10 @@ def mount(operations: pyfuse3.Operations, mountpoint: str, source: str, options:
             lines = complaints().decode(errors="replace").strip().splitlines()
             reason = lines[0] if lines else "libfuse gives no reason"
             raise QedfuseError(mountpoint, f"cannot mount: {reason}") from None
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                watch(int(name))
 
 
 def _escape(source: str) -> str:

@@ -183,3 +183,18 @@ async def read_layer(layer: Layer | None, offset: int, size: int) -> bytes | byt
             return data
         return await read_extents(extents, offset, size)
     return await read_extents(await resolve(layer, offset, size), offset, size)
+
+
+async def read_layer_into(layer: Layer | None, offset: int, target: memoryview) -> None:
+    """As `read_layer`, into memory that is there already. Raises OSError; `target` may be filled in part then."""
+    extents = resolve_nowait(layer, offset, len(target))
+    if extents is None:
+        extents = await resolve(layer, offset, len(target))
+    for start, length, kind, owner, host, _depth in extents:
+        part = target[start - offset : start - offset + length]
+        if owner is None:
+            part[:] = bytes(length)
+        elif kind is Kind.INDIRECT:
+            part[:] = await owner.read_indirect(start, length)
+        elif not owner.storage.read_into_nowait(host, part):
+            await owner.storage.read_into(host, part)

@@ -1,10 +1,15 @@
-"""Where the log goes: stderr in the foreground, else syslog if there is one, or a file."""
+"""Where the log goes: stderr in the foreground, else syslog if there is one, or a file.
+
+What is logged names images and backing files, whose names are whatever somebody put there: see `_make_printable`.
+"""
 
 from __future__ import annotations
 
 import logging
 import logging.handlers
 import os
+
+from qedfuse.errors import printable
 
 _SYSLOG = "/dev/log"
 
@@ -23,5 +28,12 @@ def start_logging(*, foreground: bool, log_file: str | None) -> None:
         handler.setFormatter(logging.Formatter("qedfuse[%(process)d]: %(message)s"))
     else:
         handler = logging.NullHandler()
+    handler.addFilter(_make_printable)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.raiseExceptions = False  # a full disk under the log is no reason to print to a closed stderr
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """A message is one line, and harmless to a terminal; only the traceback of a bug has more."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True

@@ -7,6 +7,7 @@ close to end (the image's own lock would refuse him before).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -145,7 +146,8 @@ class MountedImage:
                 closing = True
                 self.opened = None
                 if isinstance(image.storage, FileStorage):
-                    spare = os.dup(image.storage.fileno())
+                    with contextlib.suppress(OSError):  # no descriptor left: then it counts as changed by others
+                        spare = os.dup(image.storage.fileno())
             self.failure = image.failed
         except Exception as error:
             if not closing:

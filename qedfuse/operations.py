@@ -42,18 +42,25 @@ FIXED_NAMES_TIMEOUT = 3600.0
 _SYNC_FLAGS = os.O_SYNC | os.O_DSYNC
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 def _translated(
     handler: Callable[Concatenate[Operations, P], Awaitable[T]],
 ) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
     """A handler whose exceptions become errnos. pyfuse3 ends the mount on anything but a FUSEError."""
 
     async def translated(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._enter()
         try:
             return await handler(self, *args, **kwargs)
         except FUSEError:
             raise
         except Exception as error:
             raise FUSEError(self.complaints.errno_of(error, handler.__name__)) from None
+        finally:
+            self._leave()
 
     return translated
 
@@ -83,6 +90,7 @@ class Operations(pyfuse3.Operations):
         self._options = options
         self._host = host
         self._fastpath = fastpath
+        self._enter, self._leave = fastpath.in_python if fastpath else (_nothing, _nothing)
         self._images: dict[int, Image] = {}
         self._nodes: dict[int, Node] = {}
         self._synced: set[int] = set()
@@ -93,6 +101,7 @@ class Operations(pyfuse3.Operations):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
+        self._enter()
         try:
             image = self._images[fh]
             data = image.read_nowait(off, size)
@@ -102,8 +111,11 @@ class Operations(pyfuse3.Operations):
             return data  # type: ignore[return-value]  # pyfuse3 takes any buffer
         except Exception as error:
             raise FUSEError(self.complaints.errno_of(error, "read")) from None
+        finally:
+            self._leave()
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
+        self._enter()
         try:
             image = self._images[fh]
             if not image.write_nowait(off, buf):
@@ -114,6 +126,8 @@ class Operations(pyfuse3.Operations):
             return len(buf)
         except Exception as error:
             raise FUSEError(self.complaints.errno_of(error, "write")) from None
+        finally:
+            self._leave()
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:

@@ -48,10 +48,16 @@ def probe_format(head: bytes, path: str) -> str:
             return QCOW2
         if version == 1:
             raise _unsupported(path, "qcow (version 1)")
-    for offset, magic, name in _OTHERS:
-        if head.startswith(magic, offset):
-            raise _unsupported(path, name)
+    name = other_format(head)
+    if name is not None:
+        raise _unsupported(path, name)
     return RAW
+
+
+def other_format(head: bytes) -> str | None:
+    """The format, neither raw nor one that qedfuse reads, that a file is of; None if there is none. A file may be of
+    two: some magics are not at its start."""
+    return next((name for offset, magic, name in _OTHERS if head.startswith(magic, offset)), None)
 
 
 def _unsupported(path: str, name: str) -> UnsupportedError:

@@ -38,6 +38,10 @@ class RangeLock:
     def __init__(self) -> None:
         self._claims: list[_Claim] = []  # held and waiting, in the order of asking
 
+    def __bool__(self) -> bool:
+        """Whether anybody holds or wants any range."""
+        return bool(self._claims)
+
     @asynccontextmanager
     async def hold(self, start: int, end: int, exclusive: bool) -> AsyncIterator[None]:
         """Hold [start, end) for the block. Cancelled while waiting: the claim is withdrawn."""

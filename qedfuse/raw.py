@@ -6,7 +6,7 @@ import os
 import stat
 
 from qedfuse.layer import Kind, Layer, Run
-from qedfuse.storage import Storage
+from qedfuse.storage import FileStorage, Storage
 
 
 class RawLayer:
@@ -49,5 +49,5 @@ def _size_of(storage: Storage) -> int:
     status = storage.stat()
     if not stat.S_ISBLK(status.st_mode):
         return status.st_size
-    with open(storage.path, "rb") as device:
-        return device.seek(0, os.SEEK_END)
+    assert isinstance(storage, FileStorage)
+    return os.lseek(storage.fileno(), 0, os.SEEK_END)

@@ -47,7 +47,6 @@ from qedfuse.clustermap import ClusterMap
 from qedfuse.errors import CorruptError
 from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, ZERO_CLUSTER
 from qedfuse.header import Header
-from qedfuse.marker import Marker
 from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
 from qedfuse.storage import Storage
 
@@ -157,7 +156,6 @@ class _TableRepair:
         storage, bounds, bits = self._storage, self._bounds, self._geometry.cluster_bits
         used = ClusterMap(storage, bounds)
         used.mark(self._header.l1_table_offset >> bits, self._header.table_size)
-        marker = Marker(bounds, used)
         async for index, offset in L1Entries(storage, self._header, self._breathe):
             inside = bounds.entries_inside(index)
             if not inside or not bounds.holds(offset, self._geometry.table_bytes):
@@ -168,7 +166,7 @@ class _TableRepair:
             else:
                 self._staying.add(offset)
             async for position, chunk in TableChunks(storage, offset, inside * ENTRY_SIZE, self._breathe):
-                marks = marker.mark(chunk)
+                marks = used.mark_entries(chunk)
                 for entry in marks.again:
                     fresh = self._take(1)
                     if copying:
@@ -245,23 +243,17 @@ class _TableRepair:
 def leaked_runs(storage: Storage, header: Header, used: ClusterMap) -> Iterator[tuple[int, int]]:
     """The clusters that nothing refers to and that hold data, as runs (first, end). Some runs are empty (no news)."""
     size = header.cluster_size
-    data = 0
-    for first, end in used.free_runs(header.header_size):
-        yield first, first
-        while first < end:
-            if data < first * size:
-                found = storage.next_data(first * size)
-                data = found if found is not None else used.clusters * size
-            if data >= end * size:
-                break
-            first = data // size
-            stop = min(end, -(-storage.next_hole(data) // size))
-            yield first, stop
-            first = stop
+    first = used.next_free(header.header_size)
+    while first < used.clusters and (data := storage.next_data(first * size)) is not None:
+        first = stop = used.next_free(data // size)
+        if first == data // size:
+            stop = min(used.next_marked(first), -(-storage.next_hole(data) // size))
+        yield first, stop
+        first = used.next_free(stop)
 
 
 async def release(storage: Storage, header: Header, used: ClusterMap) -> None:
-    """Step 6: give back what nothing refers to. `used` is of tables that are in order; it is cut to the new end.
+    """Step 6: give back what nothing refers to. `used` is of tables that are in order.
 
     Raises OSError. Cancelled or failed, it has done a part.
     """
@@ -275,5 +267,4 @@ async def release(storage: Storage, header: Header, used: ClusterMap) -> None:
             await storage.punch(first * size, (min(stop, end) - first) * size)
     if storage.stat().st_size > end * size:
         await storage.truncate(end * size)
-    used.clusters = end
     await storage.sync()

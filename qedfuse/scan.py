@@ -1,7 +1,7 @@
 """Walking the tables of an image: what check and repair have in common.
 
-A table is read in chunks of at most 256 KiB; holes and zeroes cost nothing. `marker.py` says what is in a chunk of L2
-entries, `clustermap.py` remembers what has been referred to.
+A table is read in chunks of at most 256 KiB; holes and zeroes cost nothing. `clustermap.py` says what is in a chunk of
+L2 entries, and remembers what has been referred to.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import compress
 
-import trio
-
+from qedfuse.blocking import checkpoint
 from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, round_down, round_up
 from qedfuse.header import Header
 from qedfuse.storage import Storage
@@ -41,7 +40,7 @@ class Breather:
 
     async def __call__(self) -> None:
         if time.monotonic() >= self._due:
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
             self._due = time.monotonic() + 0.02
 
 

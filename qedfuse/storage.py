@@ -1,8 +1,8 @@
 """The only way to a host file: an asynchronous protocol, and the real file behind it.
 
 Everything above speaks `Storage`; tests plug in RAM, faults and a crash log. What is at hand is done on the spot
-(`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a worker thread. EINTR is retried by
-Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
+(`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a thread (`offload.py`). EINTR is
+retried by Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
 
 Source: preadv2(2), fallocate(2), fdatasync(2).
 """
@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import os
 import stat
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-import trio
-
+from qedfuse.blocking import in_thread
 from qedfuse.errors import QedfuseError
 
 Buffer = bytes | bytearray | memoryview
@@ -199,13 +197,10 @@ class FileStorage:
                 self._write_all(start, [zeroes[: offset + size - start]])
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
-        """Run a system call in a worker thread. Not abandoned when cancelled: its buffers are in use until it ends."""
         try:
-            with trio.CancelScope(shield=True):
-                result = await trio.to_thread.run_sync(functools.partial(function, *args))
+            return await in_thread(function, *args)
         except OSError as error:
             raise self._named(error) from None
-        return result
 
     def _named(self, error: OSError) -> OSError:
         """An error of a call by descriptor, with the file's name."""

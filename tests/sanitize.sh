@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests of the native fast path with AddressSanitizer and UndefinedBehaviorSanitizer. Arguments go to pytest.
+# Run the tests of what is in C with AddressSanitizer and UndefinedBehaviorSanitizer. Arguments go to pytest.
 #
 # Works on a copy, so that no other program meets the slow library.
 set -euo pipefail
@@ -10,13 +10,15 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r qedfuse tests pyproject.toml "$copy"
 cd "$copy"
-rm -f qedfuse/_fastpath*.so
+rm -f qedfuse/*.so
 
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
-gcc -std=gnu11 -O1 -g -fPIC -shared -Wall -Wextra -Werror -fno-omit-frame-pointer \
-    -fsanitize=address,undefined -fsanitize-undefined-trap-on-error \
-    -I"$include" qedfuse/_fastpath.c -o "qedfuse/_fastpath$suffix"
+for module in _fastpath _clustermap; do
+    gcc -std=gnu11 -O1 -g -fPIC -shared -Wall -Wextra -Werror -fno-omit-frame-pointer \
+        -fsanitize=address,undefined -fsanitize-undefined-trap-on-error \
+        -I"$include" "qedfuse/$module.c" -o "qedfuse/$module$suffix"
+done
 
 # Python itself is not instrumented, so the runtime must be in the process first; what Python never frees is no leak of
 # ours. Only Python is started that way, not the other programs that the tests run.
@@ -34,7 +36,8 @@ END
 export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:log_path=$copy/report
 export PYTHONMALLOC=malloc
 status=0
-./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath.py "$@" || status=$?
+./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath.py tests/test_fastpath_new.py \
+    tests/test_clustermap.py tests/test_check.py "$@" || status=$?
 if compgen -G "$copy/report*" >/dev/null; then
     cat "$copy"/report*
     status=1

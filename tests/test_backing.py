@@ -6,13 +6,17 @@ import errno
 import os
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 
-from qedfuse.backing import BackingPolicy
-from qedfuse.errors import FormatError, UnsupportedError
+from qedfuse.backing import BackingPolicy, open_backing_file, resolve_backing
+from qedfuse.errors import FormatError, QedfuseError, UnsupportedError, describe
 from tests.helpers.chains import (
     SIZE,
     make_qed,
@@ -24,6 +28,7 @@ from tests.helpers.chains import (
     refusal,
     tool,
 )
+from tests.helpers.cli import one_line, qedfuse
 
 NO_BACKING = BackingPolicy(allowed=False)
 
@@ -255,3 +260,102 @@ def test_a_path_that_changes_behind_our_back(tmp_path: Path, monkeypatch: pytest
     image = make_qed(root / "top.qed", "base.raw")
     monkeypatch.setattr(os.path, "realpath", os.fspath)
     assert "lies outside" in str(refusal(image, BackingPolicy(root=str(root))))
+
+
+def test_a_path_that_changes_all_the_time(tmp_path: Path) -> None:
+    """A link that leads inside and outside in turns, as fast as it goes: nothing from outside is ever read."""
+    root = tmp_path / "root"
+    root.mkdir()
+    make_raw(root / "inside.raw")
+    (tmp_path / "outside.raw").write_bytes(b"secret" * 50_000)
+    (root / "link").symlink_to("inside.raw")
+    image, policy = make_qed(root / "top.qed", "link", raw=True), BackingPolicy(root=str(root))
+    swap = "import os, sys\nwhile True:\n"
+    for target in ("../outside.raw", "inside.raw"):
+        swap += f"    os.symlink({target!r}, 'new'); os.rename('new', 'link')\n"
+    read = refused = 0
+    with subprocess.Popen([sys.executable, "-c", swap], cwd=root) as swapper:
+        try:
+            end = time.monotonic() + 30
+            while not (read and refused) or read + refused < 200:
+                assert time.monotonic() < end, (read, refused)
+                try:
+                    assert our_bytes(image, policy=policy) == pattern(0xA5)
+                    read += 1
+                except UnsupportedError as error:
+                    refused += "lies outside" in str(error)
+        finally:
+            swapper.kill()
+
+
+STARTS = ["", "", "", "./", "/", "//", "file:", "file:/", "/proc/self/root/", "/proc/self/cwd/", "/dev/fd/", "nbd:"]
+PARTS = ["..", ".", "sub", "up", "top", "", "proc", "self", "root", "cwd", "fd", "0"]
+NAMES = ["inside.raw", "inside.raw", "out", "fifo", "sub", "gone", "\udcff", "a\nb", "x" * 300, ""]
+
+
+@given(st.sampled_from(STARTS), st.lists(st.sampled_from(PARTS), max_size=5), st.sampled_from(NAMES))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+def test_no_name_leads_out_of_the_root(tmp_path: Path, start: str, parts: list[str], name: str) -> None:
+    """Whatever it is put together from: what is open is a file inside, or there is one plain line."""
+    root = tmp_path / "root"
+    if not root.exists():
+        (root / "sub").mkdir(parents=True)
+        for file in (root / "inside.raw", root / "sub" / "inside.raw", tmp_path / "inside.raw"):
+            make_raw(file)
+        for link, target in (("up", ".."), ("top", "/"), ("out", "../inside.raw")):
+            (root / link).symlink_to(target)
+        os.mkfifo(root / "fifo")
+    image = str(root / "top.qed")
+    try:
+        path = resolve_backing(image, start + "/".join([*parts, name]))
+        opened = open_backing_file(image, path, BackingPolicy(root=str(root)))
+    except QedfuseError as error:
+        line = describe(error)
+        assert line.startswith(f"{image}: ") and line.isprintable()
+        event("refused")
+        return
+    try:
+        assert os.path.commonpath([os.readlink(f"/proc/self/fd/{opened.fileno()}"), root]) == str(root)
+        event("opened")
+    finally:
+        os.close(opened.fileno())
+
+
+def test_what_has_no_path_is_outside(tmp_path: Path) -> None:
+    ends = os.pipe()
+    try:
+        image = make_qed(tmp_path / "top.qed", f"/proc/self/fd/{ends[0]}")
+        assert "lies outside / (--backing-root)" in str(refusal(image, BackingPolicy(root="/")))
+        assert "not a regular file" in str(refusal(image))
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+@pytest.mark.parametrize("confined", [False, True])
+def test_more_links_than_can_be_followed(tmp_path: Path, confined: bool) -> None:
+    for number in range(2000):
+        (tmp_path / f"link{number}").symlink_to(f"link{number + 1}")
+    image = make_qed(tmp_path / "top.qed", "link0")
+    error = refusal(image, BackingPolicy(root=str(tmp_path)) if confined else None)
+    assert error.errno == errno.ELOOP and "too many levels of symbolic links" in str(error)
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C.UTF-8"},
+    ],
+    ids=["C", "ascii", "UTF-8"],
+)
+def test_names_do_not_depend_on_the_locale(tmp_path: Path, locale: dict[str, str]) -> None:
+    name = "größe ∞"
+    make_raw(tmp_path / name)
+    image = make_qed(tmp_path / "top.qed", name, raw=True)
+    for words in (("info", "--backing-chain"), ("map",), ("map", "--output=json")):
+        done = qedfuse(*words, image, env=locale)
+        assert (done.code, done.err) == (0, ""), done
+    (tmp_path / name).unlink()
+    one_line(qedfuse("map", image, env=locale), 1, "no such file")

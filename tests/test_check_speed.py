@@ -60,9 +60,9 @@ def cpu_seconds(*command: object) -> tuple[float, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("order", "bound"), [("sequential", 3), ("runs of 64", 20), ("random", 50)])
-def test_a_full_terabyte(order: str, bound: float, tmp_path: Path) -> None:
-    """Against `qemu-img check`, best of five. Bounds are wide: they catch a lost fast path, not a busy machine."""
+@pytest.mark.parametrize("order", ["sequential", "runs of 64", "random"])
+def test_a_full_terabyte(order: str, tmp_path: Path) -> None:
+    """Against `qemu-img check`, best of five. It takes 0.7 to 0.9 of the time; a busy machine may need more."""
     path = terabyte(tmp_path / "image.qed", order)
     script = "import sys; from qedfuse.cli.main import main; code = main(['check', '-q', sys.argv[1]]); "
     script += "print(code, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
@@ -82,8 +82,8 @@ def test_a_full_terabyte(order: str, bound: float, tmp_path: Path) -> None:
         f"\n{order}: cpu seconds: qemu-img {min(theirs):.2f}, the command {min(ours):.2f} (ratio {ratio:.2f}), "
         f"check_image alone {min(inside):.2f}; {memory >> 10} MiB"
     )
-    assert ratio < bound
-    assert memory >> 10 < 96
+    assert ratio < 1.5
+    assert memory >> 10 < 48
 
 
 @pytest.mark.slow
@@ -110,5 +110,5 @@ def test_a_full_terabyte_does_not_block_the_loop(tmp_path: Path) -> None:
         await storage.close()
 
     trio.run(work)
-    assert len(gaps) > 50
+    assert len(gaps) > 3  # the whole check takes about 0.1 s
     assert max(gaps) < 0.1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfuse import holes
 from qedfuse.holes import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -24,6 +25,7 @@ from qedfuse.image import Image
 from qedfuse.layer import Layer
 from qedfuse.opening import open_image
 from tests.helpers.chains import qemu_img, run
+from tests.helpers.hostile import C, wide, words
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -174,6 +176,45 @@ def test_64_tib_are_scanned_in_no_time(tmp_path: Path) -> None:
             assert await segments(image) == [(cluster, cluster + CLUSTER)]
             assert await next_data(image, cluster + CLUSTER) is None
             assert time.perf_counter() - begin < 2
+
+    run(check)
+
+
+def test_a_search_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 GiB of zeroes in 8192 tables that are all one and the same: the answers come soon, and are no lies."""
+    image = wide([17 * C] * 8191 + [36 * C], [0, 1] * 4096, clusters=60)(tmp_path)
+    with image.open("r+b") as file:  # one cluster of data, behind all of that
+        file.seek(36 * C)
+        file.write(words(0, 1, 0, 34 * C))
+    place = 8191 * 8192 * C + 3 * C
+
+    async def check() -> None:
+        async with open_image(image, read_only=True) as opened:
+            started = time.monotonic()
+            found = [await next_data(opened, 0)]
+            assert holes.PATIENCE <= time.monotonic() - started < holes.PATIENCE + 2
+            monkeypatch.setattr(holes, "PATIENCE", 0.1)
+            for _ in range(5):
+                assert found[-1] is not None
+                found.append(await next_data(opened, found[-1]))
+            assert found == sorted(set(found)) and found[-1] < place  # type: ignore[operator, type-var]
+            assert await next_data(opened, place - 100 * C) == place
+            assert await next_hole(opened, place) == place + C
+            assert await next_data(opened, place + C) is None
+
+    run(check)
+
+
+def test_a_hole_that_takes_too_long_to_find_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, 64 * MIB) as image:
+            await image.write(0, b"a" * MIB)
+            await image.write(2 * MIB, b"b" * MIB)
+            await image.write(MIB, b"c" * CLUSTER)  # not where its neighbours are
+            monkeypatch.setattr(holes, "PATIENCE", -1)
+            assert await next_hole(image, 0) == image.size
+            assert await next_hole(image, MIB) == MIB + CLUSTER
+            assert await next_hole(image, 3 * MIB) == 3 * MIB
 
     run(check)
 

@@ -14,25 +14,26 @@ PACKAGE = Path(__file__).parent.parent / "qedfuse"
 
 #: A module may import what stands on an earlier line; modules of one line know nothing of each other.
 ORDER = """
-    errors geometry rangelock logs
-    header allocator pages complaints launch mounts outside
+    errors geometry rangelock offload blocks
+    blocking
+    header allocator pages complaints launch logs mounts outside
     qcow2_header
     probe peek
     storage filelock
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
-    qcow2 tables marker attributes changes
+    qcow2 tables attributes changes
     commit repair
     clusters check
     image
     chain holes mounted rootclock
     opening create info tree fastpath
-    operations control kernel_mount
-    control_server
-    daemon
+    operations control kernel_mount output
+    control_server target
+    daemon convert
     cli
-    cli.params
-    cli.mount cli.umount cli.create cli.info cli.map cli.check
+    cli.params cli.progress
+    cli.mount cli.umount cli.create cli.info cli.map cli.check cli.convert
     cli.status
     cli.main
     __main__
@@ -41,7 +42,7 @@ ORDER = """
 RANK = {name: rank for rank, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
 
 #: No I/O, no event loop; all that these know of the machine is text.
-PURE = ["errors", "geometry", "header", "probe", "qcow2_header", "qcow2_entries"]
+PURE = ["errors", "geometry", "header", "probe", "qcow2_header", "qcow2_entries", "blocks"]
 PURE_OS_NAMES = {"PathLike", "fspath", "fsencode", "fsdecode", "strerror"}
 IMPURE = {"asyncio", "ctypes", "fcntl", "io", "mmap", "pathlib", "pyfuse3", "shutil", "signal", "socket", "subprocess"}
 IMPURE |= {"tempfile", "threading", "trio"}

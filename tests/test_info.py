@@ -148,7 +148,11 @@ def test_chain_policy(chain: Path) -> None:
         one_line(result, 1, name, "--no-backing")
     one_line(qedfuse("info", "--backing-chain", "--backing-root", "sub", "top.qed"), 1, "base", "--backing-root")
     assert qedfuse("info", "--backing-chain", "--backing-root", ".", "top.qed").code == 0
-    assert qedfuse("info", "--no-backing", "top.qed").code == 0
+    alone = qedfuse("info", "top.qed")
+    for words in (["--no-backing"], ["--backing-root", "sub"]):  # also where only the image itself is to be shown
+        one_line(qedfuse("info", *words, "top.qed"), 1, "backing file", words[0])
+        one_line(qedfuse("info", "--untrusted", *words, "top.qed"), 2, "excludes")
+    assert qedfuse("info", "--backing-root", ".", "top.qed") == alone
 
 
 def test_broken_chain(chain: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,15 @@ from qedfuse.header import Header
 from tests.bench.targets import QedFuse
 from tests.bench.workloads import mapped_terabyte
 from tests.helpers import filing
-from tests.helpers.cli import qemu_img, qemu_io
+from tests.helpers.cli import Result, one_line, qedfuse, qemu_img, qemu_io
 from tests.helpers.guests import assert_clean, filesystem, loop_device, need_filesystem, need_guest, run
 from tests.helpers.ledger import Files, Ledger
 from tests.helpers.modes import MODES, NATIVE, Mode
-from tests.helpers.mounts import find_daemon, mounted, need_fuse, wait_until
+from tests.helpers.mounts import find_daemon, kill, mounted, need_fuse, wait_for_exit, wait_until
 from tests.helpers.victims import victims
+
+#: Of the long test of a guest.
+LOAD_SECONDS = float(os.environ.get("QEDFUSE_LOAD_SECONDS") or 180)
 
 MIB = 1 << 20
 TIB = 1 << 40
@@ -91,28 +95,33 @@ def test_a_guest_under_load(tmp_path: Path, mode: Mode) -> None:
 
 @pytest.mark.slow
 @pytest.mark.guest
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(300 + 2 * LOAD_SECONDS)
 @MODES
 @pytest.mark.parametrize("overlay", [False, True], ids=["plain", "overlay"])
 def test_a_guest_under_load_for_minutes(tmp_path: Path, mode: Mode, overlay: bool) -> None:
-    hold_a_guest(tmp_path, mode, 180, overlay=overlay)
+    hold_a_guest(tmp_path, mode, LOAD_SECONDS, overlay=overlay)
 
 
 # -- many --------------------------------------------------------------------------------------------------------------
 
-IMAGES = 3000
+IMAGES = 5000
 OPENED = 300
 
 
-def make_images(directory: Path) -> None:
-    """Empty images, whose sizes tell them apart."""
+def make_directories(tmp_path: Path, images: int) -> tuple[Path, Path]:
+    """A source directory and a mountpoint. The images are empty; their sizes tell them apart."""
+    need_fuse()
+    directory, point = tmp_path / "images", tmp_path / "raw"
+    directory.mkdir()
+    point.mkdir()
     geometry = Geometry()
     cluster = geometry.cluster_size
-    for number in range(IMAGES):
+    for number in range(images):
         header = Header(cluster, geometry.table_size, 1, 0, 0, 0, cluster, MIB + 512 * number)
         with (directory / f"{number:04}.qed").open("wb") as file:
             file.write(header.encode())
             file.truncate(cluster + geometry.table_bytes)
+    return directory, point
 
 
 @contextmanager
@@ -127,11 +136,7 @@ def soft_limit_of_descriptors(number: int) -> Iterator[None]:
 
 @MODES
 def test_thousands_of_images_in_a_directory(tmp_path: Path, mode: Mode) -> None:
-    need_fuse()
-    source, point = tmp_path / "images", tmp_path / "raw"
-    source.mkdir()
-    point.mkdir()
-    make_images(source)
+    source, point = make_directories(tmp_path, IMAGES)
     names = [f"{number:04}.raw" for number in range(IMAGES)]
     rnd = random.Random(3)
     chosen = rnd.sample(range(IMAGES), OPENED)
@@ -177,6 +182,94 @@ def test_thousands_of_images_in_a_directory(tmp_path: Path, mode: Mode) -> None:
     for number in chosen[:5]:
         qemu_io(source / f"{number:04}.qed", f"read -P {ord(f'{number:04}'[0])} {64 * number} 1")
         assert_clean(source / f"{number:04}.qed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@MODES
+def test_thousands_of_images_open_at_once(tmp_path: Path, mode: Mode) -> None:
+    source, point = make_directories(tmp_path, IMAGES)
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < IMAGES + 100:
+        pytest.skip(f"a process may have no more than {hard} files open here")
+    with mounted(*mode, source, point), soft_limit_of_descriptors(hard):
+        pid = find_daemon(point)
+        before = descriptors(pid)
+        started = time.monotonic()
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context((point / f"{number:04}.raw").open("r+b", buffering=0)) for number in range(IMAGES)
+            ]
+            print(f"{IMAGES} opened in {time.monotonic() - started:.1f} s, {descriptors(pid)} descriptors")
+            assert descriptors(pid) <= before + IMAGES + 5
+            for number, file in enumerate(files):
+                os.pwrite(file.fileno(), b"%04d" % number * 128, 4096)
+            for file in files:
+                os.fsync(file.fileno())
+            print(f"written and synced in {time.monotonic() - started:.1f} s, {peak_memory(pid):.0f} MiB resident")
+            for number, file in enumerate(files):
+                assert os.pread(file.fileno(), 4, 4096) == b"%04d" % number
+        wait_until(lambda: descriptors(pid) <= before + 5, 60)
+        assert peak_memory(pid) < 96 + 0.025 * IMAGES
+    for number in range(0, IMAGES, 500):
+        assert_clean(source / f"{number:04}.qed")
+
+
+def open_until_none_is_left(point: Path, stack: ExitStack) -> list[int]:
+    """Open images, of which the daemon may have few at a time, until it refuses one more."""
+    daemon = find_daemon(point)
+    left = descriptors(daemon) + 20
+    resource.prlimit(daemon, resource.RLIMIT_NOFILE, (left, left))
+    opened: list[int] = []
+    for path in sorted(point.iterdir()):
+        try:
+            opened.append(os.open(path, os.O_RDWR))
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            return opened
+        stack.enter_context(suppress(OSError))  # the mount may be dead by then
+        stack.callback(os.close, opened[-1])
+    raise AssertionError("all could be opened")
+
+
+def test_no_descriptors_left(tmp_path: Path) -> None:
+    """Who has an image open goes on, who asks is answered, and others can be opened again later."""
+    source, point = make_directories(tmp_path, 40)
+    with mounted(source, point) as mount:
+        pid = find_daemon(point)
+        before = descriptors(pid)
+        with ExitStack() as stack:
+            for number, fd in enumerate(open_until_none_is_left(point, stack)):
+                os.pwrite(fd, b"%04d" % number * 128, 4096)
+                os.fsync(fd)
+            for _ in range(3):
+                assert qedfuse("status", point).code == 0
+            one_line(mount.umount(), 1, "in use")
+        wait_until(lambda: descriptors(pid) <= before + 1)
+        for number, content in ((0, b"0000"), (5, b"0005"), (39, bytes(4))):
+            assert (point / f"{number:04}.raw").read_bytes()[4096:][:4] == content
+        assert mount.umount() == Result(0, "", "")
+        assert "internal error" not in mount.text() and "Traceback" not in mount.text(), mount.text()
+
+
+def test_a_signal_when_no_descriptors_are_left(tmp_path: Path) -> None:
+    """Everything is flushed and closed all the same."""
+    source, point = make_directories(tmp_path, 40)
+    with mounted("-o", "direct_io", source, point) as mount:
+        daemon = find_daemon(point)
+        with ExitStack() as stack:
+            opened = open_until_none_is_left(point, stack)
+            for fd in opened:
+                os.pwrite(fd, b"written" * 100, 4096)
+            kill(daemon)
+            wait_until(lambda: "serving until that ends" in mount.text())
+            kill(daemon)
+            wait_for_exit(daemon)
+        assert "internal error" not in mount.text() and "Traceback" not in mount.text(), mount.text()
+    for number in range(len(opened)):
+        assert_clean(source / f"{number:04}.qed")
+    qemu_io(source / "0000.qed", f"read -P {ord('w')} 4096 1")
 
 
 # -- large -------------------------------------------------------------------------------------------------------------

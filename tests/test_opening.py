@@ -232,16 +232,16 @@ def test_cancelled_while_opening(tmp_path: Path, step: int, monkeypatch: pytest.
     make_qed(tmp_path / "2.qed", "1.qed")
     top = make_qed(tmp_path / "3.qed", "2.qed")
     scope = trio.CancelScope()
-    real_open = FileStorage.open
+    real_init = FileStorage.__init__
     opened: list[str] = []
 
-    def open_file(path: str, writable: bool, *, allow_device: bool = False) -> FileStorage:
+    def note_open(self: FileStorage, path: str, fd: int, writable: bool) -> None:
+        real_init(self, path, fd, writable)
         opened.append(path)
         if len(opened) == step:
             trio.from_thread.run_sync(scope.cancel)
-        return real_open(path, writable, allow_device=allow_device)
 
-    monkeypatch.setattr(FileStorage, "open", open_file)
+    monkeypatch.setattr(FileStorage, "__init__", note_open)
 
     async def open_chain() -> None:
         with scope:

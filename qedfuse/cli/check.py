@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import click
 
 from qedfuse.cli.params import output_option, share_hint
+from qedfuse.cli.progress import Bar
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from qedfuse.check import CheckResult
 
 EXIT_CORRUPT = 2
 EXIT_LEAKS = 3
 EXIT_UNSUPPORTED = 63
-
-#: Seconds that work must take before a terminal shows its progress.
-_PROGRESS_DELAY = 1.0
 
 
 class _Check(click.Command):
@@ -64,14 +59,14 @@ class _Check(click.Command):
 @click.argument("image")
 def check(output: str, repair: str | None, share: bool, quiet: bool, image: str) -> int:
     """Check whether IMAGE is consistent, and repair it."""
-    import trio
+    from qedfuse.blocking import run_blocking
 
     if share and repair:
         raise click.ClickException("-U is for looking only: it excludes -r (try 'qedfuse check --help')")
-    bar = _Bar(sys.stderr.isatty() and not quiet)
+    bar = Bar("checking", sys.stderr.isatty() and not quiet)
     try:
         with share_hint():
-            result = trio.run(_check, image, repair, share, bar)
+            result = run_blocking(_check(image, repair, share, bar))
     finally:
         bar.close()
     if result is None:
@@ -84,7 +79,7 @@ def check(output: str, repair: str | None, share: bool, quiet: bool, image: str)
     return exit_code(result)
 
 
-async def _check(path: str, repair: str | None, share: bool, bar: _Bar) -> CheckResult | None:
+async def _check(path: str, repair: str | None, share: bool, bar: Bar) -> CheckResult | None:
     """None: the file is something else."""
     from qedfuse.check import Repair, check_image
     from qedfuse.filelock import lock
@@ -142,30 +137,3 @@ def _describe(result: CheckResult) -> list[str]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-class _Bar:
-    """check_image's progress on a terminal's stderr, once it takes long."""
-
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._start = time.monotonic()
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if not self._wanted or time.monotonic() - self._start < _PROGRESS_DELAY:
-            return
-        if self._progress is None:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._progress = Progress(console=Console(stderr=True), transient=True)
-            self._task = self._progress.add_task("checking")
-            self._progress.start()
-        assert self._task is not None
-        self._progress.update(self._task, completed=done, total=total)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()

@@ -6,9 +6,8 @@ from functools import partial
 
 import click
 
-from qedfuse.cli.params import parse_size, size_param
-from qedfuse.errors import UsageError, printable
-from qedfuse.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
+from qedfuse.cli.params import GEOMETRY_HELP, GEOMETRY_OPTIONS, parse_geometry, parse_options, size_param
+from qedfuse.errors import printable
 
 
 @click.command()
@@ -24,8 +23,7 @@ from qedfuse.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
     "options",
     metavar="OPT,...",
     multiple=True,
-    help=f"cluster_size=SIZE (a power of two, 4k to 64M; default {DEFAULT_CLUSTER_SIZE // 1024}k), table_size=CLUSTERS "
-    f"(1, 2, 4, 8 or 16; default {DEFAULT_TABLE_SIZE}).",
+    help=f"{GEOMETRY_HELP}.",
 )
 @click.option("-q", "quiet", is_flag=True, help="Print only errors.")
 @click.argument("file")
@@ -44,11 +42,8 @@ def create(
     """
     if backing_format and backing is None:
         raise click.UsageError("-F is the backing file's format: it needs -b")
-    given = _parse_options(file, options)
-    try:
-        geometry = Geometry(**given)
-    except ValueError as error:
-        raise UsageError(file, str(error)) from None
+    given = parse_options(file, options, GEOMETRY_OPTIONS)
+    geometry = parse_geometry(file, given)
     import trio
 
     from qedfuse.create import create_image, qemu_objection
@@ -65,17 +60,3 @@ def create(
     objection = qemu_objection(header)
     if objection:
         click.echo(f"qedfuse: {printable(file)}: warning: QEMU cannot open images with {objection}", err=True)
-
-
-def _parse_options(file: str, options: tuple[str, ...]) -> dict[str, int]:
-    """The values of `-o name=value,...`; of a name given twice the last counts."""
-    result: dict[str, int] = {}
-    for option in ",".join(options).split(",") if options else []:
-        name, equals, value = option.partition("=")
-        if name not in ("cluster_size", "table_size") or not equals:
-            raise UsageError(file, f"unknown option {option!r} (there are cluster_size= and table_size=)")
-        try:
-            result[name] = parse_size(value)
-        except ValueError as error:
-            raise UsageError(file, f"{name}: {error}") from None
-    return result

@@ -52,12 +52,16 @@ def info(
 ) -> None:
     """Show what IMAGE is: its format, sizes, backing file.
 
-    Only IMAGE is opened, and only its header is read, unless --backing-chain or --untrusted is given.
+    Only IMAGE is opened, and only its header is read, unless --backing-chain or --untrusted is given. With
+    --backing-root or --no-backing the files below it are opened, too, as far as that is allowed; else it fails.
     """
-    if untrusted and backing_chain:
-        raise click.UsageError("--untrusted opens nothing but the image: it excludes --backing-chain")
+    confined = no_backing or backing_root is not None
+    if untrusted and (backing_chain or confined):
+        raise click.UsageError(
+            "--untrusted opens nothing but the image: it excludes --backing-chain, --backing-root and --no-backing"
+        )
     with share_hint():
-        if backing_chain:
+        if backing_chain or confined:
             chain = _read_chain(image, share, backing_root, no_backing)
         elif untrusted:
             chain = [read_untrusted(image, share=share, max_size=max_size)]
@@ -67,7 +71,7 @@ def info(
         items = [item.to_json() for item in chain]
         click.echo(json.dumps(items if backing_chain else items[0], indent=4))
     else:
-        click.echo("\n\n".join(_describe(item) for item in chain))
+        click.echo("\n\n".join(_describe(item) for item in (chain if backing_chain else chain[:1])))
 
 
 def _read_chain(image: str, share: bool, backing_root: str | None, no_backing: bool) -> list[ImageInfo]:

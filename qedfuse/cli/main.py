@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import select
 import sys
@@ -33,6 +34,7 @@ COMMANDS = {
     "create": _Entry("qedfuse.cli.create:create", "Create an image."),
     "info": _Entry("qedfuse.cli.info:info", "Show what an image is."),
     "map": _Entry("qedfuse.cli.map:map_command", "Show where an image's bytes are."),
+    "convert": _Entry("qedfuse.cli.convert:convert", "Copy an image, as a raw disk or a qed image."),
     "check": _Entry("qedfuse.cli.check:check", "Check an image, and repair it."),
     "status": _Entry("qedfuse.cli.status:status", "Show what a mount is doing."),
 }
@@ -106,6 +108,8 @@ def main(args: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files in any locale; stderr is so anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(sys.argv[1:] if args is None else list(args))
         sys.stdout.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import click
 
 from qedfuse.errors import InUseError, UsageError
+from qedfuse.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
 
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy
@@ -24,6 +25,9 @@ _UNITS = {unit: 1024**power for power, unit in enumerate("bkmgtpe")}
 _SIZE = re.compile(r"(?P<whole>\d+)(?P<part>\.\d+)?(?P<unit>[bkmgtpe])?", re.IGNORECASE | re.ASCII)
 _HEX = re.compile(r"0x[0-9a-f]+", re.IGNORECASE | re.ASCII)
 _MAX_SIZE = (1 << 63) - 1
+
+#: What `-o` says of a new image's shape.
+GEOMETRY_OPTIONS = ("cluster_size", "table_size")
 
 
 def parse_size(text: str) -> int:
@@ -72,6 +76,12 @@ share_option = click.option(
     help="Look at an image that another process is writing; what is shown may already be old.",
 )
 
+#: How help texts describe GEOMETRY_OPTIONS.
+GEOMETRY_HELP = (
+    f"cluster_size=SIZE (a power of two, 4k to 64M; default {DEFAULT_CLUSTER_SIZE // 1024}k), table_size=CLUSTERS "
+    f"(1, 2, 4, 8 or 16; default {DEFAULT_TABLE_SIZE})"
+)
+
 
 def backing_options(command: Callable[P, T]) -> Callable[P, T]:
     """`--backing-root` and `--no-backing`: the parameters `backing_root` and `no_backing`."""
@@ -89,10 +99,42 @@ def backing_policy(root: str | None, none: bool) -> BackingPolicy:
     return BackingPolicy(allowed=not none, root=root)
 
 
+def parse_options(file: str, given: Iterable[str], known: Sequence[str]) -> dict[str, str]:
+    """The values of `-o name=value,...`; of a name given twice the last counts, and `,,` is a comma of a value.
+
+    Raises UsageError, with `file`, for a name that is not in `known`.
+    """
+    result: dict[str, str] = {}
+    for option in ",".join(given).replace(",,", "\0").split(",") if given else []:
+        name, equals, value = option.replace("\0", ",").partition("=")
+        if name not in known or not equals:
+            there_are = " and ".join(f"{name}=" for name in known) or "none"
+            raise UsageError(file, f"unknown option {name + equals + value!r} (there are {there_are})")
+        result[name] = value
+    return result
+
+
+def parse_geometry(file: str, options: Mapping[str, str]) -> Geometry:
+    """The geometry that the options cluster_size and table_size give. Raises UsageError."""
+    sizes: dict[str, int] = {}
+    for name in GEOMETRY_OPTIONS:
+        if name in options:
+            try:
+                sizes[name] = parse_size(options[name])
+            except ValueError as error:
+                raise UsageError(file, f"{name}: {error}") from None
+    try:
+        return Geometry(**sizes)
+    except ValueError as error:
+        raise UsageError(file, str(error)) from None
+
+
 @contextmanager
-def share_hint() -> Iterator[None]:
-    """Tell who only wants to look at an image in use how."""
+def share_hint(*, target: str | None = None) -> Iterator[None]:
+    """Tell who only wants to look at an image in use how; not of `target`, which is to be written."""
     try:
         yield
     except InUseError as error:
+        if error.path == target:
+            raise
         raise InUseError(error.path, f"{error.message}, or use -U to look at it anyway") from None

@@ -85,6 +85,7 @@ def _headers() -> Iterator[Case]:
     yield Case("all autoclear features", good(autoclear_features=TOP))
     yield Case("no probe of nothing", good(features=4))
     yield Case("a name that is not used", good(backing_filename_offset=(1 << 32) - 1, backing_filename_size=TOP >> 32))
+    yield Case("vdi, too", patched(0x40, b"\x7f\x10\xda\xbe"), untrusted="looks like a vdi image, too")
     yield Case("not closed", good(features=2), untrusted="not closed cleanly")
     yield Case("ends in a cluster", good(size=CLUSTERS * C + 100))
     yield _refused("ends in l1", good(size=L1 * C + 100), end)

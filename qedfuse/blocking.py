@@ -1,0 +1,48 @@
+"""Where the engine waits: with trio for whoever runs other tasks, or on the spot for a command that has none.
+
+A walk over the tables waits for two things: a system call in a worker thread, and its turn after others had theirs.
+Under `run_blocking` the one is made on the spot and the other is nothing, so no event loop is needed: loading trio
+takes longer than checking most images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_alone = ContextVar("_alone", default=False)
+
+
+def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that waits for nothing but what is here. Returns and raises what it does."""
+    token = _alone.set(True)
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    finally:
+        coroutine.close()
+        _alone.reset(token)
+    raise RuntimeError("a coroutine needs an event loop")
+
+
+async def in_thread(function: Callable[..., T], *args: object) -> T:
+    """Make a system call in a worker thread. Not abandoned when cancelled: its buffers are in use until it ends."""
+    if _alone.get():
+        return function(*args)
+    from qedfuse.offload import offload
+
+    return await offload(functools.partial(function, *args))
+
+
+async def checkpoint() -> None:
+    """Let other tasks run, and cancellation in."""
+    if not _alone.get():
+        import trio
+
+        await trio.lowlevel.checkpoint()

@@ -1,0 +1,176 @@
+"""`qedfuse convert`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from qedfuse.cli.params import (
+    GEOMETRY_HELP,
+    GEOMETRY_OPTIONS,
+    backing_options,
+    backing_policy,
+    parse_geometry,
+    parse_options,
+    share_hint,
+    size_param,
+)
+from qedfuse.cli.progress import Bar, Percentage
+from qedfuse.errors import EXIT_OK, printable
+
+if TYPE_CHECKING:
+    from qedfuse.header import Header
+
+_BACKING_OPTIONS = ("backing_file", "backing_fmt")
+_FORMATS = click.Choice(["raw", "qed", "qcow2"])
+
+#: What a conversion must not outlive, but has to clean up after.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _no_compression(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        raise click.UsageError("-c: neither qed nor raw has compression")
+
+
+#: An option of qemu-img's that says how to copy, not what: taken for the sake of scripts, and without effect.
+_hint = partial(click.option, expose_value=False, hidden=True)
+_CACHES = click.Choice(["none", "writeback", "writethrough", "directsync", "unsafe"])
+
+
+@click.command(
+    epilog="-W, -C, -m N, -t CACHE, -T CACHE and --target-is-zero are accepted as hints without effect. The target is "
+    "always durable on success."
+)
+@click.option("-f", "source_format", type=_FORMATS, help="SOURCE's format; probed if not given.")
+@click.option(
+    "-O", "target_format", type=click.Choice(["raw", "qed"]), default="raw", show_default=True, help="TARGET's format."
+)
+@click.option(
+    "-o",
+    "options",
+    metavar="OPT,...",
+    multiple=True,
+    help=f"Of a new qed image: {GEOMETRY_HELP}, backing_file=, backing_fmt= (as -B, -F).",
+)
+@click.option(
+    "-B",
+    "backing",
+    metavar="BACKING",
+    help="A backing file for a new qed image, which then stores only what differs from it; a relative name is relative "
+    "to TARGET.",
+)
+@click.option("-F", "backing_format", type=_FORMATS, help="BACKING's format; probed if not given.")
+@click.option("-c", "compress", is_flag=True, expose_value=False, hidden=True, callback=_no_compression)
+@click.option("-n", "no_create", is_flag=True, help="TARGET exists: fill it, and keep its size and what is behind.")
+@click.option("-p", "percentage", is_flag=True, help="Show progress on stdout, as qemu-img does.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option(
+    "-S",
+    "sparse_size",
+    type=size_param,
+    metavar="SIZE",
+    default="4k",
+    show_default=True,
+    help="So many zeroes in a row become a hole; 0: store everything.",
+)
+@click.option("-U", "--force-share", "share", is_flag=True, help="Copy SOURCE even if another process is writing it.")
+@_hint("-W", "out_of_order", is_flag=True)
+@_hint("-C", "copy_offload", is_flag=True)
+@_hint("--target-is-zero", is_flag=True)
+@_hint("-m", "coroutines", type=click.IntRange(1, 16))
+@_hint("-t", "cache", type=_CACHES)
+@_hint("-T", "source_cache", type=_CACHES)
+@backing_options
+@click.argument("source")
+@click.argument("target")
+def convert(
+    source_format: str | None,
+    target_format: str,
+    options: tuple[str, ...],
+    backing: str | None,
+    backing_format: str | None,
+    no_create: bool,
+    percentage: bool,
+    quiet: bool,
+    sparse_size: int,
+    share: bool,
+    backing_root: str | None,
+    no_backing: bool,
+    source: str,
+    target: str,
+) -> int:
+    """Copy the disk in SOURCE (raw, qed or qcow2, with its backing files) to TARGET.
+
+    A TARGET that exists is replaced, in place, unless somebody uses it. If that fails half-way, it is empty; a new
+    TARGET is removed. A raw TARGET may be a block device.
+    """
+    known = (*GEOMETRY_OPTIONS, *_BACKING_OPTIONS) if target_format == "qed" else ()
+    given = parse_options(target, options, known)
+    backing = given.get("backing_file", backing)
+    backing_format = given.get("backing_fmt", backing_format)
+    if no_create and (given or backing is not None):
+        raise click.UsageError("-n takes TARGET as it is: it excludes -o and -B")
+    if backing is not None and target_format != "qed":
+        raise click.UsageError("-B: a raw target has no backing file, only -O qed does")
+    if backing is None and backing_format is not None:
+        raise click.UsageError("-F is the backing file's format: it needs -B")
+    if backing is not None and no_backing:
+        raise click.UsageError("--no-backing excludes -B")
+    import trio
+
+    from qedfuse.convert import convert_image
+    from qedfuse.create import qemu_objection
+
+    job = partial(
+        convert_image,
+        source,
+        target,
+        source_format=source_format,
+        target_format=target_format,
+        geometry=parse_geometry(target, given) if given else None,
+        backing=backing,
+        backing_format=backing_format,
+        create=not no_create,
+        sparse_size=sparse_size,
+        share=share,
+        policy=backing_policy(backing_root, no_backing),
+    )
+    bar = Percentage() if percentage and not quiet else Bar("converting", sys.stderr.isatty() and not quiet)
+    try:
+        outcome = trio.run(_run, partial(job, progress=bar), target)
+    finally:
+        bar.close()
+    if isinstance(outcome, signal.Signals):
+        return 128 + outcome
+    objection = qemu_objection(outcome) if outcome else None
+    if objection:
+        click.echo(f"qedfuse: {printable(target)}: warning: QEMU cannot open images with {objection}", err=True)
+    return EXIT_OK
+
+
+async def _run(job: Callable[[], Awaitable[Header | None]], target: str) -> Header | signal.Signals | None:
+    """The job's result, or the signal that ended it, after it has cleaned up."""
+    import trio
+
+    outcome: Header | signal.Signals | None = None
+    wanted = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `command &`
+    with trio.open_signal_receiver(*wanted) as signals:
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def wait_for_signal() -> None:
+                nonlocal outcome
+                async for number in signals:
+                    outcome = signal.Signals(number)
+                    nursery.cancel_scope.cancel()
+
+            with share_hint(target=target):
+                outcome = await job()
+            nursery.cancel_scope.cancel()
+    return outcome

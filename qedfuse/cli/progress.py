@@ -1,0 +1,61 @@
+"""How far a long job is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+#: Seconds that work must take before a terminal shows its progress.
+_DELAY = 1.0
+
+
+class Bar:
+    """A job's progress on a terminal's stderr, once it takes long."""
+
+    def __init__(self, what: str, wanted: bool) -> None:
+        self._what = what
+        self._wanted = wanted
+        self._start = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._wanted or time.monotonic() - self._start < _DELAY:
+            return
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._task = self._progress.add_task(self._what)
+            self._progress.start()
+        assert self._task is not None
+        self._progress.update(self._task, completed=done, total=total)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class Percentage:
+    """A job's progress as qemu-img's -p shows it: a line on stdout that is overwritten, for people and for scripts."""
+
+    def __init__(self) -> None:
+        self._shown = -1.0
+
+    def __call__(self, done: int, total: int) -> None:
+        percentage = 100 * done / total if total else 100.0
+        if percentage >= self._shown + 1 or self._shown < percentage == 100:
+            self._shown = percentage
+            click.echo(f"    ({percentage:.2f}/100%)\r", nl=False)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self._shown >= 0:
+            click.echo()
