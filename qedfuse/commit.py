@@ -174,7 +174,11 @@ class Committer:
         ticket = self._started + 1
         self._waiting[ticket] = self._waiting.get(ticket, 0) + 1
         try:
-            async with self._running:
+            if self._running.locked():
+                await self._running.acquire()
+            else:  # as a rule; and without a trip through the event loop
+                self._running.acquire_nowait()
+            try:
                 if self._started < ticket:
                     self._started = ticket
                     self._results[ticket] = OSError(errno.EIO, "the commit did not end")
@@ -184,6 +188,8 @@ class Committer:
                             self._results[ticket] = None
                         except OSError as error:
                             self._results[ticket] = error
+            finally:
+                self._running.release()
             result = self._results[ticket]
         finally:
             self._waiting[ticket] -= 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import TypeVar, cast
@@ -74,6 +75,7 @@ class _Offload:
     def __init__(self) -> None:
         self.watched: int | None = None
         self.worker: _Worker | None = None
+        self.due = 0.0
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
@@ -98,7 +100,9 @@ def watch(fd: int) -> None:
 @trio.lowlevel.enable_ki_protection
 async def offload(call: Callable[[], T]) -> T:
     """`call()` in a thread. Cancellation waits for it: its buffers are in use until it ends. Raises what it raises."""
-    await trio.lowlevel.cancel_shielded_checkpoint()
+    if time.monotonic() > _offload.due:  # a turn for the others now and then, not with each call
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        _offload.due = time.monotonic() + PATIENCE_MS / 1000
     worker = _offload.idle_worker()
     with trio.CancelScope(shield=True):
         if worker is None:

@@ -14,11 +14,13 @@ rm -f qedfuse/*.so
 
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
-for module in _fastpath _clustermap; do
-    gcc -std=gnu11 -O1 -g -fPIC -shared -Wall -Wextra -Werror -fno-omit-frame-pointer \
+build() { # module source...
+    gcc -std=gnu11 -O1 -g -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -fno-omit-frame-pointer \
         -fsanitize=address,undefined -fsanitize-undefined-trap-on-error \
-        -I"$include" "qedfuse/$module.c" -o "qedfuse/$module$suffix"
-done
+        -I"$include" "${@:2}" -o "qedfuse/$1$suffix"
+}
+build _fastpath qedfuse/native/*.c
+build _clustermap qedfuse/_clustermap.c
 
 # Python itself is not instrumented, so the runtime must be in the process first; what Python never frees is no leak of
 # ours. Only Python is started that way, not the other programs that the tests run.

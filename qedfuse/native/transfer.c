@@ -1,0 +1,225 @@
+/* Reads and writes of an image's ranges, in as few system calls as there are runs in its file. */
+
+#include "transfer.h"
+
+#include <sys/mman.h>
+#include <sys/uio.h>
+
+enum {
+    MAX_IOV = 64,
+};
+
+char *reply_memory;
+static char *scratch; /* twice MAX_IO: what a new cluster gets from below, before and behind a write */
+
+bool memory_prepare(void)
+{
+    if (!reply_memory) {
+        void *memory = mmap(NULL, PAGE + 3 * MAX_IO, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory != MAP_FAILED) {
+            reply_memory = (char *)memory + PAGE;
+            scratch = reply_memory + MAX_IO;
+        }
+    }
+    return reply_memory != NULL;
+}
+
+/* -- system calls ------------------------------------------------------------------------------------------------------- */
+
+/* A transfer that is one system call: pieces of memory for one range of one file. */
+struct batch {
+    int fd;
+    bool write;
+    uint64_t host, length;
+    int pieces;
+    struct iovec iov[MAX_IOV];
+};
+
+/* Is the page of the file at `host` in memory? A write of a part of a page would otherwise wait to read the rest. */
+static bool at_hand(int fd, uint64_t host)
+{
+    char byte;
+    struct iovec iov = {&byte, 1};
+    return preadv2(fd, &iov, 1, (off_t)host, RWF_NOWAIT) == 1;
+}
+
+static bool batch_do(struct batch *batch)
+{
+    if (!batch->pieces)
+        return true;
+    uint64_t end = batch->host + batch->length;
+    ssize_t done;
+    if (batch->write) {
+        if ((batch->host % PAGE && !at_hand(batch->fd, batch->host)) || (end % PAGE && !at_hand(batch->fd, end - 1)))
+            return false;
+        done = pwritev(batch->fd, batch->iov, batch->pieces, (off_t)batch->host);
+    } else {
+        done = preadv2(batch->fd, batch->iov, batch->pieces, (off_t)batch->host, RWF_NOWAIT);
+    }
+    batch->pieces = 0;
+    return done >= 0 && (uint64_t)done == batch->length;
+}
+
+static bool batch_add(struct batch *batch, int fd, uint64_t host, char *memory, uint64_t length)
+{
+    bool follows = batch->pieces && batch->fd == fd && batch->host + batch->length == host;
+    struct iovec *last = &batch->iov[batch->pieces - follows];
+    if (follows && (char *)last->iov_base + last->iov_len == memory) {
+        last->iov_len += length;
+    } else {
+        if ((!follows || batch->pieces == MAX_IOV) && !batch_do(batch))
+            return false;
+        if (!batch->pieces) {
+            batch->fd = fd;
+            batch->host = host;
+            batch->length = 0;
+        }
+        batch->iov[batch->pieces++] = (struct iovec){memory, length};
+    }
+    batch->length += length;
+    return true;
+}
+
+/* -- a burst ------------------------------------------------------------------------------------------------------------ */
+
+void take_gil(struct burst *burst)
+{
+    if (burst->thread)
+        PyEval_RestoreThread(burst->thread);
+    burst->thread = NULL;
+}
+
+void release_gil(struct burst *burst)
+{
+    burst->thread = PyEval_SaveThread();
+}
+
+void tell_writes(struct burst *burst)
+{
+    while (burst->writes)
+        layer_tell(burst->wrote[--burst->writes]);
+}
+
+/* -- ranges of an image ------------------------------------------------------------------------------------------------- */
+
+enum outcome read_image(const Layer *top, uint64_t offset, uint64_t size, char *memory)
+{
+    struct batch batch = {.write = false};
+    while (size) {
+        uint64_t length = size, host = 0;
+        const Layer *owner = NULL;
+        switch (chain_run(top, offset, &length, &host, &owner)) {
+        case ZERO:
+            memset(memory, 0, length);
+            break;
+        case DATA:
+            if (!batch_add(&batch, owner->fd, host, memory, length))
+                return MISS;
+            break;
+        default:
+            return PASS;
+        }
+        memory += length;
+        offset += length;
+        size -= length;
+    }
+    return batch_do(&batch) ? DONE : MISS;
+}
+
+/* Sees to it that Python will be told. */
+static bool note_write(struct burst *burst, Layer *top)
+{
+    if (!top->dirty) {
+        if (burst->writes == sizeof burst->wrote / sizeof *burst->wrote)
+            return false;
+        burst->wrote[burst->writes++] = top; /* no reference: only Python detaches, and is told before it runs */
+        top->dirty = true;
+    }
+    return true;
+}
+
+static bool all_zero(const char *memory, uint64_t size)
+{
+    return !size || (!memory[0] && !memcmp(memory, memory + 1, size - 1));
+}
+
+/* What a new cluster gets of the layers below: bytes that are not there to be read are zeroes. */
+static bool copy_below(const Layer *top, uint64_t offset, uint64_t size, char *memory)
+{
+    uint64_t inside = offset >= top->size ? 0 : top->size - offset < size ? top->size - offset : size;
+    memset(memory + inside, 0, size - inside);
+    return !inside || read_image(top, offset, inside, memory) == DONE;
+}
+
+/*
+ * Writes into clusters that have no data yet, all of one run and one table page, as ClusterWriter._write_unmapped does:
+ * head, data and tail go to clusters that Python offers, and then the entries are set, which Python brings to the file
+ * (commit.py). Passes whatever is not that simple.
+ */
+static enum outcome write_new(struct burst *burst, Layer *top, uint64_t offset, uint64_t size, char *memory)
+{
+    unsigned bits = top->cluster_bits;
+    uint64_t length = size, host = 0, first = offset >> bits, last = (offset + size - 1) >> bits;
+    uint64_t run = (last - first + 1) << bits, start = first << bits, end = offset + size;
+    enum kind kind = layer_run(top, offset, &length, &host);
+    uint64_t *page = index_get(&top->l2->pages, first >> PAGE_BITS);
+    if ((kind != UNALLOCATED && kind != ZERO) || length != size || !page || first >> PAGE_BITS != last >> PAGE_BITS)
+        return PASS;
+    bool covers = kind == UNALLOCATED && top->below && start < top->below->size;
+    if (all_zero(memory, size))
+        return covers ? PASS : DONE;
+    if (run > top->free_end - top->free || !note_write(burst, top))
+        return PASS;
+    unsigned at = 0;
+    while (at < top->pages && top->page[at] != first >> PAGE_BITS)
+        at++;
+    if (at == BURST_REQUESTS)
+        return PASS;
+    struct iovec iov[3] = {{0}, {memory, size}, {0}};
+    uint64_t head = offset - start, tail = start + run - end;
+    if (covers) {
+        if (head > MAX_IO || tail > MAX_IO)
+            return PASS;
+        if (!copy_below(top, start, head, scratch) || !copy_below(top, end, tail, scratch + MAX_IO))
+            return MISS;
+        if (!all_zero(scratch, head))
+            iov[0] = (struct iovec){scratch, head};
+        if (!all_zero(scratch + MAX_IO, tail))
+            iov[2] = (struct iovec){scratch + MAX_IO, tail};
+    }
+    host = top->free;
+    ssize_t done = pwritev(top->fd, iov, 3, (off_t)(host + (iov[0].iov_len ? 0 : head)));
+    top->free += run;
+    top->taken += run;
+    if (done < 0 || (uint64_t)done != iov[0].iov_len + size + iov[2].iov_len) {
+        top->lost = run;
+        return MISS;
+    }
+    if (top->file_end < top->free)
+        top->file_end = top->free;
+    if (at == top->pages)
+        top->page[top->pages++] = first >> PAGE_BITS;
+    for (uint64_t cluster = first; cluster <= last; cluster++, host += UINT64_C(1) << bits)
+        page[cluster & (PAGE_ENTRIES - 1)] = host;
+    return DONE;
+}
+
+enum outcome write_image(struct burst *burst, Layer *top, uint64_t offset, uint64_t size, char *memory)
+{
+    uint64_t length, host = 0;
+    for (uint64_t done = 0; done < size; done += length) {
+        length = size - done;
+        if (layer_run(top, offset + done, &length, &host) != DATA)
+            return done ? PASS : write_new(burst, top, offset, size, memory);
+    }
+    if (!note_write(burst, top))
+        return PASS;
+    struct batch batch = {.write = true};
+    for (uint64_t done = 0; done < size; done += length) {
+        length = size - done;
+        layer_run(top, offset + done, &length, &host);
+        if (!batch_add(&batch, top->fd, host, memory + done, length))
+            return MISS;
+    }
+    return batch_do(&batch) ? DONE : MISS;
+}
