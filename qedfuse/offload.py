@@ -84,7 +84,10 @@ class _Offload:
 
     def idle_worker(self) -> _Worker | None:
         if self.worker is None:
-            self.worker = _Worker(self.watched)
+            try:
+                self.worker = _Worker(self.watched)
+            except (OSError, RuntimeError):  # no descriptor, or no thread, to be had: it goes without
+                return None
         return None if self.worker.busy else self.worker
 
 
@@ -95,6 +98,7 @@ def watch(fd: int) -> None:
     """A descriptor whose becoming readable ends the waiting on the spot: somebody wants the loop."""
     _offload.watched = fd
     _offload.forget()
+    _offload.idle_worker()  # while there are descriptors
 
 
 @trio.lowlevel.enable_ki_protection

@@ -29,7 +29,7 @@ from tests.helpers.cli import Name, environment
 ADDRESS_SPACE = 4 << 30
 COMMAND_LINE = "qedfuse.cli.main:main"
 CRASHED = 70
-_PRELOAD = ["cli.main", "cli.info", "cli.map", "cli.check", "opening", "mapping", "check"]
+_PRELOAD = ["offload", "cli.main", "cli.info", "cli.map", "cli.check", "opening", "mapping", "check"]
 
 
 class Done(NamedTuple):
