@@ -24,7 +24,7 @@ import trio
 from qedfuse.control_server import ControlServer
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
 from qedfuse.image import Image
-from qedfuse.kernel_mount import become_flusher, mount, raise_descriptor_limit
+from qedfuse.kernel_mount import become_flusher, mount, raise_descriptor_limit, trust_write_cache
 from qedfuse.launch import Link
 from qedfuse.mount_options import MountOptions
 from qedfuse.mounted import MountedImage
@@ -152,6 +152,7 @@ class Daemon:
         if self._mount is None:
             raise QedfuseError(mountpoint, "mounted, but not to be seen here")
         self._policy = replace(self._policy, refused_device=_device_number(self._mount))
+        trust_write_cache(self._mount.device)
         await self._control.listen(self._mount.device)
         nursery.start_soon(self._control.serve)
         await self._settle(self._operations)
