@@ -40,6 +40,14 @@ async def in_thread(function: Callable[..., T], *args: object) -> T:
     return await offload(functools.partial(function, *args))
 
 
+def in_background(call: Callable[[], object]) -> None:
+    """See `offload.in_background`; on the spot, nothing is done that nobody waits for."""
+    if not _alone.get():
+        from qedfuse.offload import in_background as put
+
+        put(call)
+
+
 async def checkpoint() -> None:
     """Let other tasks run, and cancellation in."""
     if not _alone.get():

@@ -23,6 +23,8 @@ _ENTRY_MASK = PAGE_ENTRIES - 1
 #: Zeroing less than this inside a cluster is a write, more is a punch.
 _PUNCH_MIN = 128 << 10
 _ZEROES = bytes(1 << 20)
+#: So many bytes, written at once into new clusters, are a part of more to come.
+_BEHIND_MIN = 512 << 10
 
 
 class ClusterWriter:
@@ -83,6 +85,7 @@ class ClusterWriter:
             except BaseException:
                 self._release(host, room)
                 raise
+            self._write_behind(host, room, len(part))
             offset += len(part)
             data = data[len(part) :]
 
@@ -180,7 +183,7 @@ class ClusterWriter:
         anything else happens here."""
         return self._allocator.next_free(self._committer.file_size)
 
-    def take_offered(self, offset: int, size: int, lost: int, pages: Sequence[int]) -> None:
+    def take_offered(self, offset: int, size: int, lost: int, filled: int, pages: Sequence[int]) -> None:
         """`size` bytes from the front of the offer were taken. See `Image.note_written`."""
         self._allocator.take(offset, size)
         self._tables.file_end = self._allocator.end
@@ -189,6 +192,7 @@ class ClusterWriter:
         if lost:
             self._allocator.release(offset + size - lost, lost)
         self._committer.note_change()
+        self._write_behind(offset, size, filled)
 
     # -- small parts --------------------------------------------------------------------------------------------------
 
@@ -198,6 +202,11 @@ class ClusterWriter:
             await self._storage.write(host, buffers)
         finally:
             self._committer.unsynced = True
+
+    def _write_behind(self, host: int, size: int, filled: int) -> None:
+        """Let the disk begin with new clusters of a large write: otherwise it idles until the flush, which waits."""
+        if filled >= max(_BEHIND_MIN, size // 2):
+            self._storage.write_behind(host, size)
 
     async def _zero_data(self, host: int, size: int) -> None:
         """Zero part of a cluster in place."""

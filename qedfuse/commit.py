@@ -87,8 +87,8 @@ MAX_DIRTY_PAGES = 256
 #: Runs of freed clusters at which they do, too: a few hundred bytes each.
 _MAX_RELEASED_RUNS = 128 << 10
 #: The file grows by this many clusters at a time, but not by more than the bytes below: one truncate for many.
-_GROW_CLUSTERS = 64
-_GROW_BYTES = 16 << 20
+_GROW_CLUSTERS = 1024
+_GROW_BYTES = 64 << 20
 
 _Group = list[tuple[PageMap, int, int, bytes]]
 

@@ -131,13 +131,14 @@ class Image:
             self._offered = self._writer.offer()
         return self._size, self._tables.file_end, True, *self._offered
 
-    def note_written(self, taken: int, lost: int, pages: Sequence[int]) -> None:
+    def note_written(self, taken: int, lost: int, filled: int, pages: Sequence[int]) -> None:
         """Clusters were written, in place or into new ones: `taken` bytes of clusters from the front of what `state`
-        has offered. Nothing refers to the last `lost` of them; to the others entries of these L2 pages do."""
+        has offered. Nothing refers to the last `lost` of them; to the others entries of these L2 pages do. They hold
+        `filled` bytes of the guest's."""
         if self._committer:
             self._committer.unsynced = True
             if taken:
-                self._writer.take_offered(self._offered[0], taken, lost, pages)
+                self._writer.take_offered(self._offered[0], taken, lost, filled, pages)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

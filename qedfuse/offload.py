@@ -14,6 +14,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import TypeVar, cast
 
@@ -69,18 +70,38 @@ class _Worker:
             os.eventfd_write(self.done, 1)
 
 
+class _Background:
+    """A thread for calls that nobody waits for."""
+
+    _MOST = 16
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        threading.Thread(target=self._work, name="background", daemon=True).start()
+
+    def put(self, call: Callable[[], object]) -> None:
+        if self._calls.qsize() < self._MOST:
+            self._calls.put(call)
+
+    def _work(self) -> None:
+        while True:
+            with suppress(Exception):
+                self._calls.get()()
+
+
 class _Offload:
     """The worker of this process, made when first used."""
 
     def __init__(self) -> None:
         self.watched: int | None = None
         self.worker: _Worker | None = None
+        self.background: _Background | None = None
         self.due = 0.0
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        """The worker's thread is the parent's, or it does not know yet what to watch."""
-        self.worker = None
+        """The threads are the parent's, or the worker's does not know yet what to watch."""
+        self.worker = self.background = None
 
     def idle_worker(self) -> _Worker | None:
         if self.worker is None:
@@ -99,6 +120,14 @@ def watch(fd: int) -> None:
     _offload.watched = fd
     _offload.forget()
     _offload.idle_worker()  # while there are descriptors
+
+
+def in_background(call: Callable[[], object]) -> None:
+    """`call()` in a thread, without waiting. Its outcome is lost, and it is not made at all if too many wait."""
+    with suppress(RuntimeError):  # no thread to be had
+        if _offload.background is None:
+            _offload.background = _Background()
+        _offload.background.put(call)
 
 
 @trio.lowlevel.enable_ki_protection

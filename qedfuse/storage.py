@@ -4,19 +4,20 @@ Everything above speaks `Storage`; tests plug in RAM, faults and a crash log. Wh
 (`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a thread (`offload.py`). EINTR is
 retried by Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
 
-Source: preadv2(2), fallocate(2), fdatasync(2).
+Source: preadv2(2), fallocate(2), fdatasync(2), sync_file_range(2).
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import stat
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from qedfuse.blocking import in_thread
+from qedfuse.blocking import in_background, in_thread
 from qedfuse.errors import QedfuseError
 
 Buffer = bytes | bytearray | memoryview
@@ -27,6 +28,7 @@ INLINE_WRITE_LIMIT = 1 << 20
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 _IOV_MAX = 1024
 _MAX_SIZE = (1 << 63) - 1
 
@@ -55,6 +57,10 @@ class Storage(Protocol):
 
     async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write the buffers one behind the other at `offset`, whole or with an OSError."""
+        ...
+
+    def write_behind(self, offset: int, size: int) -> None:
+        """Have the host begin to bring this range to the disk. A hint: returns at once, promises and raises nothing."""
         ...
 
     async def sync(self) -> None:
@@ -175,6 +181,9 @@ class FileStorage:
             if count:
                 pending[0] = pending[0][count:]
 
+    def write_behind(self, offset: int, size: int) -> None:
+        in_background(functools.partial(_libc.sync_file_range, self._fd, offset, size, _SYNC_FILE_RANGE_WRITE))
+
     async def sync(self) -> None:
         await self._in_thread(os.fdatasync, self._fd)
 
@@ -230,6 +239,7 @@ class FileStorage:
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:

@@ -442,3 +442,11 @@ def test_the_kernels_table_names_the_source(image: Path, raw: Path) -> None:
             ["findmnt", "-n", "-o", "SOURCE,FSTYPE", "--target", str(raw)], capture_output=True, text=True, check=True
         )
         assert found.stdout.split() == [str(image), "fuse.qedfuse"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may do that")
+def test_the_kernel_caches_as_much_as_for_a_disk(image: Path, raw: Path) -> None:
+    with mounted(image, raw):
+        device = raw.stat().st_dev
+        limits = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
+        assert ((limits / "strict_limit").read_text(), (limits / "max_ratio").read_text()) == ("0\n", "100\n")

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from qedfuse import offload as module
-from qedfuse.offload import PATIENCE_MS, offload
+from qedfuse.offload import PATIENCE_MS, in_background, offload
 
 
 def test_results_and_exceptions_come_back() -> None:
@@ -115,3 +115,23 @@ def test_a_child_process_has_a_worker_of_its_own() -> None:
     while (state := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < with_limit:
         time.sleep(0.01)
     assert state == (child, 0)
+
+
+def test_calls_in_the_background_are_made_and_lost_if_they_fail_or_are_too_many() -> None:
+    gate = threading.Event()
+    made: list[int] = []
+
+    def fail() -> None:
+        made.append(0)
+        raise OSError(errno.EIO, "nobody hears this")
+
+    in_background(fail)
+    in_background(gate.wait)
+    for number in range(1, 100):
+        in_background(lambda number=number: made.append(number))  # type: ignore[misc]
+    gate.set()
+    deadline = time.monotonic() + 10
+    while len(made) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made[:5] == [0, 1, 2, 3, 4]
+    assert len(made) < 50

@@ -95,14 +95,14 @@ void layer_tell(Layer *layer)
             PyTuple_SET_ITEM(pages, i, number);
     }
     if (pages && layer->wrote)
-        told = PyObject_CallFunction(layer->wrote, "KKO", (unsigned long long)layer->taken,
-                                     (unsigned long long)layer->lost, pages);
+        told = PyObject_CallFunction(layer->wrote, "KKKO", (unsigned long long)layer->taken,
+                                     (unsigned long long)layer->lost, (unsigned long long)layer->filled, pages);
     if (layer->wrote && !told)
         PyErr_WriteUnraisable(layer->wrote);
     Py_XDECREF(told);
     Py_XDECREF(pages);
     layer->dirty = false;
-    layer->taken = layer->lost = 0;
+    layer->taken = layer->lost = layer->filled = 0;
     layer->pages = 0;
 }
 

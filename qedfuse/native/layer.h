@@ -34,13 +34,14 @@ typedef struct Layer {
     PageIndex *l1, *l2;             /* NULL: a raw file */
     struct Layer *below;            /* NULL: zeroes */
     PyObject *state;                /* callable() -> (size, file_end, writable, free, free_end), or NULL: as above */
-    PyObject *wrote;                /* callable(taken, lost, pages): something was written */
+    PyObject *wrote;                /* callable(taken, lost, filled, pages): something was written */
     uint64_t free, free_end;        /* bytes of the file: clusters that may be taken, from the first on */
     bool writable;
     uint64_t burst; /* the one that has fetched `state` */
     /* what Python has not been told yet */
     bool dirty;
     uint64_t taken, lost;            /* bytes of clusters; `lost`, the last of them, hold what was left of a write */
+    uint64_t filled;                 /* bytes that the guest has written into the clusters taken */
     unsigned pages;                  /* L2 pages in which entries were set */
     uint64_t page[BURST_REQUESTS];
 } Layer;

@@ -195,6 +195,7 @@ static enum outcome write_new(struct burst *burst, Layer *top, uint64_t offset, 
         top->lost = run;
         return MISS;
     }
+    top->filled += size;
     if (top->file_end < top->free)
         top->file_end = top->free;
     if (at == top->pages)

@@ -225,6 +225,9 @@ class Ram:
         await trio.lowlevel.checkpoint()
         self._do("write", offset, b"".join(map(bytes, buffers)))
 
+    def write_behind(self, offset: int, size: int) -> None:
+        pass
+
     async def sync(self) -> None:
         await trio.lowlevel.checkpoint()
         self._do("sync")

@@ -193,6 +193,9 @@ class RamStorage:
             data = data[size:]
             await self.chaos.pause()
 
+    def write_behind(self, offset: int, size: int) -> None:
+        pass
+
     async def sync(self) -> None:
         self._check()
         if self.chaos:
