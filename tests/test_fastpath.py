@@ -144,6 +144,7 @@ def test_parallel_asynchronous_writers_read_what_they_wrote(
                 "--rw=randwrite",
                 "--bsrange=512-96k",
                 "--bs_unaligned",
+                "--verify_state_save=0",
                 f"--randseed={seed}",
                 *common,
             )
