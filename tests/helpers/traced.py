@@ -1,0 +1,101 @@
+"""A real mount and a guest in another process, with strace looking at both: all that they do to their files.
+
+strace is attached once the image is mounted: fusermount3 is set-user-ID and would not work under it, and nothing is
+written while the image is opened (it is compared).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.helpers.cli import ROOT, TIMEOUT, environment
+from tests.helpers.images import TINY, Chain, new_chain
+from tests.helpers.modes import PYTHON, Mode
+from tests.helpers.mounts import mounted, need_fuse
+from tests.helpers.mounted_guest import SIZE, SIZES
+from tests.helpers.strace_log import OPTIONS, Event, read_log
+from tests.helpers.survival import raw_below
+from tests.test_fastpath import status
+
+
+@dataclass
+class Traced:
+    """What happened to the image and to the raw file, from the mount's beginning to its end."""
+
+    chain: Chain  # before
+    flat: bytes  # what it read as
+    image: str
+    raw: str
+    events: list[Event]
+    after: bytes  # the image file
+    native: int  # writes that the fast path answered
+
+
+def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int = 0, seed: int = 1) -> Traced:
+    """Mount a fresh image (over a raw file of `below` bytes) in `directory`, run the guest's scenario, unmount."""
+    need_fuse()
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    size = SIZES.get(scenario, SIZE)
+    lower, flat = raw_below(below) if below else ([], b"")
+    chain = trio.run(new_chain, size, TINY, lower)
+    image = chain.dump(directory)
+    raw = directory / "disk.raw"
+    raw.touch()
+    log = directory / "strace.log"
+    with ExitStack() as stack:
+        guest = stack.enter_context(_guest(scenario, str(raw), "0" if mode == PYTHON else "1", str(seed)))
+        with mounted(image, raw, *mode, *options, foreground=True) as mount:
+            assert image.read_bytes() == chain.file.read(0, chain.file.size), "it was written when nobody looked"
+            strace = stack.enter_context(_strace(log, [image, raw], [mount.pid(), guest.pid]))
+            guest.communicate(b"go\n", TIMEOUT)
+            assert guest.returncode == 0, f"the guest ends with {guest.returncode}"
+            native = status(raw)["fastpath-counters"].get("writes", 0)
+        assert strace.wait(TIMEOUT) == 0
+    return Traced(chain, flat[:size].ljust(size, b"\0"), str(image), str(raw), read_log(log), image.read_bytes(), native)
+
+
+@contextmanager
+def _guest(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "tests.helpers.mounted_guest", *words]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def _strace(log: Path, files: list[Path], pids: list[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """Attached to the processes until they end, or until the block does."""
+    command = ["strace", *OPTIONS, "-o", str(log)]
+    for file in files:
+        command += ["-P", str(file)]
+    for pid in pids:
+        command += ["-p", str(pid)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            while not all(_traced(pid) for pid in pids):
+                if process.poll() is not None:
+                    pytest.skip("strace may not attach here")
+                assert time.monotonic() < deadline, "strace does not attach"
+                time.sleep(0.005)
+            yield process
+        finally:
+            process.terminate()  # nothing if it has ended; otherwise it lets them go
+
+
+def _traced(pid: int) -> bool:
+    """Whether each thread has its tracer."""
+    return all("TracerPid:\t0\n" not in file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/status"))
