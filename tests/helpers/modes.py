@@ -14,20 +14,17 @@ Mode = tuple[str, ...]
 NATIVE: Mode = ()
 PYTHON: Mode = ("--no-fastpath",)
 
+#: The marks of a test that is nothing without the fast path.
+NEEDS_NATIVE = [
+    pytest.mark.skipif("--no-fastpath" in EXTRA_OPTIONS, reason="--no-fastpath is chosen for all mounts"),
+    pytest.mark.skipif(importlib.util.find_spec("qedfuse._fastpath") is None, reason="the fast path is not built"),
+]
+
 #: Gives a test the argument `mode`.
 MODES = pytest.mark.parametrize(
     "mode",
     [
-        pytest.param(
-            NATIVE,
-            id="native",
-            marks=[
-                pytest.mark.skipif("--no-fastpath" in EXTRA_OPTIONS, reason="--no-fastpath is chosen for all mounts"),
-                pytest.mark.skipif(
-                    importlib.util.find_spec("qedfuse._fastpath") is None, reason="the fast path is not built"
-                ),
-            ],
-        ),
+        pytest.param(NATIVE, id="native", marks=NEEDS_NATIVE),
         pytest.param(PYTHON, id="python"),
     ],
 )

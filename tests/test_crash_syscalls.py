@@ -1,0 +1,113 @@
+"""Every crash of the real daemon: strace writes down what it does to its image, fast path and all, while a guest uses
+the mount, and each state that a loss of power could then leave is built, opened and judged as in test_crash.py.
+
+`QEDFUSE_CRASH_STATES` and `QEDFUSE_CRASH_SEED` are as there; the seed chooses the states and the guest's random walks,
+while what the kernel and the threads do is another thing each time. After a failure the log is in the test's directory.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.crash import SEED, STATES
+from tests.helpers.history import SECTOR
+from tests.helpers.modes import NATIVE, NEEDS_NATIVE, PYTHON, Mode
+from tests.helpers.mounted_guest import CLUSTER, SCENARIOS
+from tests.helpers.mounts import QEMU_IMG
+from tests.helpers.schedule import run_seeded
+from tests.helpers.strace_log import Event, read_log
+from tests.helpers.survival import Run
+from tests.helpers.traced import Traced, trace
+from tests.helpers.traced_run import run_of
+from tests.test_crash_bites import BAD
+
+SAMPLES = STATES // 60  # of each run
+#: The sizes of backing files: some of the guest's sectors lie behind the end.
+BELOW = {"alone": 0, "over raw": 30 * CLUSTER + SECTOR}
+#: With the writeback cache, for requests that overlap: of a file with direct_io the kernel writes one at a time.
+CACHED = {"threads"}
+#: Writes that the fast path must have answered at least: more than could be in place, hence into new clusters.
+NATIVE_WRITES = {"allocate": 12, "sequential": 3, "tables": 4}
+
+in_native_mode = pytest.mark.parametrize("mode", [pytest.param(NATIVE, id="native", marks=NEEDS_NATIVE)])
+
+
+class Totals:
+    runs = states = complete = sampled = qemu = native = 0
+
+    def add(self, traced: Traced, run: Run) -> None:
+        self.runs += 1
+        self.states += run.tried
+        self.complete += run.complete_points
+        self.sampled += run.sampled_points
+        self.qemu += run.qemu_states
+        self.native += traced.native
+
+
+TOTALS = Totals()
+
+
+def traced(directory: Path, scenario: str, mode: Mode, backing: str, seed: int = SEED) -> Traced:
+    cached = scenario in CACHED or (scenario == "walk" and seed % 2 == 0)
+    options = () if cached else ("-o", "direct_io")
+    return trace(directory, scenario, mode, *options, below=BELOW[backing], seed=seed)
+
+
+def judge(run: Run, directory: Path | None, seed: int = SEED) -> None:
+    async def main() -> None:
+        ask_qemu = directory if QEMU_IMG else None
+        await run.enumerate(random.Random(seed), complete=256, samples=SAMPLES, directory=ask_qemu, ask_qemu=2)
+
+    run_seeded(SEED, main)
+
+
+def crash(directory: Path, scenario: str, mode: Mode, backing: str, seed: int = SEED) -> Traced:
+    found = traced(directory, scenario, mode, backing, seed)
+    run = run_of(found)
+    judge(run, directory, seed)
+    TOTALS.add(found, run)
+    assert run.tried > 20
+    return found
+
+
+@in_native_mode
+@pytest.mark.parametrize("backing", BELOW)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_native(tmp_path: Path, mode: Mode, scenario: str, backing: str) -> None:
+    found = crash(tmp_path, scenario, mode, backing)
+    assert found.native >= NATIVE_WRITES.get(scenario, 1), "the fast path left the work to Python"
+    if scenario == "holes":
+        assert reused(found), "no freed cluster came back"
+
+
+@pytest.mark.parametrize(
+    ("scenario", "backing"),
+    [("allocate", "alone"), ("holes", "over raw"), ("threads", "alone"), ("resize", "over raw"), ("walk", "over raw")],
+)
+def test_python(tmp_path: Path, scenario: str, backing: str) -> None:
+    assert crash(tmp_path, scenario, PYTHON, backing).native == 0
+
+
+@in_native_mode
+@pytest.mark.parametrize("seed", [SEED + number for number in range(1, max(2, STATES // 25_000))])
+def test_random_walks(tmp_path: Path, mode: Mode, seed: int) -> None:
+    """More of them for more states; every other one in the writeback cache."""
+    crash(tmp_path, "walk", mode, list(BELOW)[seed // 2 % 2], seed)
+
+
+def reused(found: Traced) -> bool:
+    """Whether something was written to where there was a hole before."""
+    holes: set[int] = set()
+    for event in found.events:
+        call = event.call
+        if call.path == found.image and call.kind == "punch":
+            holes.update(range(call.offset // CLUSTER, (call.offset + call.size) // CLUSTER))
+        elif call.path == found.image and call.kind == "write" and call.offset // CLUSTER in holes:
+            return True
+    return False
