@@ -7,10 +7,7 @@ while what the kernel and the threads do is another thing each time. After a fai
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,13 +18,12 @@ from tests.helpers.modes import NATIVE, NEEDS_NATIVE, PYTHON, Mode
 from tests.helpers.mounted_guest import CLUSTER, SCENARIOS
 from tests.helpers.mounts import QEMU_IMG
 from tests.helpers.schedule import run_seeded
-from tests.helpers.strace_log import Event, read_log
+from tests.helpers.strace_log import read_log
 from tests.helpers.survival import Run
 from tests.helpers.traced import Traced, trace
 from tests.helpers.traced_run import run_of
-from tests.test_crash_bites import BAD
 
-SAMPLES = STATES // 60  # of each run
+SAMPLES = STATES // 100  # of each run
 #: The sizes of backing files: some of the guest's sectors lie behind the end.
 BELOW = {"alone": 0, "over raw": 30 * CLUSTER + SECTOR}
 #: With the writeback cache, for requests that overlap: of a file with direct_io the kernel writes one at a time.
@@ -111,3 +107,64 @@ def reused(found: Traced) -> bool:
         elif call.path == found.image and call.kind == "write" and call.offset // CLUSTER in holes:
             return True
     return False
+
+
+def test_the_log_keeps_calls_that_overlap_apart(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    lines = [
+        rb'11 pwritev(5<\x2f\x61>, [{iov_base=""}, {iov_base="\x22\x5c", iov_len=2}], 2, 4096 <unfinished ...>',
+        rb"12 fdatasync(5<\x2f\x61> <unfinished ...>",
+        rb"11 <... pwritev resumed>) = 2",
+        rb'13 pwrite64(7<\x2f\x62>, "\x5d", 1, 513) = 1',
+        rb"12 <... fdatasync resumed>) = 0",
+        rb"13 fallocate(7<\x2f\x62>, FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE, 1, 20) = 0",
+        rb"13 +++ exited with 0 +++",
+    ]
+    log.write_bytes(b"\n".join(lines))
+    events = read_log(log)
+    assert [(event.call.path, event.call.kind, event.ended) for event in events] == [
+        ("/a", "write", False),
+        ("/a", "synced", False),
+        ("/a", "write", True),
+        ("/b", "write", False),
+        ("/b", "write", True),
+        ("/a", "synced", True),
+        ("/b", "punch", False),
+        ("/b", "punch", True),
+    ]
+    calls = [event.call for event in events if event.ended]
+    assert [(call.offset, call.data, call.size) for call in calls] == [
+        (4096, b'"\\', 0),
+        (513, b"]", 0),
+        (0, b"", 0),
+        (1, b"", 20),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        rb'1 pwrite64(5<\x2f\x61>, "\x22\x22", 2, 0) = 1',
+        rb'1 pwrite64(5<\x2f\x61>, "\x22"..., 2, 0) = 2',
+        rb'1 write(5<\x2f\x61>, "\x22", 1) = 1',
+        rb"1 fdatasync(5<\x2f\x61>) = -1 EIO (Input/output error)",
+        rb"1 fdatasync(5<\x2f\x61> <unfinished ...>",
+        rb"1 fallocate(5<\x2f\x61>, FALLOC_FL_COLLAPSE_RANGE, 0, 4096) = 0",
+    ],
+)
+def test_the_log_must_be_understood(tmp_path: Path, line: bytes) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(line)
+    with pytest.raises(AssertionError):
+        read_log(log)
+
+
+def test_how_many_states(capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(
+            f"\ncrashes of real mounts: {TOTALS.states} different states (seed {SEED}) of {TOTALS.runs} mounts, "
+            f"{TOTALS.complete} moments in full, {TOTALS.sampled} sampled; {TOTALS.qemu} states judged by qemu-img as "
+            f"well; {TOTALS.native} writes answered by the fast path"
+        )
+    if TOTALS.runs >= 2 * len(SCENARIOS):
+        assert TOTALS.states >= SAMPLES * TOTALS.runs // 5

@@ -194,18 +194,22 @@ def walk(guest: MountedGuest) -> None:
     """Everything, at random."""
     rnd = random.Random(guest.seed)
     for _ in range(40):
-        sectors = rnd.choice([1, 2, 8, 9, 20])
-        offset = rnd.randrange(16 * 8 - sectors) * SECTOR
-        start = offset - offset % CLUSTER
-        choices: list[Callable[[], None]] = [
-            lambda: guest.write(offset, sectors * SECTOR),
-            lambda: guest.write(start, sectors * SECTOR),
-            lambda: guest.write(offset + 77, sectors * SECTOR - 200),
-            lambda: guest.zero(offset, sectors * SECTOR),
-            lambda: guest.punch(start, CLUSTER),
-            guest.sync,
-        ]
-        rnd.choice(choices)()
+        _step(guest, rnd)
+
+
+def _step(guest: MountedGuest, rnd: random.Random) -> None:
+    sectors = rnd.choice([1, 2, 8, 9, 20])
+    offset = rnd.randrange(16 * 8 - sectors) * SECTOR
+    start = offset - offset % CLUSTER
+    choices: list[Callable[[], None]] = [
+        lambda: guest.write(offset, sectors * SECTOR),
+        lambda: guest.write(start, sectors * SECTOR),
+        lambda: guest.write(offset + 77, sectors * SECTOR - 200),
+        lambda: guest.zero(offset, sectors * SECTOR),
+        lambda: guest.punch(start, CLUSTER),
+        guest.sync,
+    ]
+    rnd.choice(choices)()
 
 
 SCENARIOS = {

@@ -21,8 +21,8 @@ import trio
 from tests.helpers.cli import ROOT, TIMEOUT, environment
 from tests.helpers.images import TINY, Chain, new_chain
 from tests.helpers.modes import PYTHON, Mode
-from tests.helpers.mounts import mounted, need_fuse
 from tests.helpers.mounted_guest import SIZE, SIZES
+from tests.helpers.mounts import mounted, need_fuse
 from tests.helpers.strace_log import OPTIONS, Event, read_log
 from tests.helpers.survival import raw_below
 from tests.test_fastpath import status
@@ -62,7 +62,9 @@ def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int 
             assert guest.returncode == 0, f"the guest ends with {guest.returncode}"
             native = status(raw)["fastpath-counters"].get("writes", 0)
         assert strace.wait(TIMEOUT) == 0
-    return Traced(chain, flat[:size].ljust(size, b"\0"), str(image), str(raw), read_log(log), image.read_bytes(), native)
+    return Traced(
+        chain, flat[:size].ljust(size, b"\0"), str(image), str(raw), read_log(log), image.read_bytes(), native
+    )
 
 
 @contextmanager

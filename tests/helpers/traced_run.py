@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from qedfuse.geometry import round_up
 from tests.helpers.crash import Change, CrashPoint, CrashStorage
 from tests.helpers.history import SECTOR, History, Version
 from tests.helpers.images import TINY
@@ -17,8 +18,6 @@ from tests.helpers.ram import RamFile
 from tests.helpers.strace_log import Call, Event
 from tests.helpers.survival import Run
 from tests.helpers.traced import Traced
-
-from qedfuse.geometry import round_up
 
 
 @dataclass
