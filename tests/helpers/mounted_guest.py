@@ -1,9 +1,12 @@
 """A process that uses a raw file as guests do: the scenarios for crashes of a real mount.
 
-    python -m tests.helpers.mounted_guest SCENARIO FILE HOLES SEED
+    python -m tests.helpers.mounted_guest SCENARIO FILE JOURNAL HOLES SEED
 
 It waits for a line on standard input, so that somebody can look over its shoulder first. Contents are never the same
 twice. HOLES 0: the mount knows no fallocate, zeroes are written instead. Imports little, so that it starts at once.
+
+Asynchronous writes cannot be seen from outside. They are announced by the same write to the file JOURNAL, and when the
+Nth (from 0 on) has ended, the journal is truncated to N bytes.
 
 All scenarios are for clusters of 4 KiB and the sizes in SIZES.
 """
@@ -19,6 +22,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from tests.helpers.aio import AsynchronousWriter
+
 SECTOR = 512
 CLUSTER = 4096
 TABLE = 4 << 20  # what the entries of one L2 table are for
@@ -28,18 +33,43 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 
 
 class MountedGuest:
-    def __init__(self, path: str, *, holes: bool, seed: int) -> None:
+    def __init__(self, path: str, journal: str, *, holes: bool, seed: int) -> None:
         self.seed = seed
+        self._path = path
         self._fd = os.open(path, os.O_RDWR)
+        self._journal = os.open(journal, os.O_RDWR)
+        self._writer: AsynchronousWriter | None = None
+        self._announced = 0
+        self._under_way: dict[int, int] = {}  # the writer's number: that in the journal
         self._holes = holes
         self._tags = itertools.count(1)
 
     def write(self, offset: int, size: int) -> None:
+        self._put(offset, self._content(offset, size))
+
+    def submit(self, places: list[tuple[int, int]]) -> None:
+        """Begin to write to these (offset, size), all at once. They do not overlap each other, or what is under way."""
+        if self._writer is None:
+            self._writer = AsynchronousWriter(self._path)
+        writes = [(offset, self._content(offset, size)) for offset, size in places]
+        for offset, data in writes:
+            os.pwrite(self._journal, data, offset)
+        for number in self._writer.submit(writes):
+            self._under_way[number] = self._announced
+            self._announced += 1
+
+    def settle(self) -> None:
+        """Wait for what was submitted."""
+        assert self._writer
+        for number in self._writer.finished():
+            os.ftruncate(self._journal, self._under_way.pop(number))
+
+    def _content(self, offset: int, size: int) -> bytes:
         tag = next(self._tags)
         first = offset // SECTOR
         sectors = range(first, -(-(offset + size) // SECTOR))
         data = b"".join((b"%08x:%06x|" % (tag, sector)) * 32 for sector in sectors)
-        self._put(offset, data[offset - first * SECTOR :][:size])
+        return data[offset - first * SECTOR :][:size]
 
     def _put(self, offset: int, data: bytes) -> None:
         assert os.pwrite(self._fd, data, offset) == len(data)
@@ -160,15 +190,17 @@ def tables(guest: MountedGuest) -> None:
 
 
 def timer(guest: MountedGuest) -> None:
-    """Nobody asks for durability: tables are written a second after the first change."""
+    """Nobody asks for durability: tables are written a second after the first change, while more is written."""
+    start = time.monotonic()
     guest.write(0, SECTOR)
     guest.write(3 * CLUSTER, CLUSTER)
-    time.sleep(1.2)
-    guest.write(CLUSTER, SECTOR)
-    guest.write(3 * CLUSTER, SECTOR)
     guest.punch(0, CLUSTER)
-    time.sleep(1.2)
-    guest.write(5 * CLUSTER, SECTOR)
+    time.sleep(0.97)
+    number = 0
+    while time.monotonic() < start + 1.1:
+        guest.write(number * 5 % 48 * CLUSTER + number // 48 * SECTOR, SECTOR)
+        number += 1
+        time.sleep(0.001)
 
 
 def threads(guest: MountedGuest) -> None:
@@ -188,6 +220,18 @@ def threads(guest: MountedGuest) -> None:
         worker.start()
     for worker in workers:
         worker.join()
+
+
+def asynchronous(guest: MountedGuest) -> None:
+    """Several writes at a time, into new clusters and in place."""
+    rnd = random.Random(guest.seed)
+    for _ in range(2):
+        sectors = rnd.sample(range(48 * CLUSTER // SECTOR), 16)
+        guest.submit([(sector * SECTOR, SECTOR) for sector in sectors])
+        guest.sync()
+        guest.settle()
+    guest.submit([(number * CLUSTER, SECTOR) for number in range(6)])
+    guest.settle()
 
 
 def walk(guest: MountedGuest) -> None:
@@ -214,16 +258,16 @@ def _step(guest: MountedGuest, rnd: random.Random) -> None:
 
 SCENARIOS = {
     function.__name__: function
-    for function in (allocate, sequential, in_place, holes, resize, tables, timer, threads, walk)
+    for function in (allocate, sequential, in_place, holes, resize, tables, timer, threads, asynchronous, walk)
 }
 #: The size of the image, where it is another than SIZE.
 SIZES = {"sequential": 160 * CLUSTER, "tables": 3 * TABLE + 8 * CLUSTER}
 
 
 def main() -> None:
-    scenario, path, knows_holes, seed = sys.argv[1:]
+    scenario, path, journal, knows_holes, seed = sys.argv[1:]
     sys.stdin.readline()
-    SCENARIOS[scenario](MountedGuest(path, holes=knows_holes == "1", seed=int(seed)))
+    SCENARIOS[scenario](MountedGuest(path, journal, holes=knows_holes == "1", seed=int(seed)))
 
 
 if __name__ == "__main__":

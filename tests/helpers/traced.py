@@ -36,6 +36,7 @@ class Traced:
     flat: bytes  # what it read as
     image: str
     raw: str
+    journal: str  # see mounted_guest.py
     events: list[Event]
     after: bytes  # the image file
     native: int  # writes that the fast path answered
@@ -52,18 +53,30 @@ def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int 
     image = chain.dump(directory)
     raw = directory / "disk.raw"
     raw.touch()
+    journal = directory / "journal"
+    journal.touch()
     log = directory / "strace.log"
     with ExitStack() as stack:
-        guest = stack.enter_context(_guest(scenario, str(raw), "0" if mode == PYTHON else "1", str(seed)))
+        guest = stack.enter_context(_guest(scenario, str(raw), str(journal), "0" if mode == PYTHON else "1", str(seed)))
         with mounted(image, raw, *mode, *options, foreground=True) as mount:
             assert image.read_bytes() == chain.file.read(0, chain.file.size), "it was written when nobody looked"
-            strace = stack.enter_context(_strace(log, [image, raw], [mount.pid(), guest.pid]))
+            strace = stack.enter_context(_strace(log, [image, raw, journal], [mount.pid(), guest.pid]))
             guest.communicate(b"go\n", TIMEOUT)
             assert guest.returncode == 0, f"the guest ends with {guest.returncode}"
             native = status(raw)["fastpath-counters"].get("writes", 0)
+            subprocess.run(
+                ["fusermount3", "-u", str(raw)], check=True, timeout=TIMEOUT
+            )  # quicker than `qedfuse umount`
         assert strace.wait(TIMEOUT) == 0
     return Traced(
-        chain, flat[:size].ljust(size, b"\0"), str(image), str(raw), read_log(log), image.read_bytes(), native
+        chain=chain,
+        flat=flat[:size].ljust(size, b"\0"),
+        image=str(image),
+        raw=str(raw),
+        journal=str(journal),
+        events=read_log(log),
+        after=image.read_bytes(),
+        native=native,
     )
 
 

@@ -85,6 +85,16 @@ class _GuestLog:
         self._versions: dict[Call, list[Version[bytes]]] = {}
         self._sizes: dict[Call, tuple[Version[int], int]] = {}  # and the size before
         self._syncs: dict[Call, int] = {}  # when they began
+        self._announced: list[Call] = []
+
+    def note_journal(self, event: Event) -> None:
+        """An asynchronous write is about to begin, or has ended."""
+        call = event.call
+        if call.kind == "write" and not event.ended:
+            self._announced.append(call)
+            self._begin(call)
+        elif call.kind == "truncate" and event.ended:
+            self._end(self._announced[call.size])
 
     def note(self, event: Event) -> None:
         (self._end if event.ended else self._begin)(event.call)
@@ -120,8 +130,9 @@ def run_of(traced: Traced, events: list[Event] | None = None) -> Run:
     history = History(traced.flat)
     storage = TracedStorage(traced.chain.file.fork(), history)
     guest = _GuestLog(history, len(traced.flat))
+    listeners = {traced.image: storage.note, traced.raw: guest.note, traced.journal: guest.note_journal}
     for event in events if events is not None else traced.events:
-        (storage if event.call.path == traced.image else guest).note(event)
+        listeners[event.call.path](event)
     if events is None:
         found = storage.file.read(0, storage.file.size)
         assert found == traced.after, "something changed the image and is not in the log"
