@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up what the tests need, then lint, type-check and test. Arguments go to pytest.
 #
-#   tests/run.sh              the ordinary run
+#   tests/run.sh              the ordinary run, on all processors
 #   tests/run.sh -m slow      the long tests
 #   tests/run.sh tests/test_geometry.py -k round
 set -euo pipefail
@@ -15,4 +15,6 @@ shellcheck examples/*.sh tests/*.sh .ci/run
 ruff check
 ruff format --check
 mypy
+# Files stay whole: their tests count together.
+[ $# -gt 0 ] || set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile
 exec pytest "$@"

@@ -79,7 +79,7 @@ def test_a_full_terabyte(order: str, tmp_path: Path) -> None:
     assert (result.corruptions, result.leaks, result.allocated_clusters) == (0, 0, 1 << 24)
     ratio = min(ours) / min(theirs)
     print(
-        f"\n{order}: cpu seconds: qemu-img {min(theirs):.2f}, the command {min(ours):.2f} (ratio {ratio:.2f}), "
+        f"figures: {order}: cpu seconds: qemu-img {min(theirs):.2f}, the command {min(ours):.2f} (ratio {ratio:.2f}), "
         f"check_image alone {min(inside):.2f}; {memory >> 10} MiB"
     )
     assert ratio < 1.5

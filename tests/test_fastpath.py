@@ -627,7 +627,7 @@ def test_other_tasks_have_their_turn_under_a_flood_of_reads(tmp_path: Path, raw:
     finally:
         subprocess.run(["fusermount3", "-u", str(raw)], check=True)
     measured = sorted(float(line) for line in delays.read_text().splitlines()[-200:])
-    print(f"{answered} reads; delay: median {statistics.median(measured):.4f} s, worst {measured[-1]:.4f} s")
+    print(f"figures: {answered} reads; delay: median {statistics.median(measured):.4f} s, worst {measured[-1]:.4f} s")
     assert answered > 3000
     assert writes > 20
     assert statistics.median(measured) < 0.01

@@ -30,6 +30,6 @@ def test_a_short_run(tmp_path: Path, target: str, edges: int) -> None:
     runs = re.search(r"Done (\d+) runs", done.stderr)
     covered = re.findall(r"cov: (\d+)", done.stderr)
     assert runs and covered, done.stderr[-2000:]
-    print(f"\nfuzzed {runs[1]} inputs, {covered[-1]} edges covered")
+    print(f"figures: fuzzed {runs[1]} inputs, {covered[-1]} edges covered")
     assert int(runs[1]) > 50
     assert int(covered[-1]) > edges, "the instrumentation sees nothing"

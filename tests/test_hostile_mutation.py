@@ -89,7 +89,7 @@ def sampler() -> Iterator[Sampler]:
         yield sampler
     finally:
         shutil.rmtree(directory)
-    print(f"\n{sampler.repaired} mutants repaired, qemu-img agreed on {sampler.asked}")
+    print(f"figures: {sampler.repaired} mutants repaired, qemu-img agreed on {sampler.asked}")
 
 
 def try_mutant(

@@ -214,7 +214,7 @@ def test_a_directory_of_hostile_images(tmp_path: Path) -> None:
         mount.umount()
         log = mount.text()
     assert "internal error" not in log and "Traceback" not in log, log
-    print(f"\n{len(listed)} files of {len(names) + 1} images: {read} read, {refused} refused")
+    print(f"figures: {len(listed)} files of {len(names) + 1} images: {read} read, {refused} refused")
     assert read > 60 and len(names) > 100
 
 

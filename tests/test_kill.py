@@ -173,7 +173,7 @@ def kill_under_writers(case: Case, kills: int, *, lulls: bool) -> None:
                 case.kill(mount, writers)
                 case.bury(mount)
         case.judge(lambda: ledger.settle(case.raw.read_bytes()))
-    print(f"{case.kills} kills, {ledger.acknowledged} acknowledged writes")
+    print(f"figures: {case.kills} kills, {ledger.acknowledged} acknowledged writes")
 
 
 @IMAGES
@@ -232,7 +232,7 @@ def kill_under_guest(case: Case, kills: int) -> None:
                 case.kill(mount, writers)
             case.bury(mount)
         case.judge(settle)
-    print(f"{case.kills} kills, {ledger.acknowledged} acknowledged writes, {files.count} acknowledged files")
+    print(f"figures: {case.kills} kills, {ledger.acknowledged} acknowledged writes, {files.count} acknowledged files")
 
 
 @pytest.mark.guest

@@ -89,7 +89,7 @@ def kill_under_fio(case: Case, kills: int) -> None:
         with pytest.raises(subprocess.CalledProcessError):
             fio.verify()
     assert not is_mounted(case.raw)
-    print(f"{case.kills} kills, {blocks} blocks verified")
+    print(f"figures: {case.kills} kills, {blocks} blocks verified")
 
 
 def test_what_fio_has_synced_survives_a_kill(tmp_path: Path) -> None:

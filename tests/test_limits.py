@@ -81,7 +81,9 @@ def hold_a_guest(directory: Path, mode: Mode, seconds: float, *, overlay: bool) 
                 files.settle(guest / "files")
             run("e2fsck", "-fn", loop)
         memory = peak_memory(pid)
-        print(f"{ledger.acknowledged} writes and {files.count} files in {seconds:.0f} s, {memory:.0f} MiB at most")
+        print(
+            f"figures: {ledger.acknowledged} writes, {files.count} files in {seconds:.0f} s, {memory:.0f} MiB at most"
+        )
         assert "ERROR" not in mount.text() and "WARNING" not in mount.text(), mount.text()
     assert memory < 128
     assert_clean(image)
@@ -154,7 +156,7 @@ def test_thousands_of_images_in_a_directory(tmp_path: Path, mode: Mode) -> None:
             times.append(time.monotonic() - started)
             assert sizes == {name: MIB + 512 * number for number, name in enumerate(names)}
         assert descriptors(pid) <= before + 5  # a listing opens no image for good
-        print(f"{IMAGES} images listed in {times[0]:.2f} s, again in {times[1]:.2f} s")
+        print(f"figures: {IMAGES} images listed in {times[0]:.2f} s, again in {times[1]:.2f} s")
         assert times[0] < 5
 
         started = time.monotonic()
@@ -165,7 +167,7 @@ def test_thousands_of_images_in_a_directory(tmp_path: Path, mode: Mode) -> None:
                 files.append(file)
                 os.pwrite(file.fileno(), b"%04d" % number * 128, 64 * number)
             opened = time.monotonic() - started
-            print(f"{OPENED} opened and written in {opened:.2f} s, {descriptors(pid)} descriptors")
+            print(f"figures: {OPENED} opened and written in {opened:.2f} s, {descriptors(pid)} descriptors")
             assert descriptors(pid) < before + 2 * OPENED
             for file in files:
                 os.fsync(file.fileno())
@@ -176,7 +178,7 @@ def test_thousands_of_images_in_a_directory(tmp_path: Path, mode: Mode) -> None:
         for number in rnd.sample(chosen, 50):
             assert (point / names[number]).read_bytes()[64 * number :][:512] == b"%04d" % number * 128
         memory = peak_memory(pid)
-        print(f"{memory:.0f} MiB resident at most")
+        print(f"figures: {memory:.0f} MiB resident at most")
         assert memory < 128
         assert opened < 15
     for number in chosen[:5]:
@@ -200,7 +202,7 @@ def test_thousands_of_images_open_at_once(tmp_path: Path, mode: Mode) -> None:
             files = [
                 stack.enter_context((point / f"{number:04}.raw").open("r+b", buffering=0)) for number in range(IMAGES)
             ]
-            print(f"{IMAGES} opened in {time.monotonic() - started:.1f} s, {descriptors(pid)} descriptors")
+            print(f"figures: {IMAGES} opened in {time.monotonic() - started:.1f} s, {descriptors(pid)} descriptors")
             assert descriptors(pid) <= before + IMAGES + 5
             for number, file in enumerate(files):
                 os.pwrite(file.fileno(), b"%04d" % number * 128, 4096)

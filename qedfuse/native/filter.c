@@ -204,9 +204,10 @@ static enum outcome hand(struct burst *burst, const struct fuse_in_header *in, u
     return HANDED;
 }
 
-/* `size` bytes of request are at `in`, and stay as they are. */
-static enum outcome answer(struct burst *burst, struct fuse_in_header *in, size_t size)
+/* `size` bytes of request, which stay as they are. */
+static enum outcome answer(struct burst *burst, void *request, size_t size)
 {
+    struct fuse_in_header *in = request;
     if (size < sizeof *in || in->len != size)
         return PASS;
     void *arg = in + 1;
@@ -230,27 +231,43 @@ static enum outcome answer(struct burst *burst, struct fuse_in_header *in, size_
 
 /* -- receiving ---------------------------------------------------------------------------------------------------------- */
 
-/* One request into the buffer: its size, 0 when the session is over, or a negative error: -EINTR if there is none.
+/* Where a request goes in our memory: a WRITE's data then begins a page, and is copied page by page. */
+#define REQUEST (request_memory + PAGE - sizeof(struct fuse_in_header) - sizeof(struct fuse_write_in))
+
+/* One request: its size, 0 when the session is over, or a negative error: -EINTR if there is none. It is at
+ * `burst->request`, or, if that is NULL, in the buffer's pipe.
  *
  * libfuse allocates the buffer (large enough for whatever was agreed with the kernel) on a task's first call, so that
  * one is libfuse's; from then on we read ourselves: libfuse would splice through a pipe, which is slower. The kernel
- * refuses, with EINVAL and without taking a request, a buffer that could be too small; then it is libfuse's turn, too.
+ * refuses, with EINVAL and without taking a request, a space that could be too small; then it is libfuse's turn, too.
  */
-static int receive(struct fuse_session *session, struct fuse_buf *buf, int fd)
+static int receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
     if (enabled && buf->mem) {
-        ssize_t size = read(fd, buf->mem, malloc_usable_size(buf->mem));
-        if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
-            buf->size = (size_t)size;
-            buf->flags = 0;
+        size_t space = malloc_usable_size(buf->mem);
+        burst->request = space <= (size_t)(request_memory + REQUEST_SPACE - REQUEST) ? REQUEST : buf->mem;
+        ssize_t size = read(burst->fd, burst->request, space);
+        if (size >= (ssize_t)sizeof(struct fuse_in_header))
             return (int)size;
-        }
         /* ENOENT: the request was withdrawn as it was being read. */
         if (size < 0 && (errno == EAGAIN || errno == EINTR || errno == ENOENT))
             return -EINTR;
     }
     int result = real_receive_buf(session, buf);
+    burst->request = buf->flags & BUF_IS_FD ? NULL : buf->mem;
     return result == -EAGAIN ? -EINTR : result;
+}
+
+/* To where pyfuse3 expects it. */
+static void pass(const struct burst *burst, struct fuse_buf *buf, size_t size)
+{
+    count.passed++;
+    if (burst->request == REQUEST)
+        memcpy(buf->mem, REQUEST, size);
+    if (burst->request) {
+        buf->size = size;
+        buf->flags = 0;
+    }
 }
 
 /* What we know of how requests arrive. */
@@ -260,13 +277,13 @@ static struct {
 } pace;
 
 /* Receives for a moment, until there is a request. No sched_yield: the scheduler makes a task that yields often wait. */
-static int spin(struct fuse_session *session, struct fuse_buf *buf, int fd)
+static int spin(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
     int64_t end = now() + SPIN_NS;
     int result;
     count.spins++;
     do
-        result = receive(session, buf, fd);
+        result = receive(burst, session, buf);
     while (result == -EINTR && now() < end);
     if (result == -EINTR) {
         pace.pause = pace.pause < PAUSE_MAX / 2 ? pace.pause * 2 + 1 : PAUSE_MAX;
@@ -279,10 +296,10 @@ static int spin(struct fuse_session *session, struct fuse_buf *buf, int fd)
 }
 
 /* Sleeps for a moment, until there is a request: still quicker than the way through the event loop. */
-static int wait_and_receive(struct fuse_session *session, struct fuse_buf *buf, int fd)
+static int wait_and_receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
-    struct pollfd ready = {.fd = fd, .events = POLLIN};
-    return ppoll(&ready, 1, &(struct timespec){.tv_nsec = WAIT_NS}, NULL) > 0 ? receive(session, buf, fd) : -EINTR;
+    struct pollfd ready = {.fd = burst->fd, .events = POLLIN};
+    return ppoll(&ready, 1, &(struct timespec){.tv_nsec = WAIT_NS}, NULL) > 0 ? receive(burst, session, buf) : -EINTR;
 }
 
 static int do_burst(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
@@ -290,22 +307,22 @@ static int do_burst(struct burst *burst, struct fuse_session *session, struct fu
     int64_t start = now();
     bool busy = in_python > 0;
     int64_t limit = start + (busy ? BUSY_BURST_NS : BURST_NS);
-    int result = receive(session, buf, burst->fd);
+    int result = receive(burst, session, buf);
     for (int requests = 1; result > 0; requests++) {
-        enum outcome outcome = buf->flags & BUF_IS_FD ? PASS : answer(burst, buf->mem, (size_t)result);
+        enum outcome outcome = burst->request ? answer(burst, burst->request, (size_t)result) : PASS;
         if (outcome == PASS || outcome == MISS) {
-            count.passed++;
+            pass(burst, buf, (size_t)result);
             count.missed += outcome == MISS;
             break;
         }
         result = -EINTR;
         if (outcome == HANDED || requests == BURST_REQUESTS || now() >= limit)
             break;
-        result = receive(session, buf, burst->fd);
+        result = receive(burst, session, buf);
         if (result == -EINTR && spinning && !busy && pace.waited++ >= pace.pause)
-            result = spin(session, buf, burst->fd);
+            result = spin(burst, session, buf);
         if (result == -EINTR && spinning && !busy)
-            result = wait_and_receive(session, buf, burst->fd);
+            result = wait_and_receive(burst, session, buf);
     }
     return result;
 }
@@ -329,7 +346,7 @@ EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_
         prepared = burst.fd;
     }
     if (!enabled) {
-        int result = receive(session, buf, burst.fd);
+        int result = receive(&burst, session, buf);
         count.passed += result > 0;
         return result;
     }

@@ -6,9 +6,11 @@
 
 enum {
     MAX_IO = 1 << 20, /* a request's data: the most that the kernel asks for (256 pages) */
+    REQUEST_SPACE = MAX_IO + 8 * PAGE, /* with the headers, and what malloc rounds up by */
 };
 
-extern char *reply_memory; /* a reply: the header right before a page boundary, the data from there on */
+extern char *request_memory; /* REQUEST_SPACE; from a page boundary */
+extern char *reply_memory;   /* a reply: the header right before a page boundary, the data from there on */
 
 /* Returns false without memory. */
 bool memory_prepare(void);
@@ -17,6 +19,7 @@ bool memory_prepare(void);
 struct burst {
     uint64_t number;
     int fd;                /* the session's */
+    void *request;         /* the one at hand */
     PyThreadState *thread; /* NULL: we have the GIL */
     Layer *wrote[8];       /* images that were written, and whose Python does not know yet */
     unsigned writes;
