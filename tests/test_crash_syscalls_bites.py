@@ -9,13 +9,15 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.crash import SEED
-from tests.helpers.modes import NATIVE
+from tests.helpers.modes import NATIVE, NEEDS_NATIVE
 from tests.helpers.schedule import run_seeded
 from tests.helpers.strace_log import Call, Event
 from tests.helpers.traced import Traced
 from tests.helpers.traced_run import run_of
 from tests.test_crash_bites import BAD
 from tests.test_crash_syscalls import traced
+
+pytestmark = NEEDS_NATIVE
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 import trio
 
+from qedfuse.control import Client
 from tests.helpers.cli import ROOT, TIMEOUT, environment
 from tests.helpers.images import TINY, Chain, new_chain
 from tests.helpers.modes import PYTHON, Mode
 from tests.helpers.mounted_guest import SIZE, SIZES
-from tests.helpers.mounts import mounted, need_fuse
+from tests.helpers.mounts import mount_at, mounted, need_fuse
 from tests.helpers.strace_log import OPTIONS, Event, read_log
 from tests.helpers.survival import raw_below
-from tests.test_fastpath import status
 
 
 @dataclass
@@ -47,6 +47,7 @@ def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int 
     need_fuse()
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
+    directory = directory.resolve()  # as strace shows it
     size = SIZES.get(scenario, SIZE)
     lower, flat = raw_below(below) if below else ([], b"")
     chain = trio.run(new_chain, size, TINY, lower)
@@ -63,7 +64,7 @@ def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int 
             strace = stack.enter_context(_strace(log, [image, raw, journal], [mount.pid(), guest.pid]))
             guest.communicate(b"go\n", TIMEOUT)
             assert guest.returncode == 0, f"the guest ends with {guest.returncode}"
-            native = status(raw)["fastpath-counters"].get("writes", 0)
+            native = _native_writes(raw)
             subprocess.run(
                 ["fusermount3", "-u", str(raw)], check=True, timeout=TIMEOUT
             )  # quicker than `qedfuse umount`
@@ -78,6 +79,14 @@ def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int 
         after=image.read_bytes(),
         native=native,
     )
+
+
+def _native_writes(raw: Path) -> int:
+    """By `qedfuse status`."""
+    found = mount_at(raw)
+    assert found is not None
+    with Client(found) as client:
+        return int(client.ask("status")["fastpath-counters"].get("writes", 0))
 
 
 @contextmanager
