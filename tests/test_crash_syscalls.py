@@ -25,7 +25,7 @@ from tests.helpers.survival import Run
 from tests.helpers.traced import Traced, trace
 from tests.helpers.traced_run import run_of
 
-SAMPLES = STATES // 80  # of each run
+SAMPLES = STATES // 100  # of each run
 #: The sizes of backing files: some of the guest's sectors lie behind the end.
 BELOW = {"alone": 0, "over raw": 30 * CLUSTER + SECTOR}
 #: With the writeback cache, for requests that overlap: of a file with direct_io the kernel writes one at a time.
