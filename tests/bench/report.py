@@ -13,6 +13,7 @@ from tests.bench.workloads import Row
 PEER = "qemu-storage-daemon"
 RAW = "raw file"
 OURS = "qedfuse"
+_COLOURS = {RAW: "lightgrey", "nbdfuse": "tab:orange", OURS: "tab:green", f"{OURS} --no-fastpath": "tab:olive"}
 Results = Mapping[str, Mapping[str, Sequence[float]]]  # row title -> target name -> a figure a round
 
 
@@ -92,24 +93,19 @@ def picture(rows: Sequence[Row], names: Sequence[str], results: Results, path: P
     axes = figure.subplots()
     height = 0.8 / len(others)
     for position, name in enumerate(others):
-        for index, row in enumerate(shown):
-            value = ratio(row, results[row.title], name)
-            if value is not None:
-                axes.barh(
-                    index + position * height,
-                    value,
-                    height,
-                    color=f"C{position}",
-                    label=name if index == 0 else None,
-                )
+        values = [ratio(row, results[row.title], name) or 1.0 for row in shown]  # no figure: no bar
+        places = [index + (position - (len(others) - 1) / 2) * height for index in range(len(shown))]
+        widths = [value - 1 for value in values]
+        axes.barh(places, widths, height, left=1, color=_COLOURS.get(name), label=name)
     for index, row in enumerate(shown):
-        axes.plot([row.bar, row.bar], [index - height / 2, index + 0.8 - height / 2], color="black", linewidth=1.5)
-    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(shown))], [row.title for row in shown])
-    axes.invert_yaxis()
+        axes.plot([row.bar, row.bar], [index - 0.4, index + 0.4], color="black", linewidth=1.5)
+    axes.set_yticks(range(len(shown)), [row.title for row in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xscale("log")
     ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel(f"speed relative to {PEER} (black mark: our bar)")
+    axes.set_xlabel(f"speed relative to {PEER}; right is faster (black mark: our bar)")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)
