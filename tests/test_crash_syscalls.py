@@ -7,7 +7,6 @@ while what the kernel and the threads do is another thing each time. After a fai
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
@@ -33,7 +32,6 @@ CACHED = {"threads", "asynchronous"}
 #: Writes that the fast path must have answered at least: more than could be in place, hence into new clusters.
 NATIVE_WRITES = {"allocate": 12, "sequential": 3, "tables": 4}
 
-pytestmark = pytest.mark.skipif("QEDFUSE_FASTPATH" in os.environ, reason="the fast path is not left to itself")
 in_native_mode = pytest.mark.parametrize("mode", [pytest.param(NATIVE, id="native", marks=NEEDS_NATIVE)])
 
 

@@ -32,7 +32,7 @@ from tests.helpers.guests import (
     run,
 )
 from tests.helpers.ledger import Files, Ledger
-from tests.helpers.modes import MODES, NATIVE, Mode
+from tests.helpers.modes import MODES, Mode, makes_holes
 from tests.helpers.mounts import Mounted, is_mounted, mounted, need_fuse, wait_until
 from tests.helpers.victims import Victims, kill_daemon, kill_process, victims
 
@@ -158,7 +158,7 @@ def kill_under_writers(case: Case, kills: int, *, lulls: bool) -> None:
     ledger = Ledger(SEED, case.base)
     while case.kills < kills:
         with case.mounted() as mount, victims() as writers:
-            writers.write(case.raw, ledger, holes=case.mode == NATIVE)
+            writers.write(case.raw, ledger, holes=makes_holes(case.mode))
             writers.wait_for(lambda: ledger.acknowledged, case.random.choice((1, 20, 60, 150)))
             what = case.random.choice(("writing", "writing", "writing", "closing", "lull"))
             if what == "closing":
