@@ -101,6 +101,7 @@ static struct {
 static bool enabled;       /* false: every request is passed */
 static bool spinning = true; /* may poll, and sleep, for the next request */
 static unsigned in_python; /* requests that Python is working on */
+static bool sync_asked;    /* the request that was passed last is a WRITE to be durable when it is answered */
 static PyObject *hand_over; /* callable(session_fd, opcode, unique, nodeid, fh, offset, length, mode) or NULL */
 
 /* -- requests ----------------------------------------------------------------------------------------------------------- */
@@ -237,12 +238,15 @@ static enum outcome answer(struct burst *burst, void *request, size_t size)
 /* One request: its size, 0 when the session is over, or a negative error: -EINTR if there is none. It is at
  * `burst->request`, or, if that is NULL, in the buffer's pipe.
  *
- * libfuse allocates the buffer (large enough for whatever was agreed with the kernel) on a task's first call, so that
- * one is libfuse's; from then on we read ourselves: libfuse would splice through a pipe, which is slower. The kernel
- * refuses, with EINVAL and without taking a request, a space that could be too small; then it is libfuse's turn, too.
+ * We read ourselves: libfuse would splice through a pipe, which is slower, and where nobody sees a request's flags. The
+ * kernel refuses, with EINVAL and without taking a request, a space that could be too small for what was agreed with
+ * it; then it is libfuse's turn, which must not find our buffer, as it believes that every one is its own.
  */
 static int receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
+    bool ours = enabled && !buf->mem;
+    if (ours)
+        buf->mem = malloc(MAX_IO + 2 * PAGE); /* pyfuse3 frees it */
     if (enabled && buf->mem) {
         size_t space = malloc_usable_size(buf->mem);
         burst->request = space <= (size_t)(request_memory + REQUEST_SPACE - REQUEST) ? REQUEST : buf->mem;
@@ -253,15 +257,29 @@ static int receive(struct burst *burst, struct fuse_session *session, struct fus
         if (size < 0 && (errno == EAGAIN || errno == EINTR || errno == ENOENT))
             return -EINTR;
     }
+    if (ours) {
+        free(buf->mem);
+        buf->mem = NULL;
+    }
     int result = real_receive_buf(session, buf);
     burst->request = buf->flags & BUF_IS_FD ? NULL : buf->mem;
     return result == -EAGAIN ? -EINTR : result;
+}
+
+/* Is this a WRITE that must be durable when it is answered? If nobody can see it, it may be one. */
+static bool asks_for_sync(const struct fuse_in_header *in, size_t size)
+{
+    if (!in)
+        return true;
+    const struct fuse_write_in *write = (const void *)(in + 1);
+    return in->opcode == FUSE_WRITE && size >= sizeof *in + sizeof *write && write->flags & O_DSYNC;
 }
 
 /* To where pyfuse3 expects it. */
 static void pass(const struct burst *burst, struct fuse_buf *buf, size_t size)
 {
     count.passed++;
+    sync_asked = asks_for_sync(burst->request, size);
     if (burst->request == REQUEST)
         memcpy(buf->mem, REQUEST, size);
     if (burst->request) {
@@ -402,6 +420,11 @@ static PyObject *leave(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
+static PyObject *get_sync_asked(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyBool_FromLong(sync_asked);
+}
+
 static PyObject *detach(PyObject *Py_UNUSED(module), PyObject *number)
 {
     unsigned long long fh = PyLong_AsUnsignedLongLong(number);
@@ -458,6 +481,8 @@ static PyMethodDef methods[] = {
     {"detach", detach, METH_O, "detach(fh): no longer."},
     {"enter", enter, METH_NOARGS, "enter(): Python begins to work on a request."},
     {"leave", leave, METH_NOARGS, "leave(): it has replied, or will in a moment."},
+    {"sync_asked", get_sync_asked, METH_NOARGS,
+     "sync_asked(): whether the request passed last is a write that must be durable when it is answered."},
     {"counters", counters, METH_NOARGS, "counters() -> dict of what was done since loading."},
     {NULL, NULL, 0, NULL},
 };
