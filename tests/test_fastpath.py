@@ -711,12 +711,20 @@ def test_an_idle_mount_does_not_spin(tmp_path: Path, raw: Path) -> None:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_where_it_cannot_bind_python_answers_and_the_log_says_so(tmp_path: Path, raw: Path) -> None:
-    """pyfuse3 is there first, so the linker has bound it to libfuse."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("pyfuse3", id="pyfuse3 is there first, so the linker has bound it to libfuse"),
+        pytest.param(
+            "qedfuse.fastpath, pyfuse3; pyfuse3.__file__ = '/nowhere'", id="bound, but libfuse is not to be found"
+        ),
+    ],
+)
+def test_where_it_cannot_bind_python_answers_and_the_log_says_so(tmp_path: Path, raw: Path, first: str) -> None:
     need_fuse()
     image = create(tmp_path / "disk.qed", "4M")
     log = tmp_path / "log"
-    program = "import pyfuse3, sys; from qedfuse.cli.main import main; sys.exit(main())"
+    program = f"import {first}; import sys; from qedfuse.cli.main import main; sys.exit(main())"
     run_plain([sys.executable, "-c", program, "mount", "--log-file", str(log), str(image), str(raw)])
     try:
         found = status(raw)

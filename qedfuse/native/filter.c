@@ -345,6 +345,17 @@ static int do_burst(struct burst *burst, struct fuse_session *session, struct fu
     return result;
 }
 
+/* Finds libfuse's functions behind pyfuse3's library, which is loaded. */
+static void find_libfuse(const char *path)
+{
+    void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    if (library) {
+        /* ISO C has no cast from object to function pointers; POSIX wants this to work. */
+        *(void **)&session_fd = dlsym(library, "fuse_session_fd");
+        *(void **)&real_receive_buf = session_fd ? dlsym(library, "fuse_session_receive_buf") : NULL;
+    }
+}
+
 /* In front of libfuse's function of this name; called by pyfuse3, with the GIL, on the thread that runs trio. */
 EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf);
 
@@ -352,6 +363,9 @@ EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_
 {
     static int prepared = -1;
     static uint64_t number;
+    Dl_info caller; /* `bind` has failed: who calls knows libfuse, and all goes on as without us */
+    if (!real_receive_buf && dladdr(__builtin_return_address(0), &caller))
+        find_libfuse(caller.dli_fname);
     if (!real_receive_buf)
         return -ENOSYS;
     count.calls++;
@@ -382,12 +396,7 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
     const char *path;
     if (!PyArg_ParseTuple(args, "s:bind", &path))
         return NULL;
-    void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
-    if (library) {
-        /* ISO C has no cast from object to function pointers; POSIX wants this to work. */
-        *(void **)&session_fd = dlsym(library, "fuse_session_fd");
-        *(void **)&real_receive_buf = session_fd ? dlsym(library, "fuse_session_receive_buf") : NULL;
-    }
+    find_libfuse(path);
     if (!real_receive_buf || !memory_prepare()) {
         PyErr_Format(PyExc_OSError, "%s: libfuse's functions were not found", path);
         return NULL;
