@@ -84,6 +84,11 @@ class FastPath:
         """To be called before and after Python's work on a request, for the filter to know whether there is any."""
         return native.enter, native.leave
 
+    @property
+    def sync_asked(self) -> Callable[[], bool]:
+        """To be called first thing in a write's handler: whether the write must be durable when it is answered."""
+        return native.sync_asked
+
     # -- handles ------------------------------------------------------------------------------------------------------
 
     def attach(self, fh: int, image: Image, *, writable: bool) -> None:

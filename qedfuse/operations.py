@@ -46,6 +46,10 @@ def _nothing() -> None:
     """Nobody wants to know."""
 
 
+def _no() -> bool:
+    return False
+
+
 def _translated(
     handler: Callable[Concatenate[Operations, P], Awaitable[T]],
 ) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
@@ -91,6 +95,10 @@ class Operations(pyfuse3.Operations):
         self._host = host
         self._fastpath = fastpath
         self._enter, self._leave = fastpath.in_python if fastpath else (_nothing, _nothing)
+        # With a page cache the kernel asks for an fsync after such a write; without one it only says so in the request,
+        # which pyfuse3 does not show.
+        self._sync_asked = fastpath.sync_asked if fastpath and options.direct_io else _no
+        self._always_sync = options.direct_io and "sync" in options.kernel
         self._images: dict[int, Image] = {}
         self._nodes: dict[int, Node] = {}
         self._synced: set[int] = set()
@@ -118,9 +126,10 @@ class Operations(pyfuse3.Operations):
         self._enter()
         try:
             image = self._images[fh]
+            durable = fh in self._synced or self._sync_asked()
             if not image.write_nowait(off, buf):
                 await image.write(off, buf)
-            if fh in self._synced:
+            if durable:
                 await image.flush()
             self.writes += 1
             return len(buf)
@@ -161,10 +170,11 @@ class Operations(pyfuse3.Operations):
         handle = self._take_handle()
         self._images[handle] = image
         self._nodes[handle] = node
-        if flags & _SYNC_FLAGS:
+        sync = self._always_sync or bool(flags & _SYNC_FLAGS)
+        if sync:
             self._synced.add(handle)
         if self._fastpath:
-            self._fastpath.attach(handle, image, writable=to_write and not flags & _SYNC_FLAGS)
+            self._fastpath.attach(handle, image, writable=to_write and not sync)
         return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=not self._options.direct_io)
 
     @_translated

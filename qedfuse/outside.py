@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import socket
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -44,6 +45,7 @@ class Outside:
         self._mountpoint = mountpoint
         self._socket = ours
         self._busy = False
+        self._late = False  # an answer that nobody waits for any more is still to come
 
     async def settle(self, size: int | None, times: tuple[int, int] | None) -> None:
         """Use the mount for the first time; see `_settle`. Raises QedfuseError if it is not what it should be."""
@@ -51,16 +53,35 @@ class Outside:
         if error is not None:
             raise QedfuseError("", f"mounted, but not usable: {error}")
 
-    async def set_times(self, times: tuple[int, int]) -> None:
-        """Tell the kernel atime and mtime (nanoseconds) of a file mount. Does nothing while another call does it, and
-        gives up for good if it takes too long: nobody may answer the kernel's requests any more."""
-        if not self._busy:
-            with trio.move_on_after(_PATIENCE):
-                await self._ask({"size": None, "times": times})
+    async def set_times(self, times: tuple[int, int]) -> bool:
+        """Tell the kernel atime and mtime (nanoseconds) of a file mount. Returns whether it was done: not while another
+        call does it, and not if it takes too long (somebody waits for a slow disk with the file locked, or nobody
+        answers the kernel's requests any more); then it does nothing until the process has come back."""
+        if self._busy or not self._is_back():
+            return False
+        with trio.move_on_after(_PATIENCE):
+            await self._ask({"size": None, "times": times})
+            return True
+        return False
+
+    def _is_back(self) -> bool:
+        """Whether the process has answered all that it was asked."""
+        if self._late:
+            with suppress(BlockingIOError):
+                self._late = not self._socket.recv(65536, socket.MSG_DONTWAIT).endswith(b"\n")
+        return not self._late
 
     async def _ask(self, request: dict[str, Any]) -> str | None:
-        """The process's answer: None or what went wrong. After a cancellation the process is of no use any more."""
+        """The process's answer: None or what went wrong. After a cancellation see `_is_back`."""
         self._busy = True
+        try:
+            return await self._exchange(request)
+        except trio.Cancelled:
+            self._busy = False
+            self._late = True
+            raise
+
+    async def _exchange(self, request: dict[str, Any]) -> str | None:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._socket.dup()))
         async with stream:
             await stream.send_all(json.dumps(request).encode() + b"\n")

@@ -34,9 +34,10 @@ class RootClock:
         count = self._count()
         if count == self._told:
             return
-        self._told = count
+        told, self._told = self._told, count
         status = image.storage.stat()
         try:
-            await self._outside.set_times((status.st_atime_ns, status.st_mtime_ns))
+            if not await self._outside.set_times((status.st_atime_ns, status.st_mtime_ns)):
+                self._told = told  # the next one to close it tries again
         except OSError as error:
             _log.warning("%s", describe(error, image.path))

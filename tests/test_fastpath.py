@@ -339,6 +339,42 @@ def test_writes_that_must_be_synced_are(tmp_path: Path, raw: Path, mode: str, fl
             assert count() == turn
 
 
+@pytest.mark.parametrize("flag", ["RWF_SYNC", "RWF_DSYNC"])
+def test_single_writes_that_must_be_synced_are(tmp_path: Path, raw: Path, flag: str) -> None:
+    """Without a page cache only the request says so, in place and in new clusters, whatever its size."""
+    image = create(tmp_path / "disk.qed", "8M")
+    qemu_io(image, "write -P 7 0 2M")
+    with (
+        mounted(image, raw, "-o", "direct_io"),
+        opened(raw) as fd,
+        system_calls(status(raw)["pid"], "fdatasync", tmp_path) as count,
+    ):
+        os.pwrite(fd, b"x" * 4096, MIB)
+        assert count() == 0
+        before = 0
+        for turn in range(1, 6):
+            os.pwritev(fd, [b"x" * 4096 * turn], turn * 8192, getattr(os, flag))
+            assert count() > before
+            before = count()
+        for turn in range(6, 9):
+            os.pwritev(fd, [b"x" * 300_000], (turn - 4) * MIB, getattr(os, flag))
+            assert count() > before
+            before = count()
+
+
+def test_a_mount_that_is_always_synced(tmp_path: Path, raw: Path, mode: str) -> None:
+    image = create(tmp_path / "disk.qed", "4M")
+    qemu_io(image, "write -P 7 0 2M")
+    with (
+        mounted(image, raw, *words(mode), "-o", "sync,direct_io"),
+        opened(raw) as fd,
+        system_calls(status(raw)["pid"], "fdatasync", tmp_path) as count,
+    ):
+        for turn in range(1, 4):
+            os.pwrite(fd, b"x" * 4096, turn * 8192)
+            assert count() == turn
+
+
 # -- fallocate, lseek -------------------------------------------------------------------------------------------------
 
 
@@ -675,12 +711,20 @@ def test_an_idle_mount_does_not_spin(tmp_path: Path, raw: Path) -> None:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_where_it_cannot_bind_python_answers_and_the_log_says_so(tmp_path: Path, raw: Path) -> None:
-    """pyfuse3 is there first, so the linker has bound it to libfuse."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("pyfuse3", id="pyfuse3 is there first, so the linker has bound it to libfuse"),
+        pytest.param(
+            "qedfuse.fastpath, pyfuse3; pyfuse3.__file__ = '/nowhere'", id="bound, but libfuse is not to be found"
+        ),
+    ],
+)
+def test_where_it_cannot_bind_python_answers_and_the_log_says_so(tmp_path: Path, raw: Path, first: str) -> None:
     need_fuse()
     image = create(tmp_path / "disk.qed", "4M")
     log = tmp_path / "log"
-    program = "import pyfuse3, sys; from qedfuse.cli.main import main; sys.exit(main())"
+    program = f"import {first}; import sys; from qedfuse.cli.main import main; sys.exit(main())"
     run_plain([sys.executable, "-c", program, "mount", "--log-file", str(log), str(image), str(raw)])
     try:
         found = status(raw)

@@ -101,6 +101,7 @@ static struct {
 static bool enabled;       /* false: every request is passed */
 static bool spinning = true; /* may poll, and sleep, for the next request */
 static unsigned in_python; /* requests that Python is working on */
+static bool sync_asked;    /* the request that was passed last is a WRITE to be durable when it is answered */
 static PyObject *hand_over; /* callable(session_fd, opcode, unique, nodeid, fh, offset, length, mode) or NULL */
 
 /* -- requests ----------------------------------------------------------------------------------------------------------- */
@@ -237,12 +238,15 @@ static enum outcome answer(struct burst *burst, void *request, size_t size)
 /* One request: its size, 0 when the session is over, or a negative error: -EINTR if there is none. It is at
  * `burst->request`, or, if that is NULL, in the buffer's pipe.
  *
- * libfuse allocates the buffer (large enough for whatever was agreed with the kernel) on a task's first call, so that
- * one is libfuse's; from then on we read ourselves: libfuse would splice through a pipe, which is slower. The kernel
- * refuses, with EINVAL and without taking a request, a space that could be too small; then it is libfuse's turn, too.
+ * We read ourselves: libfuse would splice through a pipe, which is slower, and where nobody sees a request's flags. The
+ * kernel refuses, with EINVAL and without taking a request, a space that could be too small for what was agreed with
+ * it; then it is libfuse's turn, which must not find our buffer, as it believes that every one is its own.
  */
 static int receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
+    bool ours = enabled && !buf->mem;
+    if (ours)
+        buf->mem = malloc(MAX_IO + 2 * PAGE); /* pyfuse3 frees it */
     if (enabled && buf->mem) {
         size_t space = malloc_usable_size(buf->mem);
         burst->request = space <= (size_t)(request_memory + REQUEST_SPACE - REQUEST) ? REQUEST : buf->mem;
@@ -253,15 +257,29 @@ static int receive(struct burst *burst, struct fuse_session *session, struct fus
         if (size < 0 && (errno == EAGAIN || errno == EINTR || errno == ENOENT))
             return -EINTR;
     }
+    if (ours) {
+        free(buf->mem);
+        buf->mem = NULL;
+    }
     int result = real_receive_buf(session, buf);
     burst->request = buf->flags & BUF_IS_FD ? NULL : buf->mem;
     return result == -EAGAIN ? -EINTR : result;
+}
+
+/* Is this a WRITE that must be durable when it is answered? If nobody can see it, it may be one. */
+static bool asks_for_sync(const struct fuse_in_header *in, size_t size)
+{
+    if (!in)
+        return true;
+    const struct fuse_write_in *write = (const void *)(in + 1);
+    return in->opcode == FUSE_WRITE && size >= sizeof *in + sizeof *write && write->flags & O_DSYNC;
 }
 
 /* To where pyfuse3 expects it. */
 static void pass(const struct burst *burst, struct fuse_buf *buf, size_t size)
 {
     count.passed++;
+    sync_asked = asks_for_sync(burst->request, size);
     if (burst->request == REQUEST)
         memcpy(buf->mem, REQUEST, size);
     if (burst->request) {
@@ -327,6 +345,17 @@ static int do_burst(struct burst *burst, struct fuse_session *session, struct fu
     return result;
 }
 
+/* Finds libfuse's functions behind pyfuse3's library, which is loaded. */
+static void find_libfuse(const char *path)
+{
+    void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    if (library) {
+        /* ISO C has no cast from object to function pointers; POSIX wants this to work. */
+        *(void **)&session_fd = dlsym(library, "fuse_session_fd");
+        *(void **)&real_receive_buf = session_fd ? dlsym(library, "fuse_session_receive_buf") : NULL;
+    }
+}
+
 /* In front of libfuse's function of this name; called by pyfuse3, with the GIL, on the thread that runs trio. */
 EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf);
 
@@ -334,6 +363,9 @@ EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_
 {
     static int prepared = -1;
     static uint64_t number;
+    Dl_info caller; /* `bind` has failed: who calls knows libfuse, and all goes on as without us */
+    if (!real_receive_buf && dladdr(__builtin_return_address(0), &caller))
+        find_libfuse(caller.dli_fname);
     if (!real_receive_buf)
         return -ENOSYS;
     count.calls++;
@@ -364,12 +396,7 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
     const char *path;
     if (!PyArg_ParseTuple(args, "s:bind", &path))
         return NULL;
-    void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
-    if (library) {
-        /* ISO C has no cast from object to function pointers; POSIX wants this to work. */
-        *(void **)&session_fd = dlsym(library, "fuse_session_fd");
-        *(void **)&real_receive_buf = session_fd ? dlsym(library, "fuse_session_receive_buf") : NULL;
-    }
+    find_libfuse(path);
     if (!real_receive_buf || !memory_prepare()) {
         PyErr_Format(PyExc_OSError, "%s: libfuse's functions were not found", path);
         return NULL;
@@ -400,6 +427,11 @@ static PyObject *leave(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
     in_python--;
     Py_RETURN_NONE;
+}
+
+static PyObject *get_sync_asked(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyBool_FromLong(sync_asked);
 }
 
 static PyObject *detach(PyObject *Py_UNUSED(module), PyObject *number)
@@ -458,6 +490,8 @@ static PyMethodDef methods[] = {
     {"detach", detach, METH_O, "detach(fh): no longer."},
     {"enter", enter, METH_NOARGS, "enter(): Python begins to work on a request."},
     {"leave", leave, METH_NOARGS, "leave(): it has replied, or will in a moment."},
+    {"sync_asked", get_sync_asked, METH_NOARGS,
+     "sync_asked(): whether the request passed last is a write that must be durable when it is answered."},
     {"counters", counters, METH_NOARGS, "counters() -> dict of what was done since loading."},
     {NULL, NULL, 0, NULL},
 };
