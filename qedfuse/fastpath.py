@@ -19,7 +19,6 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import trio
 
@@ -41,8 +40,6 @@ MODE_VARIABLE = "QEDFUSE_FASTPATH"
 
 _FALLOCATE = 43
 _NOTIFY_INVAL_INODE = 2
-#: Nobody waits for a kernel that waits for writes which nobody serves any more.
-_ABANDON: dict[str, Any] = {"abandon_on_cancel": True}
 
 _OUT_HEADER = struct.Struct("=IiQ")  # length, negative errno or notification, unique
 _LSEEK_OUT = struct.Struct("=Q")
@@ -65,6 +62,8 @@ class FastPath:
         self._images: dict[int, _Attached] = {}
         self._handles: dict[int, Image] = {}
         self._nursery: trio.Nursery | None = None
+        # Threads of their own: what they wait for may need one of trio's.
+        self._write_backs = trio.CapacityLimiter(8)
         native.bind(pyfuse3_file)
 
     @property
@@ -169,12 +168,23 @@ class FastPath:
             elif whence == os.SEEK_HOLE:
                 found = offset
             if self._writeback and image.writable and data != hole and hole != written_back:
-                await _write_back(fd, node, hole, 0 if data is None else data - hole)
+                await self._write_back(fd, node, hole, 0 if data is None else data - hole)
                 written_back = hole
                 continue
             if found is None or offset >= image.size:
                 raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
             return found
+
+    async def _write_back(self, fd: int, node: int, offset: int, length: int) -> None:
+        """Let the kernel write what it has for a range of a file, and forget it. The writes are served meanwhile; when
+        nobody serves them any more, a cancellation does not wait."""
+        data = _INVAL_INODE_OUT.pack(node, offset, length)
+        message = _OUT_HEADER.pack(_OUT_HEADER.size + len(data), _NOTIFY_INVAL_INODE, 0) + data
+        try:
+            await trio.to_thread.run_sync(os.write, fd, message, abandon_on_cancel=True, limiter=self._write_backs)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel has forgotten the file: it has nothing
+                raise
 
 
 class _Attached:
@@ -240,14 +250,3 @@ def _send(fd: int, code: int, unique: int, data: bytes = b"") -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits any more; unmounted
             _log.error("cannot reply to the kernel: %s", error.strerror)
-
-
-async def _write_back(fd: int, node: int, offset: int, length: int) -> None:
-    """Let the kernel write what it has for a range of a file, and forget it. The writes are served meanwhile."""
-    data = _INVAL_INODE_OUT.pack(node, offset, length)
-    message = _OUT_HEADER.pack(_OUT_HEADER.size + len(data), _NOTIFY_INVAL_INODE, 0) + data
-    try:
-        await trio.to_thread.run_sync(os.write, fd, message, **_ABANDON)
-    except OSError as error:
-        if error.errno != errno.ENOENT:  # the kernel has forgotten the file: it has nothing
-            raise
