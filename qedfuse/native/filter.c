@@ -1,6 +1,6 @@
 /*
  * The fast path: a request filter in front of pyfuse3. Here are the requests; layer.c knows where an image's bytes
- * are, transfer.c reads and writes them.
+ * are, transfer.c reads and writes them, receive.c takes requests from the kernel.
  *
  * How it gets there. This module defines `fuse_session_receive_buf`, the libfuse function by which pyfuse3 takes a
  * request from the kernel. It is loaded with RTLD_GLOBAL before pyfuse3, so the dynamic linker binds pyfuse3's call to
@@ -47,15 +47,12 @@
  * Sources: linux/fuse.h (wire format), preadv2(2), QEMU docs/interop/qed_spec (tables).
  */
 
-#include "transfer.h"
+#include "receive.h"
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fuse.h>
-#include <malloc.h>
-#include <poll.h>
-#include <time.h>
 #include <unistd.h>
 
 #define EXPORTED __attribute__((visibility("default")))
@@ -63,27 +60,7 @@
 enum {
     BURST_NS = 2000 * 1000,
     BUSY_BURST_NS = 250 * 1000, /* while Python works on requests, too */
-    SPIN_NS = 50 * 1000,
-    WAIT_NS = 500 * 1000,
-    PAUSE_MAX = 63,
 };
-
-/* -- libfuse -------------------------------------------------------------------------------------------------------- */
-
-struct fuse_session; /* opaque */
-
-/* The beginning of libfuse 3's struct (fuse_common.h), the same in all its releases. */
-struct fuse_buf {
-    size_t size;
-    int flags; /* 2: the data is in the pipe `fd`, not in `mem` */
-    void *mem; /* owned by pyfuse3's task, allocated by libfuse */
-    int fd;
-    off_t pos;
-};
-#define BUF_IS_FD 2
-
-static int (*real_receive_buf)(struct fuse_session *, struct fuse_buf *);
-static int (*session_fd)(struct fuse_session *);
 
 /* -- what Python can see of us -------------------------------------------------------------------------------------- */
 
@@ -94,8 +71,6 @@ static struct {
     uint64_t passed; /* to pyfuse3, of any kind */
     uint64_t missed; /* of these, reads and writes that failed for the host's page cache or the host */
     uint64_t handed; /* FALLOCATE and LSEEK */
-    uint64_t spins;
-    uint64_t spun; /* spins that met a request */
 } count;
 
 static bool enabled;       /* false: every request is passed */
@@ -113,7 +88,6 @@ struct handle {
 
 static struct index handles; /* fh -> struct handle */
 
-
 /* A reply that the kernel does not want (ENOENT: nobody waits any more, ENODEV: unmounted) is no loss. */
 static void reply(int fd, uint64_t unique, int error, size_t size)
 {
@@ -121,13 +95,6 @@ static void reply(int fd, uint64_t unique, int error, size_t size)
     *out = (struct fuse_out_header){.len = (uint32_t)(sizeof *out + size), .error = error, .unique = unique};
     while (write(fd, out, out->len) < 0 && errno == EINTR)
         ;
-}
-
-static int64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
 /* The handle's layer with its numbers as they are now, or NULL. */
@@ -230,94 +197,16 @@ static enum outcome answer(struct burst *burst, void *request, size_t size)
     return PASS;
 }
 
-/* -- receiving ---------------------------------------------------------------------------------------------------------- */
+/* -- bursts ------------------------------------------------------------------------------------------------------------- */
 
-/* Where a request goes in our memory: a WRITE's data then begins a page, and is copied page by page. */
-#define REQUEST (request_memory + PAGE - sizeof(struct fuse_in_header) - sizeof(struct fuse_write_in))
-
-/* One request: its size, 0 when the session is over, or a negative error: -EINTR if there is none. It is at
- * `burst->request`, or, if that is NULL, in the buffer's pipe.
- *
- * We read ourselves: libfuse would splice through a pipe, which is slower, and where nobody sees a request's flags. The
- * kernel refuses, with EINVAL and without taking a request, a space that could be too small for what was agreed with
- * it; then it is libfuse's turn, which must not find our buffer, as it believes that every one is its own.
- */
-static int receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
+/* Is the request a WRITE that must be durable when it is answered? If nobody can see it, it may be one. */
+static bool asks_for_sync(const struct burst *burst, size_t size)
 {
-    bool ours = enabled && !buf->mem;
-    if (ours)
-        buf->mem = malloc(MAX_IO + 2 * PAGE); /* pyfuse3 frees it */
-    if (enabled && buf->mem) {
-        size_t space = malloc_usable_size(buf->mem);
-        burst->request = space <= (size_t)(request_memory + REQUEST_SPACE - REQUEST) ? REQUEST : buf->mem;
-        ssize_t size = read(burst->fd, burst->request, space);
-        if (size >= (ssize_t)sizeof(struct fuse_in_header))
-            return (int)size;
-        /* ENOENT: the request was withdrawn as it was being read. */
-        if (size < 0 && (errno == EAGAIN || errno == EINTR || errno == ENOENT))
-            return -EINTR;
-    }
-    if (ours) {
-        free(buf->mem);
-        buf->mem = NULL;
-    }
-    int result = real_receive_buf(session, buf);
-    burst->request = buf->flags & BUF_IS_FD ? NULL : buf->mem;
-    return result == -EAGAIN ? -EINTR : result;
-}
-
-/* Is this a WRITE that must be durable when it is answered? If nobody can see it, it may be one. */
-static bool asks_for_sync(const struct fuse_in_header *in, size_t size)
-{
+    const struct fuse_in_header *in = burst->request;
     if (!in)
         return true;
     const struct fuse_write_in *write = (const void *)(in + 1);
     return in->opcode == FUSE_WRITE && size >= sizeof *in + sizeof *write && write->flags & O_DSYNC;
-}
-
-/* To where pyfuse3 expects it. */
-static void pass(const struct burst *burst, struct fuse_buf *buf, size_t size)
-{
-    count.passed++;
-    sync_asked = asks_for_sync(burst->request, size);
-    if (burst->request == REQUEST)
-        memcpy(buf->mem, REQUEST, size);
-    if (burst->request) {
-        buf->size = size;
-        buf->flags = 0;
-    }
-}
-
-/* What we know of how requests arrive. */
-static struct {
-    unsigned pause;  /* chances to spin that are let pass after a spin in vain: more with each one, up to PAUSE_MAX */
-    unsigned waited; /* of these, so many are over */
-} pace;
-
-/* Receives for a moment, until there is a request. No sched_yield: the scheduler makes a task that yields often wait. */
-static int spin(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
-{
-    int64_t end = now() + SPIN_NS;
-    int result;
-    count.spins++;
-    do
-        result = receive(burst, session, buf);
-    while (result == -EINTR && now() < end);
-    if (result == -EINTR) {
-        pace.pause = pace.pause < PAUSE_MAX / 2 ? pace.pause * 2 + 1 : PAUSE_MAX;
-        pace.waited = 0;
-    } else {
-        pace.pause /= 2;
-        count.spun++;
-    }
-    return result;
-}
-
-/* Sleeps for a moment, until there is a request: still quicker than the way through the event loop. */
-static int wait_and_receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
-{
-    struct pollfd ready = {.fd = burst->fd, .events = POLLIN};
-    return ppoll(&ready, 1, &(struct timespec){.tv_nsec = WAIT_NS}, NULL) > 0 ? receive(burst, session, buf) : -EINTR;
 }
 
 static int do_burst(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
@@ -329,31 +218,18 @@ static int do_burst(struct burst *burst, struct fuse_session *session, struct fu
     for (int requests = 1; result > 0; requests++) {
         enum outcome outcome = burst->request ? answer(burst, burst->request, (size_t)result) : PASS;
         if (outcome == PASS || outcome == MISS) {
-            pass(burst, buf, (size_t)result);
+            count.passed++;
             count.missed += outcome == MISS;
+            sync_asked = asks_for_sync(burst, (size_t)result);
+            pass(burst, buf, (size_t)result);
             break;
         }
         result = -EINTR;
         if (outcome == HANDED || requests == BURST_REQUESTS || now() >= limit)
             break;
-        result = receive(burst, session, buf);
-        if (result == -EINTR && spinning && !busy && pace.waited++ >= pace.pause)
-            result = spin(burst, session, buf);
-        if (result == -EINTR && spinning && !busy)
-            result = wait_and_receive(burst, session, buf);
+        result = spinning && !busy ? await_and_receive(burst, session, buf) : receive(burst, session, buf);
     }
     return result;
-}
-
-/* Finds libfuse's functions behind pyfuse3's library, which is loaded. */
-static void find_libfuse(const char *path)
-{
-    void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
-    if (library) {
-        /* ISO C has no cast from object to function pointers; POSIX wants this to work. */
-        *(void **)&session_fd = dlsym(library, "fuse_session_fd");
-        *(void **)&real_receive_buf = session_fd ? dlsym(library, "fuse_session_receive_buf") : NULL;
-    }
 }
 
 /* In front of libfuse's function of this name; called by pyfuse3, with the GIL, on the thread that runs trio. */
@@ -364,12 +240,12 @@ EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_
     static int prepared = -1;
     static uint64_t number;
     Dl_info caller; /* `bind` has failed: who calls knows libfuse, and all goes on as without us */
-    if (!real_receive_buf && dladdr(__builtin_return_address(0), &caller))
+    if (!libfuse.receive_buf && dladdr(__builtin_return_address(0), &caller))
         find_libfuse(caller.dli_fname);
-    if (!real_receive_buf)
+    if (!libfuse.receive_buf)
         return -ENOSYS;
     count.calls++;
-    struct burst burst = {.number = ++number, .fd = session_fd(session)};
+    struct burst burst = {.number = ++number, .fd = libfuse.session_fd(session)};
     if (burst.fd != prepared) {
         /* A request may be withdrawn between poll and read: the read must not wait for the next one. */
         int flags = fcntl(burst.fd, F_GETFL);
@@ -378,7 +254,7 @@ EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_
         prepared = burst.fd;
     }
     if (!enabled) {
-        int result = receive(&burst, session, buf);
+        int result = receive_by_libfuse(&burst, session, buf);
         count.passed += result > 0;
         return result;
     }
@@ -397,7 +273,7 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
     if (!PyArg_ParseTuple(args, "s:bind", &path))
         return NULL;
     find_libfuse(path);
-    if (!real_receive_buf || !memory_prepare()) {
+    if (!libfuse.receive_buf || !memory_prepare()) {
         PyErr_Format(PyExc_OSError, "%s: libfuse's functions were not found", path);
         return NULL;
     }
@@ -478,8 +354,8 @@ static PyObject *counters(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)
     return Py_BuildValue("{sKsKsKsKsKsKsKsK}", "calls", (unsigned long long)count.calls, "reads",
                          (unsigned long long)count.reads, "writes", (unsigned long long)count.writes, "passed",
                          (unsigned long long)count.passed, "missed", (unsigned long long)count.missed, "handed",
-                         (unsigned long long)count.handed, "spins", (unsigned long long)count.spins, "spun",
-                         (unsigned long long)count.spun);
+                         (unsigned long long)count.handed, "spins", (unsigned long long)pace.spins, "spun",
+                         (unsigned long long)pace.spun);
 }
 
 static PyMethodDef methods[] = {
