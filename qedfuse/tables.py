@@ -18,7 +18,7 @@ import trio
 
 from qedfuse.allocator import Allocator
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE, UNALLOCATED, ZERO_CLUSTER
+from qedfuse.geometry import ENTRY_SIZE, PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE, UNALLOCATED, ZERO_CLUSTER
 from qedfuse.header import Header
 from qedfuse.layer import Kind, Run
 from qedfuse.pages import ZERO_PAGE, Page, PageMap, PagePool
@@ -26,6 +26,9 @@ from qedfuse.storage import Storage
 
 _PAGE_MASK = PAGE_ENTRIES - 1
 _MAX_STEPS = 1024
+
+#: The bytes of a page that says one thing throughout: comparing with it is faster than looking at each entry.
+_UNIFORM = {entry: entry.to_bytes(ENTRY_SIZE, "little") * PAGE_ENTRIES for entry in (UNALLOCATED, ZERO_CLUSTER)}
 
 
 class Tables:
@@ -61,7 +64,7 @@ class Tables:
     def map_prefix(self, offset: int, size: int, steps: int = sys.maxsize) -> list[Run]:
         """Runs from `offset` as far as the tables are in memory, at most `size` bytes. Raises CorruptError.
 
-        `steps` bounds the work, and the number of runs: a step is one run, or one page or table of a longer one.
+        `steps` bounds the work, and the number of runs: a step is one run, or a page of a longer one.
         """
         runs: list[Run] = []
         bits = self.geometry.cluster_bits
@@ -101,6 +104,8 @@ class Tables:
         entry = page[first]
         here = first + 1
         if entry <= ZERO_CLUSTER:
+            if page[first:stop].tobytes() == _UNIFORM[entry][: (stop - first) * ENTRY_SIZE]:
+                here = stop
             while here < stop and page[here] == entry:
                 here += 1
             return (Kind.ZERO if entry else Kind.UNALLOCATED), here - first, 0
@@ -122,10 +127,18 @@ class Tables:
         )
 
     def _absent_clusters(self, cluster: int) -> int:
-        """How many clusters from here on lie in an L2 table that does not exist; 0 if that is not known yet."""
+        """How many clusters from here on lie in L2 tables that do not exist; 0 if that is not known yet."""
         entries = self.geometry.table_entries
         index = cluster // entries
-        return (index + 1) * entries - cluster if self._table_nowait(index) == 0 else 0
+        if self._table_nowait(index) != 0:
+            return 0
+        page = self.l1.pages[index >> PAGE_BITS]
+        tables = 1  # also where `lenient` made it so
+        if index & _PAGE_MASK < _PAGE_MASK:
+            rest = page[(index & _PAGE_MASK) + 1 :].tobytes()
+            same = rest == _UNIFORM[UNALLOCATED][: len(rest)]
+            tables += (len(rest) if same else len(rest) - len(rest.lstrip(b"\0"))) // ENTRY_SIZE
+        return (index + tables) * entries - cluster
 
     def _table_nowait(self, l1_index: int) -> int | None:
         """The offset of an L2 table, 0 if there is none, None if the L1 page must be loaded."""

@@ -22,7 +22,7 @@ from qedfuse.holes import (
     next_hole,
 )
 from qedfuse.image import Image
-from qedfuse.layer import Layer
+from qedfuse.layer import Kind, Layer, Run
 from qedfuse.opening import open_image
 from tests.helpers.chains import qemu_img, run
 from tests.helpers.hostile import C, wide, words
@@ -75,6 +75,22 @@ def test_an_empty_image_is_one_hole(tmp_path: Path) -> None:
             assert await next_data(image, image.size) is None
             assert await next_hole(image, 12345) == 12345
             assert await segments(image) == []
+
+    run(check)
+
+
+def test_tables_that_do_not_exist_are_passed_over_together(tmp_path: Path) -> None:
+    """QEMU asks for each 2 GiB again: a search must not look at every table on its way."""
+
+    async def check() -> None:
+        async with new_image(tmp_path, "64T") as image:
+            assert await next_data(image, 0) is None
+            assert await image.map(CLUSTER, image.size - CLUSTER) == [Run(Kind.UNALLOCATED, image.size - CLUSTER)]
+            table = image.geometry.l2_coverage
+            for index in (0, 3, 511, 513):
+                await image.write(index * table + 5 * CLUSTER, b"x")
+            starts = [index * table + 5 * CLUSTER for index in (0, 3, 511, 513)]
+            assert await segments(image) == [(start, start + CLUSTER) for start in starts]
 
     run(check)
 
