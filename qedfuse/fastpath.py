@@ -90,14 +90,16 @@ class FastPath:
 
     # -- handles ------------------------------------------------------------------------------------------------------
 
-    def attach(self, fh: int, image: Image, *, writable: bool) -> None:
-        """Answer requests for an open file. `writable`: writes, too (not if each must be synced)."""
+    def attach(self, fh: int, image: Image, *, to_write: bool, synced: bool) -> None:
+        """Answer requests for an open file, writes only if they need not be `synced` each."""
         attached = self._images.get(id(image))
         if attached is None:
             attached = self._images[id(image)] = _Attached(image)
         attached.handles += 1
         self._handles[fh] = image
-        native.attach(fh, attached.top, writable)
+        if to_write:
+            attached.writers.add(fh)
+        native.attach(fh, attached.top, to_write and not synced)
 
     def detach(self, fh: int) -> None:
         """The file is closed. To be called before its image may be closed; nothing happens if it is not attached."""
@@ -107,6 +109,7 @@ class FastPath:
         native.detach(fh)
         attached = self._images[id(image)]
         attached.handles -= 1
+        attached.writers.discard(fh)
         if not attached.handles:
             attached.forget()
             del self._images[id(image)]
@@ -155,7 +158,8 @@ class FastPath:
         """Where the data or the hole is, once the kernel has handed out the data that it may still have for a hole.
 
         The kernel does not do that itself before it asks. Nothing can be written meanwhile but through mmap: it holds
-        the file's lock.
+        the file's lock. With nobody left who can write, it has handed out everything: it does so before it tells us of
+        a close.
         """
         written_back = -1
         while True:
@@ -167,7 +171,8 @@ class FastPath:
                 data = await next_data(image, hole)
             elif whence == os.SEEK_HOLE:
                 found = offset
-            if self._writeback and image.writable and data != hole and hole != written_back:
+            cached = self._writeback and id(image) in self._images and self._images[id(image)].writers
+            if cached and data != hole and hole != written_back:
                 await self._write_back(fd, node, hole, 0 if data is None else data - hole)
                 written_back = hole
                 continue
@@ -192,6 +197,7 @@ class _Attached:
 
     def __init__(self, image: Image) -> None:
         self.handles = 0
+        self.writers: set[int] = set()
         self._image = image
         self._watched: list[Image] = []
         self.top = self._native(image)

@@ -174,7 +174,7 @@ class Operations(pyfuse3.Operations):
         if sync:
             self._synced.add(handle)
         if self._fastpath:
-            self._fastpath.attach(handle, image, writable=to_write and not sync)
+            self._fastpath.attach(handle, image, to_write=to_write, synced=sync)
         return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=not self._options.direct_io)
 
     @_translated

@@ -483,6 +483,24 @@ def test_lseek_sees_what_was_just_written(tmp_path: Path, raw: Path, options: tu
         assert os.lseek(fd, 0, os.SEEK_HOLE) == 0
 
 
+def test_lseek_of_a_file_that_nobody_can_write_asks_the_kernel_for_nothing(tmp_path: Path, raw: Path) -> None:
+    """Each time it does takes a thread and the kernel's walk over its cache; QEMU makes thousands of lseeks."""
+    image = create(tmp_path / "disk.qed", "64M")
+    with mounted(image, raw):
+        with opened(raw) as fd:
+            os.pwrite(fd, b"x" * 100, 8 * MIB)
+        with opened(raw, os.O_RDONLY) as fd, system_calls(status(raw)["pid"], "write", tmp_path) as count:
+            for _ in range(20):
+                assert os.lseek(fd, 0, os.SEEK_DATA) == 8 * MIB
+            assert count() < 30  # the replies
+            with opened(raw) as writer:
+                os.pwrite(writer, b"x", 4 * MIB)
+                assert os.lseek(fd, 0, os.SEEK_DATA) == 4 * MIB
+            os.truncate(raw, 4 * MIB)
+            with pytest.raises(OSError, match="No such device or address"):
+                os.lseek(fd, 0, os.SEEK_DATA)
+
+
 def test_lseek_through_a_chain_and_in_a_read_only_mount(tmp_path: Path, raw: Path) -> None:
     base = tmp_path / "base.raw"
     with base.open("wb") as file:
