@@ -8,9 +8,13 @@ takes longer than checking most images.
 from __future__ import annotations
 
 import functools
+import signal
+import threading
+import warnings
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -20,6 +24,10 @@ _alone = ContextVar("_alone", default=False)
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that waits for nothing but what is here. Returns and raises what it does."""
     token = _alone.set(True)
+    main = threading.current_thread() is threading.main_thread()
+    guard = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if guard:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         coroutine.send(None)
     except StopIteration as done:
@@ -28,7 +36,15 @@ def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     finally:
         coroutine.close()
         _alone.reset(token)
+        if guard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     raise RuntimeError("a coroutine needs an event loop")
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    """As Python's own, but it may come between a coroutine's making and its await: nobody need be told of that."""
+    warnings.simplefilter("ignore", RuntimeWarning)
+    raise KeyboardInterrupt
 
 
 async def in_thread(function: Callable[..., T], *args: object) -> T:
