@@ -221,7 +221,7 @@ def test_exit_codes_and_errors(tmp_path: Path) -> None:
     for fault, code in ((nothing, 0), (l1_misaligned, 2), (leaks_at_the_end, 3), (many, 2)):
         path.write_bytes(broken(fault))
         assert cli(path).returncode == code
-        quiet = cli("-q", path)
+        quiet = cli("-q", "-f", "qed", path)
         assert (quiet.returncode, quiet.stdout, quiet.stderr) == (code, "", "")
     raw = tmp_path / "raw"
     raw.write_bytes(b"raw")
@@ -234,6 +234,7 @@ def test_exit_codes_and_errors(tmp_path: Path) -> None:
         ([cut], 1, "cut off"),
         (["-r", "some", path], 1, "some"),
         (["-U", "-r", "all", path], 1, "-U"),
+        (["-f", "raw", path], 1, "'raw' is not 'qed'"),
         ([], 1, "IMAGE"),
     ):
         done = cli(*words)
@@ -259,7 +260,8 @@ def test_locks(tmp_path: Path) -> None:
             pass
         done = cli(path)
         assert done.returncode == 1 and "-U" in done.stderr
-        assert cli("-r", "leaks", path).returncode == 1
+        repair = cli("-r", "leaks", path)
+        assert repair.returncode == 1 and "in use" in repair.stderr and "-U" not in repair.stderr
         assert cli("-U", path).returncode == 3
     finally:
         server.communicate("quit\n", timeout=30)

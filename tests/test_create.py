@@ -86,6 +86,17 @@ def test_size_of_a_raw_file_is_rounded_up(tmp_path: Path) -> None:
     assert header_of(tmp_path / "a.qed").image_size == 1536
 
 
+def test_command_lines_as_qemu(tmp_path: Path) -> None:
+    for words in (
+        ["-f", "qed", "-o", "size=3M,cluster_size=4k,table_size=2", "base.qed"],
+        ["-f", "qed", "-o", "backing_file=base.qed,backing_fmt=qed", "top.qed"],
+    ):
+        said = qemu_img("create", *words, cwd=tmp_path)
+        expected = (tmp_path / words[-1]).read_bytes()
+        assert qedfuse("create", *words, cwd=tmp_path) == (0, said, "")
+        assert (tmp_path / words[-1]).read_bytes() == expected
+
+
 def test_raw_with_a_magic_stays_raw(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qed", tmp_path / "base", "1M")
     assert qedfuse("create", "-b", "base", "-F", "raw", "a.qed", cwd=tmp_path).code == 0
@@ -185,6 +196,11 @@ class TestRefusals:
             (["-o", "table_size=32", image, "1M"], "table size 32 is not"),
             (["-o", "table_size=x", image, "1M"], "table_size: 'x' is no size"),
             (["-o", "preallocation=full", image, "1M"], "unknown option 'preallocation=full'"),
+            (["-o", "size=1q", image], "'1q' is no size"),
+            (["-o", "size=1M", image, "1M"], "given twice"),
+            (["-o", "backing_fmt=raw", image, "1M"], "it needs -b"),
+            (["-o", "backing_file=x,backing_fmt=vmdk", image, "1M"], "'vmdk' is not one of"),
+            (["-f", "qcow2", image, "1M"], "'qcow2' is not 'qed'"),
             (["-o", "", image, "1M"], "unknown option ''"),
             (["-o", "cluster_size", image, "1M"], "unknown option 'cluster_size'"),
         ]:

@@ -91,7 +91,7 @@ class TestAsQemu:
             ours = assert_same(capsys, image)
             names = ["top.qed", "sub/mid.qed", "sub/../base"][-3 if image == "top.qed" else -2 :]
             assert all(entry["filename"] == names[entry["depth"]] for entry in ours if "offset" in entry)
-            assert main(["map", image]) == 0
+            assert main(["map", "-f", "qed", image]) == 0
             assert capsys.readouterr().out == qemu_img("map", "-f", "qed", image)
 
     def test_layer_below_is_longer(

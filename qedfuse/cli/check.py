@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qedfuse.cli.params import output_option, share_hint
+from qedfuse.cli.params import format_option, output_option, share_hint
 from qedfuse.cli.progress import Bar
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
 
@@ -40,6 +40,7 @@ class _Check(click.Command):
     f"checked (also: wrong usage), {EXIT_CORRUPT} it is corrupt, {EXIT_LEAKS} it has leaked clusters but is not "
     f"corrupt, {EXIT_UNSUPPORTED} it is not a QED image.",
 )
+@format_option
 @output_option
 @click.option(
     "-r",
@@ -65,7 +66,7 @@ def check(output: str, repair: str | None, share: bool, quiet: bool, image: str)
         raise click.ClickException("-U is for looking only: it excludes -r (try 'qedfuse check --help')")
     bar = Bar("checking", sys.stderr.isatty() and not quiet)
     try:
-        with share_hint():
+        with share_hint(target=image if repair else None):
             result = run_blocking(_check(image, repair, share, bar))
     finally:
         bar.close()

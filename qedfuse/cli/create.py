@@ -6,16 +6,26 @@ from functools import partial
 
 import click
 
-from qedfuse.cli.params import GEOMETRY_HELP, GEOMETRY_OPTIONS, parse_geometry, parse_options, size_param
+from qedfuse.cli.params import (
+    GEOMETRY_HELP,
+    GEOMETRY_OPTIONS,
+    format_option,
+    parse_geometry,
+    parse_options,
+    size_param,
+)
 from qedfuse.errors import printable
+
+_FORMATS = ("raw", "qed", "qcow2")
 
 
 @click.command()
+@format_option
 @click.option("-b", "backing", metavar="BACKING", help="The backing file; a relative name is relative to FILE.")
 @click.option(
     "-F",
     "backing_format",
-    type=click.Choice(["raw", "qed", "qcow2"]),
+    type=click.Choice(_FORMATS),
     help="The backing file's format; probed if not given. What is raw now stays raw, whatever is written to it.",
 )
 @click.option(
@@ -23,7 +33,7 @@ from qedfuse.errors import printable
     "options",
     metavar="OPT,...",
     multiple=True,
-    help=f"{GEOMETRY_HELP}.",
+    help=f"{GEOMETRY_HELP}, size=, backing_file=, backing_fmt= (as SIZE, -b, -F).",
 )
 @click.option("-q", "quiet", is_flag=True, help="Print only errors.")
 @click.argument("file")
@@ -40,9 +50,17 @@ def create(
 
     Without SIZE it is as large as its backing file. A FILE that exists is replaced, unless somebody uses it.
     """
+    given = parse_options(file, options, (*GEOMETRY_OPTIONS, "size", "backing_file", "backing_fmt"))
+    backing = given.get("backing_file", backing)
+    backing_format = given.get("backing_fmt", backing_format)
     if backing_format and backing is None:
         raise click.UsageError("-F is the backing file's format: it needs -b")
-    given = parse_options(file, options, GEOMETRY_OPTIONS)
+    if backing_format not in (None, *_FORMATS):
+        raise click.UsageError(f"backing_fmt: {backing_format!r} is not one of {', '.join(_FORMATS)}")
+    if "size" in given:
+        if size is not None:
+            raise click.UsageError("the size is given twice")
+        size = size_param(given["size"])
     geometry = parse_geometry(file, given)
     import trio
 

@@ -13,6 +13,7 @@ import click
 from qedfuse.cli.params import (
     backing_options,
     backing_policy,
+    format_option,
     output_option,
     share_hint,
     share_option,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="map")
+@format_option
 @output_option
 @share_option
 @click.option("-s", "--start-offset", type=size_param, metavar="SIZE", default="0", help="Where to begin.")

@@ -76,6 +76,11 @@ share_option = click.option(
     help="Look at an image that another process is writing; what is shown may already be old.",
 )
 
+#: qemu-img's scripts say what an image is.
+format_option = click.option(
+    "-f", "_format", type=click.Choice(["qed"]), expose_value=False, help="The image's format, as for qemu-img."
+)
+
 #: How help texts describe GEOMETRY_OPTIONS.
 GEOMETRY_HELP = (
     f"cluster_size=SIZE (a power of two, 4k to 64M; default {DEFAULT_CLUSTER_SIZE // 1024}k), table_size=CLUSTERS "
