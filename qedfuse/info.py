@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
@@ -45,7 +45,7 @@ _FEATURE_NAMES = {
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """One image of a chain; sizes in bytes. `header` and `backing_name` are for QED only.
+    """One image of a chain; sizes in bytes. `header` is for QED only, a raw file has no `cluster_size`.
 
     `path` is the name it was opened by, `virtual_size` what a guest sees, `actual_size` what it takes on the host.
     """
@@ -56,6 +56,8 @@ class ImageInfo:
     actual_size: int
     header: Header | None = None
     backing_name: str | None = None
+    backing_format: str | None = None
+    cluster_size: int | None = None
 
     @property
     def full_backing_name(self) -> str | None:
@@ -79,13 +81,14 @@ class ImageInfo:
             "actual-size": self.actual_size,
             "dirty-flag": self.header is not None and self.header.needs_check,
         }
+        if self.cluster_size is not None:
+            result["cluster-size"] = self.cluster_size
+        if self.backing_name is not None:
+            result["backing-filename"] = self.backing_name
+            result["full-backing-filename"] = self.full_backing_name
+            if self.backing_format is not None:
+                result["backing-filename-format"] = self.backing_format
         if self.header is not None:
-            result["cluster-size"] = self.header.cluster_size
-            if self.backing_name is not None:
-                result["backing-filename"] = self.backing_name
-                result["full-backing-filename"] = self.full_backing_name
-                if self.header.backing_is_raw:
-                    result["backing-filename-format"] = "raw"
             result["format-specific"] = {"type": "qed", "data": _header_to_json(self.header)}
         return result
 
@@ -168,7 +171,14 @@ def _read_info(fd: int, path: str) -> ImageInfo:
     if header.has_backing_file:
         raw = _pread(fd, path, header.backing_filename_size, header.backing_filename_offset)
         name = decode_backing_name(raw, path)
-    return ImageInfo(path, "qed", header.image_size, status.st_blocks * 512, header, name)
+    return _of_qed(path, header, status.st_blocks * 512, name)
+
+
+def _of_qed(path: str, header: Header, actual_size: int, backing_name: str | None) -> ImageInfo:
+    backing_format = "raw" if header.backing_is_raw else None
+    return ImageInfo(
+        path, "qed", header.image_size, actual_size, header, backing_name, backing_format, header.cluster_size
+    )
 
 
 def _pread(fd: int, path: str, size: int, offset: int) -> bytes:
@@ -222,9 +232,18 @@ async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy | 
 async def _layer_info(layer: Layer) -> ImageInfo:
     from qedfuse.chain import read_backing_name
     from qedfuse.image import Image
+    from qedfuse.qcow2 import Qcow2Layer
 
     actual_size = layer.storage.stat().st_blocks * 512
-    if not isinstance(layer, Image):
-        return ImageInfo(layer.path, layer.format, round_up(layer.size, SECTOR_SIZE), actual_size)
-    name = await read_backing_name(layer.storage, layer.header)
-    return ImageInfo(layer.path, layer.format, layer.size, actual_size, layer.header, name)
+    if isinstance(layer, Image):
+        return _of_qed(layer.path, layer.header, actual_size, await read_backing_name(layer.storage, layer.header))
+    info = ImageInfo(layer.path, layer.format, round_up(layer.size, SECTOR_SIZE), actual_size)
+    if isinstance(layer, Qcow2Layer):
+        header = layer.header
+        info = replace(
+            info,
+            backing_name=header.backing_name,
+            backing_format=header.backing_format,
+            cluster_size=header.cluster_size,
+        )
+    return info

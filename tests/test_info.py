@@ -52,7 +52,7 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base").write_bytes(os.urandom(100_000) + bytes(1_000_001))
     qemu_img("create", "-q", "-f", "qed", "-b", "../base", "-F", "raw", "sub/middle.qed")
     qemu_img("create", "-q", "-f", "qed", "-b", "sub/middle.qed", "-F", "qed", "top.qed", "7M")
-    qemu_img("create", "-q", "-f", "qcow2", "cow.qcow2", "2M")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=8k", "-b", "base", "-F", "raw", "cow.qcow2", "2M")
     qemu_img("create", "-q", "-f", "qed", "-b", "cow.qcow2", "-F", "qcow2", "over-cow.qed")
     qemu_img("create", "-q", "-f", "qed", "-u", "-b", "nbd:localhost:1", "-F", "raw", "sub/nbd.qed", "1M")
     qemu_img("create", "-q", "-f", "qed", "-u", "-b", tmp_path / "base", "-F", "raw", "sub/absolute.qed", "1M")
@@ -72,7 +72,7 @@ NAMES += ["small.qed", "large.qed", "dirty.qed"]
 class TestAsQemu:
     def test_json(self, chain: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
         expected = json.loads(qemu_img("info", "-U", "-f", "qed", "--output=json", name))
-        found = json.loads(ours(capsys, "--output=json", name))
+        found = json.loads(ours(capsys, "-f", "qed", "--output=json", name))
         if name == "dirty.qed":
             assert found.pop("dirty-flag")  # QEMU never says so
             del expected["dirty-flag"]
@@ -96,8 +96,7 @@ class TestAsQemu:
         found = json.loads(ours(capsys, "-U", "--backing-chain", "--output=json", name))
         assert len(found) == len(expected)
         for layer, expected_layer in zip(found, expected, strict=True):
-            if expected_layer["format"] == "qcow2":
-                expected_layer = {key: expected_layer[key] for key in ("filename", "format", "virtual-size")}
+            expected_layer.pop("format-specific", None)  # qcow2's
             assert_superset({**layer, "dirty-flag": False}, expected_layer)
         assert ours(capsys, "--backing-chain", name).count("image: ") == len(expected)
 

@@ -9,6 +9,7 @@ import click
 from qedfuse.cli.params import (
     backing_options,
     backing_policy,
+    format_option,
     output_option,
     share_hint,
     share_option,
@@ -22,6 +23,7 @@ from qedfuse.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, rea
 @click.command(
     epilog=f"Exit codes: {EXIT_OK} shown, {EXIT_FAILED} not an image, in use, or with --untrusted: not to be trusted."
 )
+@format_option
 @output_option
 @share_option
 @click.option("--backing-chain", is_flag=True, help="Show the files below it, too (and open them).")
@@ -94,16 +96,17 @@ def _describe(item: ImageInfo) -> str:
         f"disk size: {show_size(item.actual_size)}",
     ]
     header = item.header
+    if header is not None and header.needs_check:
+        lines.append("cleanly shut down: no")
+    if item.cluster_size is not None:
+        lines.append(f"cluster_size: {item.cluster_size}")
+    if item.backing_name is not None and item.full_backing_name is not None:
+        actual = f" (actual path: {printable(item.full_backing_name)})"
+        same = item.full_backing_name == item.backing_name
+        lines.append(f"backing file: {printable(item.backing_name)}{'' if same else actual}")
+        if item.backing_format is not None:
+            lines.append(f"backing file format: {printable(item.backing_format)}")
     if header is not None:
-        if header.needs_check:
-            lines.append("cleanly shut down: no")
-        lines.append(f"cluster_size: {header.cluster_size}")
-        if item.backing_name is not None and item.full_backing_name is not None:
-            actual = f" (actual path: {printable(item.full_backing_name)})"
-            same = item.full_backing_name == item.backing_name
-            lines.append(f"backing file: {printable(item.backing_name)}{'' if same else actual}")
-            if header.backing_is_raw:
-                lines.append("backing file format: raw")
         lines += [
             "Format specific information:",
             f"    table size: {header.table_size}",
