@@ -21,7 +21,6 @@ How repair works, and why a crash in it does no harm, is in `repair.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -29,13 +28,11 @@ from qedfuse.clustermap import ClusterMap, Marks
 from qedfuse.errors import QedfuseError, ReadOnlyError, describe
 from qedfuse.geometry import ENTRY_SIZE
 from qedfuse.header import FEATURE_NEED_CHECK, Header
-from qedfuse.repair import leaked_runs, release, repair_tables, write_header
+from qedfuse.repair import Progress, leaked_runs, release, repair_tables, write_header
 from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
 from qedfuse.storage import Storage
 
 MAX_PROBLEMS = 100
-
-Progress = Callable[[int, int], None]
 
 
 class Repair(Enum):
@@ -147,7 +144,7 @@ async def _repair(storage: Storage, found: CheckResult, used: ClusterMap, progre
         await write_header(storage, header)
     result = replace(found, header=header)
     if found.corruptions or found.past_end_clusters:
-        await repair_tables(storage, header, overlaps=found.overlaps > 0)
+        await repair_tables(storage, header, overlaps=found.overlaps > 0, progress=progress)
         result, used = await _scan(storage, header, progress)
         result.problems = (result.problems + found.problems)[:MAX_PROBLEMS]  # first what is still wrong
         result.problem_count += found.problem_count

@@ -59,6 +59,8 @@ _ENTRY = struct.Struct("<Q")
 #: What an entry becomes, of its value and the size (bytes) of what it refers to.
 Fate = Callable[[int, int], int]
 
+Progress = Callable[[int, int], None]
+
 #: Added to an offset by step 2: no cluster is aligned to less than 4 KiB.
 _FENCE = 0xFED
 
@@ -70,13 +72,13 @@ async def write_header(storage: Storage, header: Header) -> None:
     await storage.sync()
 
 
-async def repair_tables(storage: Storage, header: Header, *, overlaps: bool) -> None:
-    """Steps 2 to 4. `overlaps`: something is referenced twice.
+async def repair_tables(storage: Storage, header: Header, *, overlaps: bool, progress: Progress | None = None) -> None:
+    """Steps 2 to 4. `overlaps`: something is referenced twice. `progress` as for `check.check_image`.
 
     Raises OSError; CorruptError, with nothing changed, if too much would have to be copied. Cancellation is harmless.
     """
     bounds = Bounds.of(header, storage.stat().st_size)
-    work = _TableRepair(storage, bounds)
+    work = _TableRepair(storage, bounds, progress or _silent)
     if overlaps:
         await work.plan()
         await work.fence()
@@ -90,6 +92,10 @@ async def repair_tables(storage: Storage, header: Header, *, overlaps: bool) -> 
     await storage.sync()
 
 
+def _silent(_done: int, _total: int) -> None:
+    pass
+
+
 class _TableRepair:
     """One repair.
 
@@ -98,8 +104,9 @@ class _TableRepair:
     of the tables that are not copied.
     """
 
-    def __init__(self, storage: Storage, bounds: Bounds) -> None:
+    def __init__(self, storage: Storage, bounds: Bounds, progress: Progress) -> None:
         self._storage = storage
+        self._progress = progress
         self._breathe = Breather()
         self._bounds = bounds
         self._header = bounds.header
@@ -157,6 +164,7 @@ class _TableRepair:
         used = ClusterMap(storage, bounds)
         used.mark(self._header.l1_table_offset >> bits, self._header.table_size)
         async for index, offset in L1Entries(storage, self._header, self._breathe):
+            self._progress(index, self._geometry.table_entries)
             inside = bounds.entries_inside(index)
             if not inside or not bounds.holds(offset, self._geometry.table_bytes):
                 continue
@@ -206,6 +214,7 @@ class _TableRepair:
                 if not value:
                     continue
                 await self._breathe()
+                self._progress(index, self._geometry.table_entries)
                 new = 0 if final and not self._bounds.entries_inside(index) else fate(value, size)
                 if index in self._tables:
                     new = self._tables[index] if final else value

@@ -16,12 +16,13 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qedfuse.check import MAX_PROBLEMS, CheckResult, check_image
+from qedfuse.check import MAX_PROBLEMS, CheckResult, Repair, check_image
 from qedfuse.errors import CorruptError
 from qedfuse.header import HEADER_BYTES, Header
 from tests.helpers.check_faults import (
     FAULTS,
     Fault,
+    all_data_twice,
     broken,
     garbage_table,
     l1_misaligned,
@@ -211,6 +212,16 @@ def test_progress_counts_l1_entries() -> None:
     storage = Ram(broken(nothing))
     trio.run(partial(check_image, storage, header_of(storage.raw), progress=lambda *step: seen.append(step)))
     assert seen == [(0, ENTRIES), (1, ENTRIES), (2, ENTRIES), (3, ENTRIES), (ENTRIES, ENTRIES)]
+
+
+def test_a_repair_shows_progress_between_its_checks() -> None:
+    """A walk each: what to copy, the fence, the copies, the entries."""
+    seen: list[int] = []
+    storage = Ram(broken(all_data_twice))
+    header = header_of(storage.raw)
+    trio.run(partial(check_image, storage, header, repair=Repair.ALL, progress=lambda done, _total: seen.append(done)))
+    first, last = (position for position, done in enumerate(seen) if done == ENTRIES)
+    assert seen[first:last].count(0) == 4 + 1  # the second check begins, too
 
 
 # The command.
