@@ -31,7 +31,14 @@ from qedfuse.mounts import FSTYPE, find_mount
     help="allow_other, default_permissions, uid=N, gid=N, umask=NNN, direct_io, fixed_size, ro, rw, backing_root=DIR, "
     "no_backing, and what mount(8) and fstab(5) add.",
 )
-@click.option("--no-fastpath", "fastpath", is_flag=True, flag_value=False, default=True, help="Answer all in Python.")
+@click.option(
+    "--no-fastpath",
+    "fastpath",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Answer all in Python: slower, and without fallocate, discard and SEEK_HOLE.",
+)
 @click.option("--log-file", metavar="FILE", help="Where the daemon logs (default: syslog).")
 @backing_options
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
