@@ -13,7 +13,7 @@
 #define BUF_IS_FD 2
 
 enum {
-    SPIN_NS = 50 * 1000,
+    SPIN_NS = 200 * 1000, /* a client on a virtual processor that sleeps needs 100 to ask again */
     WAIT_NS = 500 * 1000,
     PAUSE_MAX = 63,
 };

@@ -247,7 +247,7 @@ ROWS: tuple[Row, ...] = (
         syncs_per_1000,
         higher_is_better=False,
         bar=0,
-        skip=(RawFile,),
+        skip=(RawFile, NbdFuse),  # that one's are qemu-nbd's
     ),
     Row("cold random read 4k of a 1 TiB image", "IOPS", cold_reads, skip=(RawFile,)),
 )
