@@ -71,7 +71,7 @@ def on_full(*options: str) -> Callable[[Target, Context], float]:
     def measure(target: Target, context: Context) -> float:
         target.fill(context.source)
         with served(target) as path:
-            return fio(path, "--time_based", f"--runtime={context.seconds}", *options)
+            return fio(path, "--time_based", f"--runtime={round(context.seconds * 1000)}ms", *options)
 
     return measure
 
@@ -104,7 +104,14 @@ def warm_reads(target: Target, context: Context) -> float:
     target.fill(context.source)
     with served(target) as path:
         run("dd", f"if={path}", "of=/dev/null", "bs=1M")
-        return fio(path, "--rw=randread", "--bs=4k", "--time_based", f"--runtime={context.seconds}", "--invalidate=0")
+        return fio(
+            path,
+            "--rw=randread",
+            "--bs=4k",
+            "--time_based",
+            f"--runtime={round(context.seconds * 1000)}ms",
+            "--invalidate=0",
+        )
 
 
 def guest(target: Target, context: Context) -> float:
