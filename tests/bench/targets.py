@@ -13,10 +13,12 @@ from pathlib import Path
 
 
 def run(*command: str | Path, timeout: float = 600) -> str:
-    """Run a command; its output, or a CalledProcessError that carries it."""
-    return subprocess.run(
-        [str(word) for word in command], check=True, text=True, capture_output=True, timeout=timeout
-    ).stdout
+    """Run a command; its output. Raises RuntimeError with what it said."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, check=False, text=True, capture_output=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words[:4])}: exit code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
 
 class Target(ABC):
