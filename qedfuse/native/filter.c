@@ -38,10 +38,10 @@
  *
  * How long it stays: at most BURST_REQUESTS requests or BURST_NS, a fraction of that while Python is known to have
  * requests of its own to work on; then trio's other tasks have their turn. When the queue becomes empty the next
- * request is awaited by polling for SPIN_NS: a lone reader that waits for one answer before it asks again is served
+ * request is awaited (receive.c) by polling for SPIN_NS: a lone reader, who asks again when it is answered, is served
  * without a trip through the event loop. After a spin in vain ever more chances to spin are let pass, so that it costs
  * little where it does not pay off. Then it sleeps for WAIT_NS at most, which costs nothing and is still quicker than
- * the event loop (a writer of 1 MiB needs more than a spin's time between two requests). Neither happens while Python
+ * the event loop. Neither happens while Python
  * has requests to work on; an idle mount does neither, as there is nothing to answer before.
  *
  * Sources: linux/fuse.h (wire format), preadv2(2), QEMU docs/interop/qed_spec (tables).
