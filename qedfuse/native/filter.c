@@ -41,8 +41,8 @@
  * request is awaited (receive.c) by polling for SPIN_NS: a lone reader, who asks again when it is answered, is served
  * without a trip through the event loop. After a spin in vain ever more chances to spin are let pass, so that it costs
  * little where it does not pay off. Then it sleeps for WAIT_NS at most, which costs nothing and is still quicker than
- * the event loop. Neither happens while Python
- * has requests to work on; an idle mount does neither, as there is nothing to answer before.
+ * the event loop. Neither happens while Python has requests to work on; an idle mount does neither, as there is nothing
+ * to answer before.
  *
  * Sources: linux/fuse.h (wire format), preadv2(2), QEMU docs/interop/qed_spec (tables).
  */
