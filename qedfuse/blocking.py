@@ -1,8 +1,10 @@
-"""Where the engine waits: with trio for whoever runs other tasks, or on the spot for a command that has none.
+"""Where the engine waits: with trio for whoever runs other tasks, on the spot for a command that has none, or not at
+all for whoever takes its system calls one by one.
 
-A walk over the tables waits for two things: a system call in a worker thread, and its turn after others had theirs.
-Under `run_blocking` the one is made on the spot and the other is nothing, so no event loop is needed: loading trio
-takes longer than checking most images.
+A walk over the tables, and a commit, wait for two things: a system call in a worker thread, and their turn after others
+had theirs. Under `run_blocking` the one is made on the spot and the other is nothing, so no event loop is needed:
+loading trio takes longer than checking most images. A `Stepper` gives the call to its caller and goes on when it is
+made: the event loop's way around costs more than a fast disk's sync.
 """
 
 from __future__ import annotations
@@ -10,20 +12,32 @@ from __future__ import annotations
 import functools
 import signal
 import threading
+import types
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
+from enum import Enum, auto
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 T = TypeVar("T")
 
-_alone = ContextVar("_alone", default=False)
+#: A system call that may wait, ready to be made.
+Call = Callable[[], object]
+
+
+class _Way(Enum):
+    TRIO = auto()
+    BLOCKING = auto()
+    STEPPED = auto()
+
+
+_way = ContextVar("_way", default=_Way.TRIO)
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that waits for nothing but what is here. Returns and raises what it does."""
-    token = _alone.set(True)
+    token = _way.set(_Way.BLOCKING)
     main = threading.current_thread() is threading.main_thread()
     guard = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if guard:
@@ -35,7 +49,7 @@ def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
         return result
     finally:
         coroutine.close()
-        _alone.reset(token)
+        _way.reset(token)
         if guard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     raise RuntimeError("a coroutine needs an event loop")
@@ -47,18 +61,59 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+class Stepper:
+    """A coroutine that waits for nothing but what is here, driven from one system call to the next.
+
+    `call` is what it waits for, None when it has ended; `advance` with what came of the call goes on to the next one
+    and raises what the coroutine raises. It begins at once.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.call: Call | None = None
+        self._coroutine = coroutine
+        self._step(functools.partial(coroutine.send, None))
+
+    def advance(self, result: object, error: BaseException | None = None) -> None:
+        if error is not None:
+            self._step(functools.partial(self._coroutine.throw, error))
+        else:
+            self._step(functools.partial(self._coroutine.send, result))
+
+    def _step(self, go: Callable[[], Any]) -> None:
+        self.call = None
+        token = _way.set(_Way.STEPPED)
+        try:
+            call = go()
+        except StopIteration:
+            return
+        finally:
+            _way.reset(token)
+        if not isinstance(call, functools.partial):
+            raise RuntimeError("a coroutine needs an event loop")
+        self.call = call
+
+
+@types.coroutine
+def _give_out(call: Call) -> Generator[Call, Any, Any]:
+    return (yield call)
+
+
 async def in_thread(function: Callable[..., T], *args: object) -> T:
     """Make a system call in a worker thread. Not abandoned when cancelled: its buffers are in use until it ends."""
-    if _alone.get():
+    way = _way.get()
+    if way is _Way.BLOCKING:
         return function(*args)
+    call = functools.partial(function, *args)
+    if way is _Way.STEPPED:
+        return cast(T, await _give_out(call))
     from qedfuse.offload import offload
 
-    return await offload(functools.partial(function, *args))
+    return await offload(call)
 
 
 def in_background(call: Callable[[], object]) -> None:
     """See `offload.in_background`; on the spot, nothing is done that nobody waits for."""
-    if not _alone.get():
+    if _way.get() is not _Way.BLOCKING:
         from qedfuse.offload import in_background as put
 
         put(call)
@@ -66,7 +121,7 @@ def in_background(call: Callable[[], object]) -> None:
 
 async def checkpoint() -> None:
     """Let other tasks run, and cancellation in."""
-    if not _alone.get():
+    if _way.get() is _Way.TRIO:
         import trio
 
         await trio.lowlevel.checkpoint()

@@ -65,7 +65,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from typing import Any
 
 import trio
 
@@ -112,7 +113,7 @@ class Committer:
         self.file_size = storage.stat().st_size  # bytes; clusters handed out may lie beyond until `extend`
         self._growing = trio.Lock()
         self._size = header.image_size  # what the header shall say after the next commit with sync
-        self._running = trio.Lock()
+        self._running = trio.Semaphore(1, max_value=1)  # a lock that belongs to no task
         self._started = 0
         self._results: dict[int, OSError | None] = {}
         self._waiting: dict[int, int] = {}
@@ -169,12 +170,12 @@ class Committer:
         its commit has begun it is carried out even if the caller is cancelled.
         """
         self.check()
-        if not self.unsynced and not self._dirty and not self._running.locked():
+        if not self.unsynced and not self._dirty and not self._committing:
             return
         ticket = self._started + 1
         self._waiting[ticket] = self._waiting.get(ticket, 0) + 1
         try:
-            if self._running.locked():
+            if self._committing:
                 await self._running.acquire()
             else:  # as a rule; and without a trip through the event loop
                 self._running.acquire_nowait()
@@ -198,6 +199,27 @@ class Committer:
                 self._results.pop(ticket, None)
         if result is not None:
             raise OSError(result.errno, result.strerror) from result
+
+    def begin_flush(self) -> Coroutine[Any, Any, None] | None:
+        """`flush`, as a coroutine that a `Stepper` can drive and that must be driven to its end. None: it would have to
+        wait for somebody. Raises OSError."""
+        self.check()
+        if self._committing or not (self._header_known and self.covers(0)):
+            return None
+        self._running.acquire_nowait()
+        self._started += 1
+        return self._flush_alone()
+
+    async def _flush_alone(self) -> None:
+        try:
+            if self.unsynced or self._dirty:
+                await self._commit(durable=True)
+        finally:
+            self._running.release()
+
+    @property
+    def _committing(self) -> bool:
+        return self._running.value == 0
 
     async def write_back(self) -> None:
         """Bring dirty tables to the file; durable only as far as the order needs it. Raises OSError."""

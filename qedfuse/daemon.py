@@ -293,7 +293,7 @@ class Daemon:
         return {
             "read": (operations.reads if operations else 0) + native.get("reads", 0),
             "write": (operations.writes if operations else 0) + native.get("writes", 0),
-            "fsync": operations.syncs if operations else 0,
+            "fsync": (operations.syncs if operations else 0) + native.get("syncs", 0),
         }
 
 

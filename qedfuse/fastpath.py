@@ -5,24 +5,19 @@ The essay in `native/filter.c` tells how it works and why it is right.
 Importing this module loads the filter, which must happen before pyfuse3 is imported: the dynamic linker takes the first
 definition that it meets. ImportError: the filter was not built.
 
-What the kernel asks and pyfuse3 has no handler for, FALLOCATE and LSEEK, arrives here, too, and is answered from here.
-
-Source: linux/fuse.h.
+What it hands over to Python is answered by `handover.py`.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
-import struct
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
 
-from qedfuse.holes import fallocate, next_data, next_hole
+from qedfuse.handover import HandOver
 from qedfuse.image import Image
 from qedfuse.layer import Layer
 from qedfuse.raw import RawLayer
@@ -38,15 +33,6 @@ finally:
 #: For tests, in the environment: "pass" lets every request through, "nospin" never polls for the next one.
 MODE_VARIABLE = "QEDFUSE_FASTPATH"
 
-_FALLOCATE = 43
-_NOTIFY_INVAL_INODE = 2
-
-_OUT_HEADER = struct.Struct("=IiQ")  # length, negative errno or notification, unique
-_LSEEK_OUT = struct.Struct("=Q")
-_INVAL_INODE_OUT = struct.Struct("=Qqq")  # inode, offset, length (0: to the end)
-
-_log = logging.getLogger("qedfuse")
-
 
 class FastPath:
     """The filter of this process's mount. `pyfuse3_file`: pyfuse3's library. Raises OSError if libfuse is not there.
@@ -61,9 +47,7 @@ class FastPath:
         self._writeback = writeback
         self._images: dict[int, _Attached] = {}
         self._handles: dict[int, Image] = {}
-        self._nursery: trio.Nursery | None = None
-        # Threads of their own: what they wait for may need one of trio's.
-        self._write_backs = trio.CapacityLimiter(8)
+        self._answering: HandOver | None = None
         native.bind(pyfuse3_file)
 
     @property
@@ -73,10 +57,13 @@ class FastPath:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Since the process began: `calls` of the filter, `reads` and `writes` answered, requests `passed` on to Python
-        (`missed` of these because they needed a disk), `handed` to the handlers here, `spins` and those `spun`
-        successfully."""
-        return native.counters()
+        """Since the process began: `calls` of the filter, `reads`, `writes` and `syncs` answered, requests `passed` to
+        pyfuse3 (`missed` of these because they needed a disk), `handed` over, `spins` and those `spun` successfully."""
+        counters = native.counters()
+        answering = self._answering
+        counters["reads"] += answering.reads if answering else 0
+        counters["syncs"] = answering.syncs if answering else 0
+        return counters
 
     @property
     def in_python(self) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -114,82 +101,23 @@ class FastPath:
             attached.forget()
             del self._images[id(image)]
 
-    # -- what pyfuse3 has no handler for ------------------------------------------------------------------------------
-
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Filter requests, and answer those that are handed over, during the block, in which pyfuse3.main runs."""
-        async with trio.open_nursery() as self._nursery:
-            native.configure(self.answers, spin=self._spin, hand_over=self._hand_over)
+        async with trio.open_nursery() as nursery:
+            self._answering = answering = HandOver(
+                nursery, self._handles, self._has_writers if self._writeback else None
+            )
+            native.configure(self.answers, spin=self._spin, hand_over=answering.answer)
             try:
                 yield
             finally:
                 native.configure(False)
-                self._nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
 
-    def _hand_over(
-        self, fd: int, opcode: int, unique: int, node: int, fh: int, offset: int, length: int, mode: int
-    ) -> None:
-        """A request, from C, in the middle of a system call of pyfuse3's: only start a task."""
-        assert self._nursery is not None
-        image = self._handles[fh]
-        if opcode == _FALLOCATE:
-            self._nursery.start_soon(self._answer_fallocate, fd, unique, image, mode, offset, length)
-        else:
-            self._nursery.start_soon(self._answer_seek, fd, unique, image, node, offset, mode)
-
-    async def _answer_fallocate(self, fd: int, unique: int, image: Image, mode: int, offset: int, length: int) -> None:
-        code = 0
-        try:
-            await fallocate(image, mode, offset, length)
-        except Exception as error:
-            code = _errno_of(error, image)
-        _send(fd, code, unique)
-
-    async def _answer_seek(self, fd: int, unique: int, image: Image, node: int, offset: int, whence: int) -> None:
-        try:
-            found = await self._seek(fd, image, node, offset, whence)
-        except Exception as error:
-            _send(fd, _errno_of(error, image), unique)
-        else:
-            _send(fd, 0, unique, _LSEEK_OUT.pack(found))
-
-    async def _seek(self, fd: int, image: Image, node: int, offset: int, whence: int) -> int:
-        """Where the data or the hole is, once the kernel has handed out the data that it may still have for a hole.
-
-        The kernel does not do that itself before it asks. Nothing can be written meanwhile but through mmap: it holds
-        the file's lock. With nobody left who can write, it has handed out everything: it does so before it tells us of
-        a close.
-        """
-        written_back = -1
-        while True:
-            data = await next_data(image, offset)
-            found: int | None = data
-            hole = offset
-            if whence == os.SEEK_HOLE and data == offset:
-                found = hole = await next_hole(image, offset)
-                data = await next_data(image, hole)
-            elif whence == os.SEEK_HOLE:
-                found = offset
-            cached = self._writeback and id(image) in self._images and self._images[id(image)].writers
-            if cached and data != hole and hole != written_back:
-                await self._write_back(fd, node, hole, 0 if data is None else data - hole)
-                written_back = hole
-                continue
-            if found is None or offset >= image.size:
-                raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
-            return found
-
-    async def _write_back(self, fd: int, node: int, offset: int, length: int) -> None:
-        """Let the kernel write what it has for a range of a file, and forget it. The writes are served meanwhile; when
-        nobody serves them any more, a cancellation does not wait."""
-        data = _INVAL_INODE_OUT.pack(node, offset, length)
-        message = _OUT_HEADER.pack(_OUT_HEADER.size + len(data), _NOTIFY_INVAL_INODE, 0) + data
-        try:
-            await trio.to_thread.run_sync(os.write, fd, message, abandon_on_cancel=True, limiter=self._write_backs)
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # the kernel has forgotten the file: it has nothing
-                raise
+    def _has_writers(self, image: Image) -> bool:
+        attached = self._images.get(id(image))
+        return attached is not None and bool(attached.writers)
 
 
 class _Attached:
@@ -240,19 +168,3 @@ class _Attached:
         for image in self._watched:
             image.tables.l1.watch(None)
             image.tables.l2.watch(None)
-
-
-def _errno_of(error: Exception, image: Image) -> int:
-    if isinstance(error, OSError) and error.errno:
-        return error.errno
-    _log.error("%s: internal error: %r", image.path, error, exc_info=error)
-    return errno.EIO
-
-
-def _send(fd: int, code: int, unique: int, data: bytes = b"") -> None:
-    """Reply to the kernel."""
-    try:
-        os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(data), -code, unique) + data)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits any more; unmounted
-            _log.error("cannot reply to the kernel: %s", error.strerror)

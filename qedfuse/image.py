@@ -10,7 +10,8 @@ The order of writes that makes this safe is not decided here: `commit.py` owns i
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from qedfuse.allocator import Allocator
 from qedfuse.clusters import ClusterWriter
@@ -310,6 +311,10 @@ class Image:
         if self._committer:
             await self._committer.flush()
 
+    def begin_flush(self) -> Coroutine[Any, Any, None] | None:
+        """See `Committer.begin_flush`."""
+        return self._committer.begin_flush() if self._committer else _nothing()
+
     async def close(self) -> None:
         """Flush, mark clean, trim the file, close it and the layers below. Idempotent.
 
@@ -344,3 +349,7 @@ class Image:
         if committer.crowded:
             await committer.write_back()
         return self._writer
+
+
+async def _nothing() -> None:
+    """A read-only image has nothing to make durable."""

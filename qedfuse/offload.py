@@ -26,7 +26,7 @@ T = TypeVar("T")
 PATIENCE_MS = 1
 
 
-class _Worker:
+class Worker:
     """A thread that does one call at a time. `done` is an eventfd that becomes readable when it has."""
 
     def __init__(self, watched: int | None) -> None:
@@ -48,6 +48,11 @@ class _Worker:
     def wait(self) -> bool:
         """Wait on the spot, for a moment. Returns whether the call is done."""
         return any(fd == self.done for fd, _events in self._poll.poll(PATIENCE_MS))
+
+    async def wait_long(self) -> None:
+        """Wait with the event loop until the call is done, whoever is cancelled."""
+        with trio.CancelScope(shield=True):
+            await trio.lowlevel.wait_readable(self.done)
 
     def finish(self) -> object:
         """The result, or the exception, of a call that is done."""
@@ -94,7 +99,7 @@ class _Offload:
 
     def __init__(self) -> None:
         self.watched: int | None = None
-        self.worker: _Worker | None = None
+        self.worker: Worker | None = None
         self.background: _Background | None = None
         self.due = 0.0
         os.register_at_fork(after_in_child=self.forget)
@@ -103,10 +108,10 @@ class _Offload:
         """The threads are the parent's, or the worker's does not know yet what to watch."""
         self.worker = self.background = None
 
-    def idle_worker(self) -> _Worker | None:
+    def idle_worker(self) -> Worker | None:
         if self.worker is None:
             try:
-                self.worker = _Worker(self.watched)
+                self.worker = Worker(self.watched)
             except (OSError, RuntimeError):  # no descriptor, or no thread, to be had: it goes without
                 return None
         return None if self.worker.busy else self.worker
@@ -130,18 +135,25 @@ def in_background(call: Callable[[], object]) -> None:
         _offload.background.put(call)
 
 
+def start(call: Callable[[], object]) -> Worker | None:
+    """Give a call to the worker, if there is one and it is idle: whoever does that must `finish` it."""
+    worker = _offload.idle_worker()
+    if worker is not None:
+        worker.start(call)
+    return worker
+
+
 @trio.lowlevel.enable_ki_protection
 async def offload(call: Callable[[], T]) -> T:
     """`call()` in a thread. Cancellation waits for it: its buffers are in use until it ends. Raises what it raises."""
     if time.monotonic() > _offload.due:  # a turn for the others now and then, not with each call
         await trio.lowlevel.cancel_shielded_checkpoint()
         _offload.due = time.monotonic() + PATIENCE_MS / 1000
-    worker = _offload.idle_worker()
-    with trio.CancelScope(shield=True):
-        if worker is None:
-            return await trio.to_thread.run_sync(call)
-        worker.start(call)
+    worker = start(call)
+    if worker is not None:
         if not worker.wait():
-            await trio.lowlevel.wait_readable(worker.done)
+            await worker.wait_long()
         return cast(T, worker.finish())
+    with trio.CancelScope(shield=True):
+        return await trio.to_thread.run_sync(call)
     raise AssertionError("a shielded scope lets no cancellation end it")

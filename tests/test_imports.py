@@ -27,7 +27,8 @@ ORDER = """
     clusters check
     image
     chain holes mounted rootclock
-    opening create info tree fastpath
+    opening create info tree handover
+    fastpath
     operations control kernel_mount output
     control_server target
     daemon convert

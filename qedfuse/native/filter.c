@@ -70,12 +70,13 @@ static struct {
     uint64_t writes; /* answered here */
     uint64_t passed; /* to pyfuse3, of any kind */
     uint64_t missed; /* of these, reads and writes that failed for the host's page cache or the host */
-    uint64_t handed; /* FALLOCATE and LSEEK */
+    uint64_t handed; /* to Python, past pyfuse3 */
 } count;
 
 static bool enabled;       /* false: every request is passed */
 static bool spinning = true; /* may poll, and sleep, for the next request */
 static unsigned in_python; /* requests that Python is working on */
+static uint64_t bursts;    /* numbers them */
 static bool sync_asked;    /* the request that was passed last is a WRITE to be durable when it is answered */
 static PyObject *hand_over; /* callable(session_fd, opcode, unique, nodeid, fh, offset, length, mode) or NULL */
 
@@ -150,7 +151,7 @@ static enum outcome answer_write(struct burst *burst, const struct fuse_in_heade
     return outcome;
 }
 
-/* FALLOCATE and LSEEK. The Python callable replies, now or later. */
+/* The Python callable replies, now or later. */
 static enum outcome hand(struct burst *burst, const struct fuse_in_header *in, uint64_t fh, uint64_t offset,
                          uint64_t length, uint32_t mode)
 {
@@ -162,14 +163,16 @@ static enum outcome hand(struct burst *burst, const struct fuse_in_header *in, u
         hand_over, "iIKKKKKI", burst->fd, (unsigned)in->opcode, (unsigned long long)in->unique,
         (unsigned long long)in->nodeid, (unsigned long long)fh, (unsigned long long)offset, (unsigned long long)length,
         (unsigned)mode);
+    bool done = result == Py_True;
     if (!result) {
         PyErr_WriteUnraisable(hand_over);
         reply(burst->fd, in->unique, -EIO, 0);
     }
     Py_XDECREF(result);
+    burst->number = ++bursts; /* numbers that live in Python may have changed */
     release_gil(burst);
     count.handed++;
-    return HANDED;
+    return done ? DONE : HANDED;
 }
 
 /* `size` bytes of request, which stay as they are. */
@@ -190,6 +193,8 @@ static enum outcome answer(struct burst *burst, void *request, size_t size)
         struct fuse_fallocate_in *fallocate = arg;
         return hand(burst, in, fallocate->fh, fallocate->offset, fallocate->length, fallocate->mode);
     }
+    if (in->opcode == FUSE_FSYNC && size == sizeof(struct fuse_fsync_in))
+        return hand(burst, in, ((struct fuse_fsync_in *)arg)->fh, 0, 0, 0);
     if (in->opcode == FUSE_LSEEK && size == sizeof(struct fuse_lseek_in)) {
         struct fuse_lseek_in *lseek = arg;
         return hand(burst, in, lseek->fh, lseek->offset, 0, lseek->whence);
@@ -238,14 +243,13 @@ EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_
 EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
 {
     static int prepared = -1;
-    static uint64_t number;
     Dl_info caller; /* `bind` has failed: who calls knows libfuse, and all goes on as without us */
     if (!libfuse.receive_buf && dladdr(__builtin_return_address(0), &caller))
         find_libfuse(caller.dli_fname);
     if (!libfuse.receive_buf)
         return -ENOSYS;
     count.calls++;
-    struct burst burst = {.number = ++number, .fd = libfuse.session_fd(session)};
+    struct burst burst = {.number = ++bursts, .fd = libfuse.session_fd(session)};
     if (burst.fd != prepared) {
         /* A request may be withdrawn between poll and read: the read must not wait for the next one. */
         int flags = fcntl(burst.fd, F_GETFL);

@@ -1,0 +1,213 @@
+"""Requests that the fast path hands over to Python past pyfuse3.
+
+FALLOCATE and LSEEK, for which pyfuse3 has no handlers, and what is quicker this way: FSYNC, whose commit is carried out
+on the spot if the disk is fast and nobody else wants anything, READs for which C has waited in vain for the disk.
+
+Source: linux/fuse.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import struct
+from collections.abc import Callable, Mapping
+
+import trio
+
+from qedfuse.blocking import Stepper
+from qedfuse.complaints import Complaints
+from qedfuse.holes import fallocate, next_data, next_hole
+from qedfuse.image import Image
+from qedfuse.offload import Worker, offload, start
+from qedfuse.storage import Buffer
+
+_READ = 15
+_FSYNC = 20
+_FALLOCATE = 43
+_LSEEK = 46
+_NOTIFY_INVAL_INODE = 2
+
+_OUT_HEADER = struct.Struct("=IiQ")  # length, negative errno or notification, unique
+_LSEEK_OUT = struct.Struct("=Q")
+_INVAL_INODE_OUT = struct.Struct("=Qqq")  # inode, offset, length (0: to the end)
+
+_log = logging.getLogger("qedfuse")
+
+
+class HandOver:
+    """The handlers. `nursery`: where they run that cannot answer on the spot; what must not be left half done there is
+    shielded from its cancellation. `images`: the open ones, by handle. `has_writers`: whether the kernel may have data
+    of an image that it has not written yet; None: it never has.
+    """
+
+    def __init__(
+        self, nursery: trio.Nursery, images: Mapping[int, Image], has_writers: Callable[[Image], bool] | None
+    ) -> None:
+        self.reads = 0
+        self.syncs = 0
+        self._nursery = nursery
+        self._images = images
+        self._has_writers = has_writers
+        self._complaints = Complaints()
+        # Threads of their own: what they wait for may need one of trio's.
+        self._write_backs = trio.CapacityLimiter(8)
+
+    def answer(
+        self, fd: int, opcode: int, unique: int, node: int, fh: int, offset: int, length: int, mode: int
+    ) -> bool:
+        """A request, from C, in the middle of a system call of pyfuse3's. Returns whether it has been answered; if not,
+        a task will do it."""
+        image = self._images[fh]
+        begin = self._nursery.start_soon
+        if opcode == _FSYNC:
+            return self._sync(fd, unique, image)
+        if opcode == _READ:
+            begin(self._read, fd, unique, image, offset, length)
+        elif opcode == _FALLOCATE:
+            begin(self._fallocate, fd, unique, image, mode, offset, length)
+        else:
+            begin(self._answer_seek, fd, unique, image, node, offset, mode)
+        return False
+
+    # -- READ ---------------------------------------------------------------------------------------------------------
+
+    async def _read(self, fd: int, unique: int, image: Image, offset: int, size: int) -> None:
+        try:
+            data = await image.read(offset, size)
+        except Exception as error:
+            _send(fd, self._complaints.errno_of(error, "read"), unique)
+        else:
+            self.reads += 1
+            _send(fd, 0, unique, data)
+
+    # -- FSYNC --------------------------------------------------------------------------------------------------------
+
+    def _sync(self, fd: int, unique: int, image: Image) -> bool:
+        """The commit, a system call at a time, for as long as each is done in a moment (see `offload.py`)."""
+        self.syncs += 1
+        try:
+            flush = image.begin_flush()
+            if flush is None:
+                self._nursery.start_soon(self._flush, fd, unique, image)
+                return False
+            stepper = Stepper(flush)
+            while stepper.call is not None:
+                worker = start(stepper.call)
+                if worker is None or not worker.wait():
+                    self._nursery.start_soon(self._finish_flush, fd, unique, stepper, worker)
+                    return False
+                _advance(stepper, worker)
+        except Exception as error:
+            _send(fd, self._complaints.errno_of(error, "fsync"), unique)
+        else:
+            _send(fd, 0, unique)
+        return True
+
+    async def _finish_flush(self, fd: int, unique: int, stepper: Stepper, worker: Worker | None) -> None:
+        """The rest of it, whoever is cancelled. `worker`: has the call at hand."""
+        code = 0
+        with trio.CancelScope(shield=True):
+            try:
+                if worker is not None:
+                    await worker.wait_long()
+                    _advance(stepper, worker)
+                while stepper.call is not None:
+                    try:
+                        result = await offload(stepper.call)
+                    except OSError as error:
+                        stepper.advance(None, error)
+                    else:
+                        stepper.advance(result)
+            except Exception as error:
+                code = self._complaints.errno_of(error, "fsync")
+        _send(fd, code, unique)
+
+    async def _flush(self, fd: int, unique: int, image: Image) -> None:
+        code = 0
+        try:
+            await image.flush()
+        except Exception as error:
+            code = self._complaints.errno_of(error, "fsync")
+        _send(fd, code, unique)
+
+    # -- FALLOCATE, LSEEK ---------------------------------------------------------------------------------------------
+
+    async def _fallocate(self, fd: int, unique: int, image: Image, mode: int, offset: int, length: int) -> None:
+        code = 0
+        try:
+            await fallocate(image, mode, offset, length)
+        except Exception as error:
+            code = _errno_of(error, image)
+        _send(fd, code, unique)
+
+    async def _answer_seek(self, fd: int, unique: int, image: Image, node: int, offset: int, whence: int) -> None:
+        try:
+            found = await self._seek(fd, image, node, offset, whence)
+        except Exception as error:
+            _send(fd, _errno_of(error, image), unique)
+        else:
+            _send(fd, 0, unique, _LSEEK_OUT.pack(found))
+
+    async def _seek(self, fd: int, image: Image, node: int, offset: int, whence: int) -> int:
+        """Where the data or the hole is, once the kernel has handed out the data that it may still have for a hole.
+
+        The kernel does not do that itself before it asks. Nothing can be written meanwhile but through mmap: it holds
+        the file's lock. With nobody left who can write, it has handed out everything: it does so before it tells us of
+        a close.
+        """
+        written_back = -1
+        while True:
+            data = await next_data(image, offset)
+            found: int | None = data
+            hole = offset
+            if whence == os.SEEK_HOLE and data == offset:
+                found = hole = await next_hole(image, offset)
+                data = await next_data(image, hole)
+            elif whence == os.SEEK_HOLE:
+                found = offset
+            cached = self._has_writers is not None and self._has_writers(image)
+            if cached and data != hole and hole != written_back:
+                await self._write_back(fd, node, hole, 0 if data is None else data - hole)
+                written_back = hole
+                continue
+            if found is None or offset >= image.size:
+                raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+            return found
+
+    async def _write_back(self, fd: int, node: int, offset: int, length: int) -> None:
+        """Let the kernel write what it has for a range of a file, and forget it. The writes are served meanwhile; when
+        nobody serves them any more, a cancellation does not wait."""
+        data = _INVAL_INODE_OUT.pack(node, offset, length)
+        message = _OUT_HEADER.pack(_OUT_HEADER.size + len(data), _NOTIFY_INVAL_INODE, 0) + data
+        try:
+            await trio.to_thread.run_sync(os.write, fd, message, abandon_on_cancel=True, limiter=self._write_backs)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel has forgotten the file: it has nothing
+                raise
+
+
+def _advance(stepper: Stepper, worker: Worker) -> None:
+    try:
+        result = worker.finish()
+    except OSError as error:
+        stepper.advance(None, error)
+    else:
+        stepper.advance(result)
+
+
+def _errno_of(error: Exception, image: Image) -> int:
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    _log.error("%s: internal error: %r", image.path, error, exc_info=error)
+    return errno.EIO
+
+
+def _send(fd: int, code: int, unique: int, data: Buffer = b"") -> None:
+    """Reply to the kernel."""
+    try:
+        os.writev(fd, [_OUT_HEADER.pack(_OUT_HEADER.size + len(data), -code, unique), data])
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits any more; unmounted
+            _log.error("cannot reply to the kernel: %s", error.strerror)

@@ -1,0 +1,264 @@
+"""A flush that is driven from one system call to the next, without an event loop, as the fast path does it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from qedfuse.blocking import Stepper
+from qedfuse.control import Client
+from qedfuse.image import Image
+from qedfuse.opening import open_image
+from tests.helpers.cli import qemu_img
+from tests.helpers.expect import raises_errno
+from tests.helpers.modes import NEEDS_NATIVE
+from tests.helpers.mounts import Mounted, mount_at, mounted
+
+KIB = 1 << 10
+FRESH = 512 * KIB
+
+
+def make(tmp_path: Path, *, backing: bool = False) -> Path:
+    path = tmp_path / "disk.qed"
+    options: list[str] = []
+    if backing:
+        (tmp_path / "base.raw").write_bytes(b"b" * 1024 * KIB)
+        options = ["-b", str(tmp_path / "base.raw"), "-F", "raw"]
+    qemu_img("create", "-q", "-f", "qed", *options, path, "1M")
+    return path
+
+
+async def prepare(image: Image) -> None:
+    """There is a table and a mark, and something to commit: from here on a flush is writes of pages and syncs."""
+    await image.write(0, b"first")
+    await image.flush()
+    await image.write(FRESH, b"second")
+    committer = image._committer
+    assert committer is not None
+    while committer._committing:  # noqa: ASYNC110  # the mark
+        await trio.sleep(0.01)
+
+
+def begin(image: Image) -> Stepper:
+    flush = image.begin_flush()
+    assert flush is not None
+    return Stepper(flush)
+
+
+def drive(stepper: Stepper) -> list[str]:
+    """Make every call on the spot. Returns what they were."""
+    made = []
+    while stepper.call is not None:
+        assert isinstance(stepper.call, partial)
+        made.append(stepper.call.func.__name__)
+        stepper.advance(stepper.call())
+    return made
+
+
+@pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
+def test_what_it_syncs_is_in_the_file(tmp_path: Path, backing: bool) -> None:
+    path, copy = make(tmp_path, backing=backing), tmp_path / "copy.qed"
+
+    async def main() -> None:
+        async with open_image(path) as image:
+            await prepare(image)
+            # With a backing file the data is durable before the entry that points at it.
+            assert drive(begin(image)) == ["fdatasync"] * (2 if backing else 1)
+            shutil.copyfile(path, copy)
+            assert drive(begin(image)) == []
+        async with open_image(copy, read_only=True) as image:
+            assert await image.read(FRESH, 6) == b"second"
+
+    trio.run(main)
+
+
+def test_a_read_only_image_has_nothing_to_do(tmp_path: Path) -> None:
+    path = make(tmp_path)
+
+    async def main() -> None:
+        async with open_image(path, read_only=True) as image:
+            assert drive(begin(image)) == []
+
+    trio.run(main)
+
+
+def test_a_failed_sync_is_final(tmp_path: Path) -> None:
+    path = make(tmp_path)
+
+    async def main() -> None:
+        async with open_image(path) as image:
+            await prepare(image)
+            stepper = begin(image)
+            with raises_errno(errno.ENOSPC):
+                stepper.advance(None, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            assert stepper.call is None
+            with raises_errno(errno.EIO):
+                image.begin_flush()
+            with raises_errno(errno.EIO):  # the lock is free
+                await image.flush()
+
+    with raises_errno(errno.EIO):
+        trio.run(main)
+
+
+def test_flushes_that_come_meanwhile_wait_and_do_their_own(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    copy = tmp_path / "copy.qed"
+    ended: list[str] = []
+
+    async def flush(image: Image) -> None:
+        await image.flush()
+        ended.append("flush")
+
+    async def main() -> None:
+        async with open_image(path) as image:
+            await prepare(image)
+            stepper = begin(image)
+            await image.write(FRESH + 128 * KIB, b"third")  # not in this commit
+            assert image.begin_flush() is None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(flush, image)
+                nursery.start_soon(flush, image)
+                await trio.testing.wait_all_tasks_blocked()
+                assert ended == []
+                drive(stepper)
+            assert ended == ["flush", "flush"]
+            shutil.copyfile(path, copy)
+        async with open_image(copy, read_only=True) as image:
+            assert await image.read(FRESH + 128 * KIB, 5) == b"third"
+
+    trio.run(main)
+
+
+def test_not_while_the_file_has_to_grow(tmp_path: Path) -> None:
+    """That waits for other writers, who may be growing it."""
+    path = make(tmp_path)
+
+    async def main() -> None:
+        async with open_image(path) as image:
+            await prepare(image)
+            committer = image._committer
+            assert committer is not None
+            committer.file_size -= 128 << 20
+            assert image.begin_flush() is None
+            committer.file_size += 128 << 20
+            drive(begin(image))
+
+    trio.run(main)
+
+
+def test_what_needs_an_event_loop_is_refused() -> None:
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="needs an event loop"):
+            Stepper(trio.sleep(1))  # noqa: ASYNC105
+
+    trio.run(main)
+
+
+# -- on a mount -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def injected(mount: Mounted, what: str) -> Iterator[None]:
+    """strace meddles with the daemon's system calls (see its -e inject)."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    command = ["strace", "-f", "-e", f"inject={what}", "-o", "/dev/null", "-p", str(mount.pid())]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        try:
+            assert "attached" in strace.stderr.readline()
+            yield
+        finally:
+            strace.terminate()
+            strace.communicate(timeout=20)
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.monotonic()
+    call()
+    return time.monotonic() - started
+
+
+def counters(raw: Path) -> dict[str, int]:
+    mount = mount_at(raw)
+    assert mount is not None
+    with Client(mount) as client:
+        found: dict[str, int] = client.ask("status")["fastpath-counters"]
+        return found
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
+def test_a_slow_sync_holds_nobody_up(tmp_path: Path, raw: Path, backing: bool) -> None:
+    """Readers are served while it lasts (the kernel itself has writers wait)."""
+    image = make(tmp_path, backing=backing)
+    with mounted(image, raw, "-o", "direct_io") as mount:
+        fd = os.open(raw, os.O_RDWR)
+        try:
+            os.pwrite(fd, b"x" * 4096, 0)
+            os.fsync(fd)
+            with injected(mount, "fdatasync:delay_enter=400000"):
+                os.pwrite(fd, b"y" * 4096, FRESH)
+                threads = [threading.Thread(target=os.fsync, args=(fd,)) for _ in range(4)]
+                started = time.monotonic()
+                for thread in threads:
+                    thread.start()
+                time.sleep(0.1)
+                slowest = 0.0
+                while any(thread.is_alive() for thread in threads):
+                    slowest = max(slowest, timed(lambda: os.pread(fd, 4096, 0)))
+                    time.sleep(0.01)
+                for thread in threads:
+                    thread.join()
+                assert time.monotonic() - started > 0.35 * (2 if backing else 1)
+            assert slowest < 0.2, f"somebody waited for {slowest:.3f} s"
+            assert os.pread(fd, 1, FRESH) == b"y"
+        finally:
+            os.close(fd)
+    qemu_img("check", "-q", image)
+
+
+class TestNative:
+    pytestmark = NEEDS_NATIVE
+
+    def test_fsyncs_are_answered_past_pyfuse3(self, tmp_path: Path, raw: Path) -> None:
+        with mounted(make(tmp_path), raw), raw.open("r+b", buffering=0) as file:
+            for _ in range(20):
+                file.write(b"x" * 4096)
+                os.fsync(file.fileno())
+            assert counters(raw)["syncs"] == 20
+
+    @pytest.mark.parametrize("delay", ["", ":delay_enter=20000"], ids=["at once", "late"])
+    def test_the_error_arrives(self, tmp_path: Path, raw: Path, delay: str) -> None:
+        with mounted(make(tmp_path), raw) as mount:
+            fd = os.open(raw, os.O_RDWR)
+            os.pwrite(fd, b"x" * 4096, 0)
+            os.fsync(fd)
+            os.pwrite(fd, b"y" * 4096, 0)
+            with injected(mount, f"fdatasync:error=EIO{delay}"), raises_errno(errno.EIO):
+                os.fsync(fd)
+            with raises_errno(errno.EIO):
+                os.fsync(fd)
+            with raises_errno(errno.EIO):
+                os.close(fd)
+            assert "fsync failed" in mount.text()
+            assert mount.umount().code == 1
