@@ -105,10 +105,9 @@ class FastPath:
     async def serving(self) -> AsyncIterator[None]:
         """Filter requests, and answer those that are handed over, during the block, in which pyfuse3.main runs."""
         async with trio.open_nursery() as nursery:
-            self._answering = answering = HandOver(
-                nursery, self._handles, self._has_writers if self._writeback else None
-            )
-            native.configure(self.answers, spin=self._spin, hand_over=answering.answer)
+            has_writers = self._has_writers if self._writeback else None
+            self._answering = HandOver(nursery, self._handles, has_writers, self.in_python)
+            native.configure(self.answers, spin=self._spin, hand_over=self._answering.answer)
             try:
                 yield
             finally:
@@ -162,6 +161,8 @@ class _Attached:
             below=below,
             state=layer.state if top else None,
             wrote=layer.note_written if top else None,
+            l1_offset=layer.header.l1_table_offset,
+            loaded=layer.tables.take_page,
         )
 
     def forget(self) -> None:

@@ -12,7 +12,8 @@ import errno
 import logging
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVarTuple, Unpack
 
 import trio
 
@@ -22,6 +23,8 @@ from qedfuse.holes import fallocate, next_data, next_hole
 from qedfuse.image import Image
 from qedfuse.offload import Worker, offload, start
 from qedfuse.storage import Buffer
+
+Ts = TypeVarTuple("Ts")
 
 _READ = 15
 _FSYNC = 20
@@ -39,17 +42,22 @@ _log = logging.getLogger("qedfuse")
 class HandOver:
     """The handlers. `nursery`: where they run that cannot answer on the spot; what must not be left half done there is
     shielded from its cancellation. `images`: the open ones, by handle. `has_writers`: whether the kernel may have data
-    of an image that it has not written yet; None: it never has.
+    of an image that it has not written yet; None: it never has. `in_python`: see `FastPath.in_python`.
     """
 
     def __init__(
-        self, nursery: trio.Nursery, images: Mapping[int, Image], has_writers: Callable[[Image], bool] | None
+        self,
+        nursery: trio.Nursery,
+        images: Mapping[int, Image],
+        has_writers: Callable[[Image], bool] | None,
+        in_python: tuple[Callable[[], None], Callable[[], None]],
     ) -> None:
         self.reads = 0
         self.syncs = 0
         self._nursery = nursery
         self._images = images
         self._has_writers = has_writers
+        self._enter, self._leave = in_python
         self._complaints = Complaints()
         # Threads of their own: what they wait for may need one of trio's.
         self._write_backs = trio.CapacityLimiter(8)
@@ -60,16 +68,26 @@ class HandOver:
         """A request, from C, in the middle of a system call of pyfuse3's. Returns whether it has been answered; if not,
         a task will do it."""
         image = self._images[fh]
-        begin = self._nursery.start_soon
         if opcode == _FSYNC:
             return self._sync(fd, unique, image)
         if opcode == _READ:
-            begin(self._read, fd, unique, image, offset, length)
+            self._begin(self._read, fd, unique, image, offset, length)
         elif opcode == _FALLOCATE:
-            begin(self._fallocate, fd, unique, image, mode, offset, length)
+            self._begin(self._fallocate, fd, unique, image, mode, offset, length)
         else:
-            begin(self._answer_seek, fd, unique, image, node, offset, mode)
+            self._begin(self._answer_seek, fd, unique, image, node, offset, mode)
         return False
+
+    def _begin(self, handler: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> None:
+        """As a task. It runs to its first wait even when all are cancelled."""
+        self._enter()
+        self._nursery.start_soon(self._run, handler, args)
+
+    async def _run(self, handler: Callable[[Unpack[Ts]], Awaitable[None]], args: tuple[*Ts]) -> None:
+        try:
+            await handler(*args)
+        finally:
+            self._leave()
 
     # -- READ ---------------------------------------------------------------------------------------------------------
 
@@ -90,13 +108,13 @@ class HandOver:
         try:
             flush = image.begin_flush()
             if flush is None:
-                self._nursery.start_soon(self._flush, fd, unique, image)
+                self._begin(self._flush, fd, unique, image)
                 return False
             stepper = Stepper(flush)
             while stepper.call is not None:
                 worker = start(stepper.call)
                 if worker is None or not worker.wait():
-                    self._nursery.start_soon(self._finish_flush, fd, unique, stepper, worker)
+                    self._begin(self._finish_flush, fd, unique, stepper, worker)
                     return False
                 _advance(stepper, worker)
         except Exception as error:

@@ -139,7 +139,9 @@ class Image:
         if self._committer:
             self._committer.unsynced = True
             if taken:
-                self._writer.take_offered(self._offered[0], taken, lost, filled, pages)
+                start, end = self._offered
+                self._offered = start + taken, end
+                self._writer.take_offered(start, taken, lost, filled, pages)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

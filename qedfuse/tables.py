@@ -210,6 +210,16 @@ class Tables:
                 del self._loading[level, index]
             done.set()
 
+    def take_page(self, is_l1: bool, index: int, host: int, content: bytes) -> bool:
+        """A page that somebody else has read at `host`, just now and because it is not in memory. Returns whether it is
+        taken: not while it is being read here, by whoever might change it next."""
+        level = self.l1 if is_l1 else self.l2
+        if index in level.pages or (level, index) in self._loading:
+            return False
+        new = not is_l1 and index >> self.geometry.table_page_bits in self.new_tables
+        level.insert(index, host, None if new else content)
+        return True
+
     def _in_table(self, index: int) -> int:
         """The byte offset of an L2 page in its table."""
         return (index & (self.geometry.table_pages - 1)) * PAGE_SIZE

@@ -26,7 +26,7 @@ build _clustermap qedfuse/_clustermap.c
 # ours. Only Python is started that way, not the other programs that the tests run.
 cat >sanitized <<END
 #!/bin/sh
-LD_PRELOAD=$(gcc -print-file-name=libasan.so) exec "$python" "\$@"
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) \$LD_PRELOAD" exec "$python" "\$@"
 END
 chmod +x sanitized
 cat >only_python.py <<END
@@ -38,7 +38,7 @@ END
 export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:log_path=$copy/report
 export PYTHONMALLOC=malloc
 status=0
-./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath.py tests/test_fastpath_new.py \
+./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath.py tests/test_fastpath_new.py tests/test_fastpath_cold.py tests/test_begin_flush.py \
     tests/test_clustermap.py tests/test_check.py "$@" || status=$?
 if compgen -G "$copy/report*" >/dev/null; then
     cat "$copy"/report*

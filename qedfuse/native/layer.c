@@ -5,13 +5,15 @@
 static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"fd", "size", "file_end", "data_start", "cluster_bits", "table_bits", "l1",
-                            "l2", "below", "state", "wrote", NULL};
+                            "l2", "below", "state", "wrote", "l1_offset", "loaded", NULL};
     int fd;
-    unsigned long long size, file_end = 0, data_start = 0;
+    unsigned long long size, file_end = 0, data_start = 0, l1_offset = 0;
     unsigned cluster_bits = 0, table_bits = 0;
     PyObject *l1 = Py_None, *l2 = Py_None, *below = Py_None, *state = Py_None, *wrote = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iK|$KKIIOOOOO:Layer", names, &fd, &size, &file_end, &data_start,
-                                     &cluster_bits, &table_bits, &l1, &l2, &below, &state, &wrote))
+    PyObject *loaded = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iK|$KKIIOOOOOKO:Layer", names, &fd, &size, &file_end, &data_start,
+                                     &cluster_bits, &table_bits, &l1, &l2, &below, &state, &wrote, &l1_offset,
+                                     &loaded))
         return NULL;
     bool raw = l1 == Py_None && l2 == Py_None;
     if ((!raw && (!PyObject_TypeCheck(l1, &PageIndexType) || !PyObject_TypeCheck(l2, &PageIndexType))) ||
@@ -26,6 +28,7 @@ static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     self->size = size;
     self->file_end = file_end;
     self->data_start = data_start;
+    self->l1_offset = l1_offset;
     self->cluster_bits = cluster_bits;
     self->table_bits = table_bits;
     if (!raw) {
@@ -35,6 +38,7 @@ static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     self->below = below == Py_None ? NULL : (Layer *)Py_NewRef(below);
     self->state = state == Py_None ? NULL : Py_NewRef(state);
     self->wrote = wrote == Py_None ? NULL : Py_NewRef(wrote);
+    self->loaded = loaded == Py_None ? NULL : Py_NewRef(loaded);
     return (PyObject *)self;
 }
 
@@ -46,6 +50,7 @@ static void layer_dealloc(PyObject *object)
     Py_XDECREF(self->l2);
     Py_XDECREF(self->state);
     Py_XDECREF(self->wrote);
+    Py_XDECREF(self->loaded);
     Py_TYPE(object)->tp_free(object);
     while (below && Py_REFCNT(below) == 1) {
         Layer *next = below->below;
@@ -58,7 +63,8 @@ static void layer_dealloc(PyObject *object)
 
 PyTypeObject LayerType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qedfuse._fastpath.Layer",
-    .tp_doc = "Layer(fd, size, *, file_end, data_start, cluster_bits, table_bits, l1, l2, below, state, wrote)",
+    .tp_doc = "Layer(fd, size, *, file_end, data_start, cluster_bits, table_bits, l1, l2, below, state, wrote, "
+              "l1_offset, loaded)",
     .tp_basicsize = sizeof(Layer),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = layer_new,
@@ -141,7 +147,7 @@ enum kind layer_run(const Layer *layer, uint64_t offset, uint64_t *length, uint6
         uint64_t table = cluster >> layer->table_bits;
         page = index_get(&layer->l1->pages, table >> PAGE_BITS);
         if (!page || page[table & (PAGE_ENTRIES - 1)])
-            return UNKNOWN;
+            return ABSENT;
         end_cluster = (table + 1) << layer->table_bits;
         kind = UNALLOCATED;
     }
@@ -166,4 +172,21 @@ enum kind chain_run(const Layer *layer, uint64_t offset, uint64_t *length, uint6
             *length = layer->size - offset;
     }
     return UNKNOWN;
+}
+
+bool layer_missing(const Layer *layer, uint64_t offset, bool *is_l1, uint64_t *number, uint64_t *host)
+{
+    uint64_t cluster = offset >> layer->cluster_bits, table = cluster >> layer->table_bits;
+    const uint64_t *l1_page = index_get(&layer->l1->pages, table >> PAGE_BITS);
+    *is_l1 = !l1_page;
+    if (!l1_page) {
+        *number = table >> PAGE_BITS;
+        *host = layer->l1_offset + *number * PAGE;
+        return true;
+    }
+    uint64_t start = l1_page[table & (PAGE_ENTRIES - 1)], size = UINT64_C(8) << layer->table_bits;
+    *number = cluster >> PAGE_BITS;
+    *host = start + *number * PAGE % size;
+    return !(start & ((UINT64_C(1) << layer->cluster_bits) - 1)) && start >= layer->data_start &&
+           start <= layer->file_end && size <= layer->file_end - start;
 }

@@ -29,11 +29,13 @@ typedef struct Layer {
     int fd;                         /* -1: opaque, all that it has is Python's business */
     uint64_t size;                  /* bytes that the guest sees */
     uint64_t file_end, data_start;  /* where clusters may lie in the file */
+    uint64_t l1_offset;             /* of the L1 table in the file */
     unsigned cluster_bits;          /* log2 of bytes */
     unsigned table_bits;            /* log2 of entries */
     PageIndex *l1, *l2;             /* NULL: a raw file */
     struct Layer *below;            /* NULL: zeroes */
     PyObject *state;                /* callable() -> (size, file_end, writable, free, free_end), or NULL: as above */
+    PyObject *loaded;               /* callable(is_l1, number, host, page): a table page was read; whether it is taken */
     PyObject *wrote;                /* callable(taken, lost, filled, pages): something was written */
     uint64_t free, free_end;        /* bytes of the file: clusters that may be taken, from the first on */
     bool writable;
@@ -58,13 +60,17 @@ enum kind {
     UNALLOCATED = 0, /* as in the tables */
     ZERO = 1,        /* as in the tables */
     DATA,
+    ABSENT,  /* a table page is not in memory */
     UNKNOWN, /* Python's business */
 };
 
 /* The run at `offset`, which lies inside the layer, of at most *length bytes; *length is cut to where it ends. */
 enum kind layer_run(const Layer *layer, uint64_t offset, uint64_t *length, uint64_t *host);
 
-/* The same through the chain: DATA in *owner, or ZERO, or UNKNOWN. */
+/* The same through the chain: DATA or ABSENT in *owner, or ZERO, or UNKNOWN. */
 enum kind chain_run(const Layer *layer, uint64_t offset, uint64_t *length, uint64_t *host, const Layer **owner);
+
+/* The table page that is missing at `offset`: which one it is, and where in the file. False: it can be nowhere. */
+bool layer_missing(const Layer *layer, uint64_t offset, bool *is_l1, uint64_t *number, uint64_t *host);
 
 #endif

@@ -19,7 +19,7 @@ enum {
 };
 
 struct libfuse libfuse;
-struct pace pace;
+struct pace spins;
 
 /* Where a request goes in our memory: a WRITE's data then begins a page, and is copied page by page. */
 #define REQUEST (request_memory + PAGE - sizeof(struct fuse_in_header) - sizeof(struct fuse_write_in))
@@ -83,29 +83,39 @@ void pass(const struct burst *burst, struct fuse_buf *buf, size_t size)
     }
 }
 
+bool pace_try(struct pace *pace)
+{
+    return pace->waited++ >= pace->pause;
+}
+
+void pace_note(struct pace *pace, bool met)
+{
+    pace->tries++;
+    pace->met += met;
+    if (met) {
+        pace->pause /= 2;
+    } else {
+        pace->pause = pace->pause < PAUSE_MAX / 2 ? pace->pause * 2 + 1 : PAUSE_MAX;
+        pace->waited = 0;
+    }
+}
+
 /* Receives for a moment, until there is a request. No sched_yield: the scheduler makes a task that yields often wait. */
 static int spin(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
     int64_t end = now() + SPIN_NS;
     int result;
-    pace.spins++;
     do
         result = receive(burst, session, buf);
     while (result == -EINTR && now() < end);
-    if (result == -EINTR) {
-        pace.pause = pace.pause < PAUSE_MAX / 2 ? pace.pause * 2 + 1 : PAUSE_MAX;
-        pace.waited = 0;
-    } else {
-        pace.pause /= 2;
-        pace.spun++;
-    }
+    pace_note(&spins, result != -EINTR);
     return result;
 }
 
 int await_and_receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
     int result = receive(burst, session, buf);
-    if (result == -EINTR && pace.waited++ >= pace.pause)
+    if (result == -EINTR && pace_try(&spins))
         result = spin(burst, session, buf);
     if (result != -EINTR)
         return result;

@@ -35,13 +35,18 @@ int await_and_receive(struct burst *burst, struct fuse_session *session, struct 
 /* Puts the request of `size` bytes where pyfuse3 expects it. */
 void pass(const struct burst *burst, struct fuse_buf *buf, size_t size);
 
-/* What is known of how requests arrive. */
-extern struct pace {
-    unsigned pause;  /* chances to spin that are let pass after a spin in vain: more with each one, up to a limit */
+/* Whether it pays to wait for something, as far as is known. */
+struct pace {
+    unsigned pause;  /* chances that are let pass after a wait in vain: more with each one, up to a limit */
     unsigned waited; /* of these, so many are over */
-    uint64_t spins;
-    uint64_t spun; /* of these, so many met a request */
-} pace;
+    uint64_t tries;
+    uint64_t met; /* of these, so many were not in vain */
+};
+
+extern struct pace spins; /* for the next request */
+
+bool pace_try(struct pace *pace);
+void pace_note(struct pace *pace, bool met);
 
 int64_t now(void); /* nanoseconds */
 

@@ -2,11 +2,13 @@
 
 #include "transfer.h"
 
+#include <errno.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 
 enum {
     MAX_IOV = 64,
+    MAX_LOADS = 64, /* table pages for one request */
     HUGE = 2 << 20,
 };
 
@@ -50,32 +52,35 @@ static bool at_hand(int fd, uint64_t host)
     return preadv2(fd, &iov, 1, (off_t)host, RWF_NOWAIT) == 1;
 }
 
-static bool batch_do(struct batch *batch)
+static enum outcome batch_do(struct batch *batch)
 {
     if (!batch->pieces)
-        return true;
+        return DONE;
     uint64_t end = batch->host + batch->length;
     ssize_t done;
     if (batch->write) {
         if ((batch->host % PAGE && !at_hand(batch->fd, batch->host)) || (end % PAGE && !at_hand(batch->fd, end - 1)))
-            return false;
+            return MISS;
         done = pwritev(batch->fd, batch->iov, batch->pieces, (off_t)batch->host);
     } else {
         done = preadv2(batch->fd, batch->iov, batch->pieces, (off_t)batch->host, RWF_NOWAIT);
+        if (done > 0 ? (uint64_t)done < batch->length : done < 0 && errno == EAGAIN)
+            return WAIT;
     }
     batch->pieces = 0;
-    return done >= 0 && (uint64_t)done == batch->length;
+    return done >= 0 && (uint64_t)done == batch->length ? DONE : MISS;
 }
 
-static bool batch_add(struct batch *batch, int fd, uint64_t host, char *memory, uint64_t length)
+static enum outcome batch_add(struct batch *batch, int fd, uint64_t host, char *memory, uint64_t length)
 {
     bool follows = batch->pieces && batch->fd == fd && batch->host + batch->length == host;
     struct iovec *last = &batch->iov[batch->pieces - follows];
     if (follows && (char *)last->iov_base + last->iov_len == memory) {
         last->iov_len += length;
     } else {
-        if ((!follows || batch->pieces == MAX_IOV) && !batch_do(batch))
-            return false;
+        enum outcome before = !follows || batch->pieces == MAX_IOV ? batch_do(batch) : DONE;
+        if (before != DONE)
+            return before;
         if (!batch->pieces) {
             batch->fd = fd;
             batch->host = host;
@@ -84,7 +89,7 @@ static bool batch_add(struct batch *batch, int fd, uint64_t host, char *memory, 
         batch->iov[batch->pieces++] = (struct iovec){memory, length};
     }
     batch->length += length;
-    return true;
+    return DONE;
 }
 
 /* -- a burst ------------------------------------------------------------------------------------------------------------ */
@@ -109,28 +114,72 @@ void tell_writes(struct burst *burst)
 
 /* -- ranges of an image ------------------------------------------------------------------------------------------------- */
 
-enum outcome read_image(const Layer *top, uint64_t offset, uint64_t size, char *memory)
+/*
+ * Brings the table page that is missing at `offset` into memory: into Python's pool, if Python will have it. Another
+ * page may leave for it, so Python must know first which ones have changed, and no pointer to a page outlives this.
+ */
+static enum outcome load_page(struct burst *burst, const Layer *layer, uint64_t offset)
+{
+    bool is_l1;
+    uint64_t number, host, page[PAGE_ENTRIES];
+    if (!layer->loaded || !layer_missing(layer, offset, &is_l1, &number, &host))
+        return PASS;
+    struct batch batch = {.write = false};
+    batch_add(&batch, layer->fd, host, (char *)page, PAGE);
+    enum outcome outcome = batch_do(&batch);
+    if (outcome != DONE)
+        return outcome;
+    take_gil(burst);
+    tell_writes(burst);
+    PyObject *taken = PyObject_CallFunction(layer->loaded, "OKKy#", is_l1 ? Py_True : Py_False,
+                                            (unsigned long long)number, (unsigned long long)host, (char *)page,
+                                            (Py_ssize_t)PAGE);
+    if (!taken)
+        PyErr_WriteUnraisable(layer->loaded);
+    outcome = taken == Py_True ? DONE : PASS;
+    Py_XDECREF(taken);
+    release_gil(burst);
+    return outcome;
+}
+
+enum outcome read_image(struct burst *burst, const Layer *top, uint64_t offset, uint64_t size, char *memory)
 {
     struct batch batch = {.write = false};
+    int loads = 0; /* in a crowded pool the pages may drive each other out */
     while (size) {
         uint64_t length = size, host = 0;
         const Layer *owner = NULL;
+        enum outcome outcome = DONE;
         switch (chain_run(top, offset, &length, &host, &owner)) {
         case ZERO:
             memset(memory, 0, length);
             break;
         case DATA:
-            if (!batch_add(&batch, owner->fd, host, memory, length))
-                return MISS;
+            outcome = batch_add(&batch, owner->fd, host, memory, length);
+            break;
+        case ABSENT:
+            outcome = loads++ < MAX_LOADS ? load_page(burst, owner, offset) : PASS;
+            length = 0;
             break;
         default:
             return PASS;
         }
+        if (outcome != DONE)
+            return outcome;
         memory += length;
         offset += length;
         size -= length;
     }
-    return batch_do(&batch) ? DONE : MISS;
+    return batch_do(&batch);
+}
+
+/* The run at `offset` in the top layer, whose table page is brought in if it is at hand. */
+static enum kind top_run(struct burst *burst, const Layer *top, uint64_t offset, uint64_t *length, uint64_t *host)
+{
+    enum kind kind = layer_run(top, offset, length, host);
+    for (int loads = 0; kind == ABSENT && loads < 2 && load_page(burst, top, offset) == DONE; loads++)
+        kind = layer_run(top, offset, length, host);
+    return kind;
 }
 
 /* Sees to it that Python will be told. */
@@ -151,11 +200,11 @@ static bool all_zero(const char *memory, uint64_t size)
 }
 
 /* What a new cluster gets of the layers below: bytes that are not there to be read are zeroes. */
-static bool copy_below(const Layer *top, uint64_t offset, uint64_t size, char *memory)
+static bool copy_below(struct burst *burst, const Layer *top, uint64_t offset, uint64_t size, char *memory)
 {
     uint64_t inside = offset >= top->size ? 0 : top->size - offset < size ? top->size - offset : size;
     memset(memory + inside, 0, size - inside);
-    return !inside || read_image(top, offset, inside, memory) == DONE;
+    return !inside || read_image(burst, top, offset, inside, memory) == DONE;
 }
 
 /*
@@ -169,31 +218,31 @@ static enum outcome write_new(struct burst *burst, Layer *top, uint64_t offset, 
     uint64_t length = size, host = 0, first = offset >> bits, last = (offset + size - 1) >> bits;
     uint64_t run = (last - first + 1) << bits, start = first << bits, end = offset + size;
     enum kind kind = layer_run(top, offset, &length, &host);
-    uint64_t *page = index_get(&top->l2->pages, first >> PAGE_BITS);
-    if ((kind != UNALLOCATED && kind != ZERO) || length != size || !page || first >> PAGE_BITS != last >> PAGE_BITS)
+    if ((kind != UNALLOCATED && kind != ZERO) || length != size || first >> PAGE_BITS != last >> PAGE_BITS)
         return PASS;
     bool covers = kind == UNALLOCATED && top->below && start < top->below->size;
     if (all_zero(memory, size))
         return covers ? PASS : DONE;
-    if (run > top->free_end - top->free || !note_write(burst, top))
-        return PASS;
-    unsigned at = 0;
-    while (at < top->pages && top->page[at] != first >> PAGE_BITS)
-        at++;
-    if (at == BURST_REQUESTS)
-        return PASS;
     struct iovec iov[3] = {{0}, {memory, size}, {0}};
     uint64_t head = offset - start, tail = start + run - end;
     if (covers) {
         if (head > MAX_IO || tail > MAX_IO)
             return PASS;
-        if (!copy_below(top, start, head, scratch) || !copy_below(top, end, tail, scratch + MAX_IO))
+        if (!copy_below(burst, top, start, head, scratch) || !copy_below(burst, top, end, tail, scratch + MAX_IO))
             return MISS;
         if (!all_zero(scratch, head))
             iov[0] = (struct iovec){scratch, head};
         if (!all_zero(scratch + MAX_IO, tail))
             iov[2] = (struct iovec){scratch + MAX_IO, tail};
     }
+    uint64_t *page = index_get(&top->l2->pages, first >> PAGE_BITS); /* copying may have driven it out */
+    if (!page || run > top->free_end - top->free || !note_write(burst, top))
+        return PASS;
+    unsigned at = 0;
+    while (at < top->pages && top->page[at] != first >> PAGE_BITS)
+        at++;
+    if (at == BURST_REQUESTS)
+        return PASS;
     host = top->free;
     ssize_t done = pwritev(top->fd, iov, 3, (off_t)(host + (iov[0].iov_len ? 0 : head)));
     top->free += run;
@@ -217,7 +266,7 @@ enum outcome write_image(struct burst *burst, Layer *top, uint64_t offset, uint6
     uint64_t length, host = 0;
     for (uint64_t done = 0; done < size; done += length) {
         length = size - done;
-        if (layer_run(top, offset + done, &length, &host) != DATA)
+        if (top_run(burst, top, offset + done, &length, &host) != DATA)
             return done ? PASS : write_new(burst, top, offset, size, memory);
     }
     if (!note_write(burst, top))
@@ -225,9 +274,11 @@ enum outcome write_image(struct burst *burst, Layer *top, uint64_t offset, uint6
     struct batch batch = {.write = true};
     for (uint64_t done = 0; done < size; done += length) {
         length = size - done;
-        layer_run(top, offset + done, &length, &host);
-        if (!batch_add(&batch, top->fd, host, memory + done, length))
-            return MISS;
+        if (layer_run(top, offset + done, &length, &host) != DATA) /* a page was driven out by the next one */
+            return PASS;
+        enum outcome outcome = batch_add(&batch, top->fd, host, memory + done, length);
+        if (outcome != DONE)
+            return outcome;
     }
-    return batch_do(&batch) ? DONE : MISS;
+    return batch_do(&batch);
 }

@@ -31,10 +31,11 @@ void release_gil(struct burst *burst);
 /* Before Python does anything else. Needs the GIL. */
 void tell_writes(struct burst *burst);
 
-/* HANDED: to Python, which should have its turn. PASS, MISS: nothing was replied; to pyfuse3. */
-enum outcome { DONE, HANDED, PASS, MISS };
+/* HANDED: to Python, which should have its turn. PASS, MISS, WAIT: nothing was replied; to pyfuse3. WAIT: the host has
+ * begun to read what is missing. */
+enum outcome { DONE, HANDED, PASS, MISS, WAIT };
 
-enum outcome read_image(const Layer *top, uint64_t offset, uint64_t size, char *memory);
+enum outcome read_image(struct burst *burst, const Layer *top, uint64_t offset, uint64_t size, char *memory);
 
 /* Nothing is written in place unless all of the range has clusters of its own in the top layer. */
 enum outcome write_image(struct burst *burst, Layer *top, uint64_t offset, uint64_t size, char *memory);

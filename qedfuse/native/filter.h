@@ -1,0 +1,10 @@
+/* What Python can set and see of the filter. */
+#ifndef QEDFUSE_FILTER_H
+#define QEDFUSE_FILTER_H
+
+#include "requests.h"
+
+extern bool enabled;    /* false: every request is passed */
+extern bool sync_asked; /* the request that was passed last is a WRITE to be durable when it is answered */
+
+#endif
