@@ -118,13 +118,13 @@ class Committer:
         self._results: dict[int, OSError | None] = {}
         self._waiting: dict[int, int] = {}
         self._dirty_event = trio.Event()
-        self._changes = 0
+        self.changes = 0  # counts them
 
     # -- what the engine tells --------------------------------------------------------------------------------------
 
     def note_change(self) -> None:
         """Tables changed: they are due for a commit."""
-        self._changes += 1
+        self.changes += 1
         self._dirty_event.set()
 
     def note_size(self, size: int) -> None:
@@ -372,7 +372,7 @@ class Committer:
         while True:
             await self._dirty_event.wait()
             self._dirty_event = trio.Event()
-            changes = self._changes
+            changes = self.changes
             try:
                 await self._mark_early()
                 await trio.sleep(COMMIT_DELAY)
@@ -380,7 +380,7 @@ class Committer:
                 if self.header.needs_check and not self._barrier:
                     with trio.move_on_after(IDLE_DELAY - COMMIT_DELAY):
                         await self._dirty_event.wait()
-                    if self._changes == changes:
+                    if self.changes == changes:
                         await self.clean()
             except OSError as error:
                 if self.failed or self._closed:

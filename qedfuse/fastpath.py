@@ -20,6 +20,7 @@ import trio
 from qedfuse.handover import HandOver
 from qedfuse.image import Image
 from qedfuse.layer import Layer
+from qedfuse.offload import sync_with
 from qedfuse.raw import RawLayer
 from qedfuse.storage import FileStorage
 
@@ -49,6 +50,8 @@ class FastPath:
         self._handles: dict[int, Image] = {}
         self._answering: HandOver | None = None
         native.bind(pyfuse3_file)
+        if self.answers:
+            sync_with(native.Syncer)
 
     @property
     def bound(self) -> bool:

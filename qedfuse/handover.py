@@ -19,9 +19,9 @@ import trio
 
 from qedfuse.blocking import Stepper
 from qedfuse.complaints import Complaints
-from qedfuse.holes import fallocate, next_data, next_hole
+from qedfuse.holes import LastExtent, fallocate, next_data, next_hole
 from qedfuse.image import Image
-from qedfuse.offload import Worker, offload, start
+from qedfuse.offload import Worker, idle_worker, offload
 from qedfuse.storage import Buffer
 
 Ts = TypeVarTuple("Ts")
@@ -59,6 +59,7 @@ class HandOver:
         self._has_writers = has_writers
         self._enter, self._leave = in_python
         self._complaints = Complaints()
+        self._last = LastExtent()
         # Threads of their own: what they wait for may need one of trio's.
         self._write_backs = trio.CapacityLimiter(8)
 
@@ -70,6 +71,8 @@ class HandOver:
         image = self._images[fh]
         if opcode == _FSYNC:
             return self._sync(fd, unique, image)
+        if opcode == _LSEEK and self._seek_known(fd, unique, image, offset, mode):
+            return True
         if opcode == _READ:
             self._begin(self._read, fd, unique, image, offset, length)
         elif opcode == _FALLOCATE:
@@ -112,8 +115,8 @@ class HandOver:
                 return False
             stepper = Stepper(flush)
             while stepper.call is not None:
-                worker = start(stepper.call)
-                if worker is None or not worker.wait():
+                worker = idle_worker(stepper.call)
+                if worker is None or not worker.attempt(stepper.call):
                     self._begin(self._finish_flush, fd, unique, stepper, worker)
                     return False
                 _advance(stepper, worker)
@@ -160,6 +163,19 @@ class HandOver:
             code = _errno_of(error, image)
         _send(fd, code, unique)
 
+    def _seek_known(self, fd: int, unique: int, image: Image, offset: int, whence: int) -> bool:
+        """Answer an LSEEK from what the one before has found."""
+        if self._is_cached(image):
+            return False
+        found = self._last.seek(image, offset, data=whence == os.SEEK_DATA)
+        if found is None:
+            return False
+        if found == image.size and whence == os.SEEK_DATA:
+            _send(fd, errno.ENXIO, unique)
+        else:
+            _send(fd, 0, unique, _LSEEK_OUT.pack(found))
+        return True
+
     async def _answer_seek(self, fd: int, unique: int, image: Image, node: int, offset: int, whence: int) -> None:
         try:
             found = await self._seek(fd, image, node, offset, whence)
@@ -177,22 +193,29 @@ class HandOver:
         """
         written_back = -1
         while True:
+            version = image.version
             data = await next_data(image, offset)
             found: int | None = data
             hole = offset
-            if whence == os.SEEK_HOLE and data == offset:
-                found = hole = await next_hole(image, offset)
-                data = await next_data(image, hole)
+            if data != offset:
+                self._last.note(image, version, offset, image.size if data is None else data, is_data=False)
+                if whence == os.SEEK_HOLE:
+                    found = offset
             elif whence == os.SEEK_HOLE:
-                found = offset
-            cached = self._has_writers is not None and self._has_writers(image)
-            if cached and data != hole and hole != written_back:
+                found = hole = await next_hole(image, offset)
+                self._last.note(image, version, offset, hole, is_data=True)
+                data = await next_data(image, hole)
+            if self._is_cached(image) and data != hole and hole != written_back:
                 await self._write_back(fd, node, hole, 0 if data is None else data - hole)
                 written_back = hole
                 continue
             if found is None or offset >= image.size:
                 raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
             return found
+
+    def _is_cached(self, image: Image) -> bool:
+        """Whether the kernel may have data of it that we have not."""
+        return self._has_writers is not None and self._has_writers(image)
 
     async def _write_back(self, fd: int, node: int, offset: int, length: int) -> None:
         """Let the kernel write what it has for a range of a file, and forget it. The writes are served meanwhile; when

@@ -60,6 +60,28 @@ async def _find(layer: Layer, offset: int, *, data: bool) -> tuple[int, bool]:
     return layer.size, False
 
 
+class LastExtent:
+    """The hole, or the data, that was found last: programs go through a large one in small steps."""
+
+    def __init__(self) -> None:
+        self._image: Image | None = None
+        self._version = (0, 0)
+        self._start = self._end = 0
+        self._is_data = False
+
+    def note(self, image: Image, version: tuple[int, int], start: int, end: int, *, is_data: bool) -> None:
+        """`version`: the image's when the search began."""
+        self._image, self._version = image, version
+        self._start, self._end, self._is_data = start, end, is_data
+
+    def seek(self, image: Image, offset: int, *, data: bool) -> int | None:
+        """The first byte at or behind `offset` that is data, or in a hole; the image's size: there is none. None: it is
+        not known, or no longer."""
+        if image is not self._image or image.version != self._version or not self._start <= offset < self._end:
+            return None
+        return offset if data is self._is_data else self._end
+
+
 async def fallocate(image: Image, mode: int, offset: int, size: int) -> None:
     """fallocate(2) on the raw file. Bytes; `mode` as there. Raises OSError; EOPNOTSUPP for what cannot be done here.
 

@@ -110,6 +110,11 @@ class Image:
         """The error of the sync after which the image became read-only."""
         return self._committer.failed if self._committer else None
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one whenever what is a hole, or the size, may have changed."""
+        return self._committer.changes if self._committer else 0, self._size
+
     # -- for the fast path --------------------------------------------------------------------------------------------
 
     @property

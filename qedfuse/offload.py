@@ -13,41 +13,35 @@ import os
 import select
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import trio
 
 T = TypeVar("T")
 
+Call = Callable[[], object]
+
 #: How long the loop waits on the spot.
 PATIENCE_MS = 1
 
 
-class Worker:
-    """A thread that does one call at a time. `done` is an eventfd that becomes readable when it has."""
+class Worker(ABC):
+    """What does one call at a time. `done` becomes readable when it has."""
 
-    def __init__(self, watched: int | None) -> None:
+    def __init__(self, done: int) -> None:
         self.busy = False
-        self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poll = select.poll()
-        self._poll.register(self.done, select.POLLIN)
-        if watched is not None:
-            self._poll.register(watched, select.POLLIN)
-        self._calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
-        self._result: object = None
-        self._error: BaseException | None = None
-        threading.Thread(target=self._work, name="offload", daemon=True).start()
+        self.done = done
 
-    def start(self, call: Callable[[], object]) -> None:
+    def attempt(self, call: Call) -> bool:
+        """Begin a call, and wait for it on the spot, for a moment. Returns whether it is done; in any case it must be
+        finished."""
         self.busy = True
-        self._calls.put(call)
-
-    def wait(self) -> bool:
-        """Wait on the spot, for a moment. Returns whether the call is done."""
-        return any(fd == self.done for fd, _events in self._poll.poll(PATIENCE_MS))
+        return self._attempt(call)
 
     async def wait_long(self) -> None:
         """Wait with the event loop until the call is done, whoever is cancelled."""
@@ -56,10 +50,38 @@ class Worker:
 
     def finish(self) -> object:
         """The result, or the exception, of a call that is done."""
+        self.busy = False
+        return self._finish()
+
+    @abstractmethod
+    def _attempt(self, call: Call) -> bool: ...
+
+    @abstractmethod
+    def _finish(self) -> object: ...
+
+
+class _Thread(Worker):
+    """A thread of Python's, for any call."""
+
+    def __init__(self, watched: int | None) -> None:
+        super().__init__(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._poll = select.poll()
+        self._poll.register(self.done, select.POLLIN)
+        if watched is not None:
+            self._poll.register(watched, select.POLLIN)
+        self._calls: SimpleQueue[Call] = SimpleQueue()
+        self._result: object = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._work, name="offload", daemon=True).start()
+
+    def _attempt(self, call: Call) -> bool:
+        self._calls.put(call)
+        return any(fd == self.done for fd, _events in self._poll.poll(PATIENCE_MS))
+
+    def _finish(self) -> object:
         os.eventfd_read(self.done)
         result, error = self._result, self._error
         self._result = self._error = None
-        self.busy = False
         if error is not None:
             raise error
         return result
@@ -75,16 +97,42 @@ class Worker:
             os.eventfd_write(self.done, 1)
 
 
+class Syncer(Protocol):
+    """A thread that makes one fdatasync at a time without a word of Python; the fast path has one."""
+
+    def attempt(self, fd: int, milliseconds: int, /) -> bool: ...
+    def finish(self) -> int: ...
+    def fileno(self) -> int: ...
+
+
+class _SyncThread(Worker):
+    """For fdatasync alone."""
+
+    def __init__(self, syncer: Syncer) -> None:
+        super().__init__(syncer.fileno())
+        self._syncer = syncer
+
+    def _attempt(self, call: Call) -> bool:
+        assert isinstance(call, partial)
+        return self._syncer.attempt(call.args[0], PATIENCE_MS)
+
+    def _finish(self) -> object:
+        code = self._syncer.finish()
+        if code:
+            raise OSError(code, os.strerror(code))
+        return None
+
+
 class _Background:
     """A thread for calls that nobody waits for."""
 
     _MOST = 16
 
     def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._calls: SimpleQueue[Call] = SimpleQueue()
         threading.Thread(target=self._work, name="background", daemon=True).start()
 
-    def put(self, call: Callable[[], object]) -> None:
+    def put(self, call: Call) -> None:
         if self._calls.qsize() < self._MOST:
             self._calls.put(call)
 
@@ -95,26 +143,27 @@ class _Background:
 
 
 class _Offload:
-    """The worker of this process, made when first used."""
+    """The workers of this process, made when first used."""
 
     def __init__(self) -> None:
         self.watched: int | None = None
-        self.worker: Worker | None = None
+        self.make_syncer: Callable[[int], Syncer] | None = None
+        self.thread: Worker | None = None
+        self.sync_thread: Worker | None = None
         self.background: _Background | None = None
         self.due = 0.0
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        """The threads are the parent's, or the worker's does not know yet what to watch."""
-        self.worker = self.background = None
+        """The threads are the parent's, or do not know yet what to watch."""
+        self.thread = self.sync_thread = self.background = None
 
-    def idle_worker(self) -> Worker | None:
-        if self.worker is None:
-            try:
-                self.worker = Worker(self.watched)
-            except (OSError, RuntimeError):  # no descriptor, or no thread, to be had: it goes without
-                return None
-        return None if self.worker.busy else self.worker
+    def make(self) -> None:
+        """Without a descriptor or a thread to be had it goes without."""
+        with suppress(OSError, RuntimeError):
+            self.thread = self.thread or _Thread(self.watched)
+            if self.make_syncer is not None and self.watched is not None:
+                self.sync_thread = self.sync_thread or _SyncThread(self.make_syncer(self.watched))
 
 
 _offload = _Offload()
@@ -124,10 +173,15 @@ def watch(fd: int) -> None:
     """A descriptor whose becoming readable ends the waiting on the spot: somebody wants the loop."""
     _offload.watched = fd
     _offload.forget()
-    _offload.idle_worker()  # while there are descriptors
+    _offload.make()  # while there are descriptors
 
 
-def in_background(call: Callable[[], object]) -> None:
+def sync_with(make_syncer: Callable[[int], Syncer]) -> None:
+    """How to make a thread for fdatasync alone, once it is known what to `watch`."""
+    _offload.make_syncer = make_syncer
+
+
+def in_background(call: Call) -> None:
     """`call()` in a thread, without waiting. Its outcome is lost, and it is not made at all if too many wait."""
     with suppress(RuntimeError):  # no thread to be had
         if _offload.background is None:
@@ -135,12 +189,14 @@ def in_background(call: Callable[[], object]) -> None:
         _offload.background.put(call)
 
 
-def start(call: Callable[[], object]) -> Worker | None:
-    """Give a call to the worker, if there is one and it is idle: whoever does that must `finish` it."""
-    worker = _offload.idle_worker()
-    if worker is not None:
-        worker.start(call)
-    return worker
+def idle_worker(call: Call) -> Worker | None:
+    """Who may attempt the call now."""
+    if _offload.thread is None:
+        _offload.make()
+    workers = [_offload.thread]
+    if isinstance(call, partial) and call.func is os.fdatasync:
+        workers.insert(0, _offload.sync_thread)
+    return next((worker for worker in workers if worker is not None and not worker.busy), None)
 
 
 @trio.lowlevel.enable_ki_protection
@@ -149,9 +205,9 @@ async def offload(call: Callable[[], T]) -> T:
     if time.monotonic() > _offload.due:  # a turn for the others now and then, not with each call
         await trio.lowlevel.cancel_shielded_checkpoint()
         _offload.due = time.monotonic() + PATIENCE_MS / 1000
-    worker = start(call)
+    worker = idle_worker(call)
     if worker is not None:
-        if not worker.wait():
+        if not worker.attempt(call):
             await worker.wait_long()
         return cast(T, worker.finish())
     with trio.CancelScope(shield=True):

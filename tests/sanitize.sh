@@ -38,8 +38,8 @@ END
 export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:log_path=$copy/report
 export PYTHONMALLOC=malloc
 status=0
-./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath.py tests/test_fastpath_new.py tests/test_fastpath_cold.py tests/test_begin_flush.py \
-    tests/test_clustermap.py tests/test_check.py "$@" || status=$?
+./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath*.py tests/test_begin_flush.py \
+    tests/test_seek_model.py tests/test_clustermap.py tests/test_check.py "$@" || status=$?
 if compgen -G "$copy/report*" >/dev/null; then
     cat "$copy"/report*
     status=1

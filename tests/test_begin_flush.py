@@ -247,6 +247,30 @@ class TestNative:
                 os.fsync(file.fileno())
             assert counters(raw)["syncs"] == 20
 
+    def test_syncs_of_several_images_run_side_by_side(self, tmp_path: Path) -> None:
+        point = tmp_path / "mnt"
+        point.mkdir()
+        images = []
+        for number in range(4):
+            (tmp_path / str(number)).mkdir()
+            images.append(make(tmp_path / str(number)).rename(tmp_path / f"{number}.qed"))
+        with mounted(*images, point) as mount:
+            files = [os.open(point / f"{image.stem}.raw", os.O_RDWR) for image in images]
+            for fd in files:
+                os.pwrite(fd, b"x" * 4096, 0)
+                os.fsync(fd)
+                os.pwrite(fd, b"y" * 4096, 0)
+            threads = [threading.Thread(target=os.fsync, args=(fd,)) for fd in files]
+            with injected(mount, "fdatasync:delay_enter=500000"):
+                started = time.monotonic()
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                assert 0.45 < time.monotonic() - started < 1.4
+            for fd in files:
+                os.close(fd)
+
     @pytest.mark.parametrize("delay", ["", ":delay_enter=20000"], ids=["at once", "late"])
     def test_the_error_arrives(self, tmp_path: Path, raw: Path, delay: str) -> None:
         with mounted(make(tmp_path), raw) as mount:

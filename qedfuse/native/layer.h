@@ -49,6 +49,7 @@ typedef struct Layer {
 } Layer;
 
 extern PyTypeObject LayerType;
+extern PyTypeObject SyncerType;
 
 /* Asks Python for the numbers that change. Needs the GIL. */
 bool layer_refresh(Layer *layer);

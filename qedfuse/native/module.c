@@ -104,13 +104,14 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__fastpath(void)
 {
-    if (PyType_Ready(&PageIndexType) < 0 || PyType_Ready(&LayerType) < 0)
+    if (PyType_Ready(&PageIndexType) < 0 || PyType_Ready(&LayerType) < 0 || PyType_Ready(&SyncerType) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (!module)
         return NULL;
     if (PyModule_AddObjectRef(module, "PageIndex", (PyObject *)&PageIndexType) < 0 ||
-        PyModule_AddObjectRef(module, "Layer", (PyObject *)&LayerType) < 0) {
+        PyModule_AddObjectRef(module, "Layer", (PyObject *)&LayerType) < 0 ||
+        PyModule_AddObjectRef(module, "Syncer", (PyObject *)&SyncerType) < 0) {
         Py_DECREF(module);
         return NULL;
     }

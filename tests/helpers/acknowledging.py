@@ -71,7 +71,7 @@ class Writer:
         version = self._version + hole
         say(f"w {first} {count} {version}")
         if hole:
-            _punch(self._fd, first * SECTOR, count * SECTOR)
+            punch(self._fd, first * SECTOR, count * SECTOR)
             return
         data = b"".join(content(self._seed, sector, version) for sector in range(first, first + count))
         if self._map is not None:
@@ -97,7 +97,7 @@ def say(line: str) -> None:
     os.write(1, line.encode() + b"\n")
 
 
-def _punch(fd: int, offset: int, size: int) -> None:
+def punch(fd: int, offset: int, size: int) -> None:
     if ctypes.CDLL(None, use_errno=True).fallocate64(
         fd, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size)
     ):
