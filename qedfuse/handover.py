@@ -137,7 +137,7 @@ class HandOver:
                 while stepper.call is not None:
                     try:
                         result = await offload(stepper.call)
-                    except OSError as error:
+                    except Exception as error:
                         stepper.advance(None, error)
                     else:
                         stepper.advance(result)
@@ -232,7 +232,7 @@ class HandOver:
 def _advance(stepper: Stepper, worker: Worker) -> None:
     try:
         result = worker.finish()
-    except OSError as error:
+    except Exception as error:
         stepper.advance(None, error)
     else:
         stepper.advance(result)

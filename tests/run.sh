@@ -20,7 +20,7 @@ if [ $# = 0 ]; then
     # Some tests make mount namespaces, in which the mounts of the others would live on.
     python="python"
     [ "$(id -u)" != 0 ] || python="unshare --mount python"
-    # Files stay whole: their tests count together.
-    set -- --dist=loadfile --tx="$((processors < 4 ? processors : 4))*popen//python=$python"
+    # Files stay whole: their tests count together. Not reordered, or those with a few long tests come last.
+    set -- --dist=loadfile --no-loadscope-reorder --tx="$((processors < 4 ? processors : 4))*popen//python=$python"
 fi
 exec pytest "$@"

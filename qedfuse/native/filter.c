@@ -10,10 +10,10 @@
  *
  * What it does. It reads requests from the session's descriptor. READs, WRITEs that overwrite allocated clusters, and
  * most WRITEs into new ones it answers at once and goes on to the next request (a *burst*). FALLOCATE and LSEEK, for
- * which pyfuse3 has no handlers, and FSYNC, which is quicker this way, it hands to a Python callable (handover.py). The
- * first request that is anything else ends the burst and is returned to pyfuse3 untouched. At the end of a burst without such a request it returns -EINTR, upon which
- * pyfuse3 waits for the descriptor as it always does. The GIL is released but for the moments when Python is asked or
- * told something.
+ * which pyfuse3 has no handlers, and FSYNC, which is quicker this way, it hands to a Python callable (handover.py).
+ * The first request that is anything else ends the burst and is returned to pyfuse3 untouched. At the end of a burst
+ * without such a request it returns -EINTR, upon which pyfuse3 waits for the descriptor as it always does. The GIL is
+ * released but for the moments when Python is asked or told something.
  *
  * What it never does: choose clusters, bring a table to the file, block on a disk, report an error. Whatever is not
  * plainly fine (an entry that points nowhere, data that the host does not come up with, a failed write) goes to Python,
@@ -41,8 +41,8 @@
  * two times that Python does something in a burst, a table page coming in and a request handed over, it is told of
  * writes first, and no pointer to a page is kept across.
  * Numbers that live in Python objects (image size, end of the file, whether it may be written) are fetched once in a
- * burst, before the first request to an image is looked at, and again after a request was handed over. That something was written is told to Python before the
- * function returns, hence before any flush or sync can begin.
+ * burst, before the first request to an image is looked at, and again after a request was handed over. That something
+ * was written is told to Python before the function returns, hence before any flush or sync can begin.
  *
  * How long it stays: at most BURST_REQUESTS requests or BURST_NS, a fraction of that while Python is known to have
  * requests of its own to work on; then trio's other tasks have their turn. When the queue becomes empty the next

@@ -177,9 +177,10 @@ bool park(struct burst *burst)
 {
     if (parking == PARKED || !spinning || in_python || !pace_try(&disk))
         return false;
+    const struct fuse_in_header *in = burst->request; /* a READ: nothing else waits */
     struct parked *place = &parked[parking++];
-    memcpy(&place->in, burst->request, sizeof place->in);
-    memcpy(&place->arg, (char *)burst->request + sizeof place->in, sizeof place->arg);
+    place->in = *in;
+    memcpy(&place->arg, in + 1, sizeof place->arg);
     place->end = now() + DISK_NS;
     return true;
 }

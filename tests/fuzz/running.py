@@ -38,8 +38,12 @@ def run(target: Callable[[bytes], None], seeds: Mapping[str, bytes]) -> None:
                 (start / name).write_bytes(content)
             paths = [*(paths or [tempfile.mkdtemp(prefix="corpus-", dir=scratch)]), str(start)]
         defaults = [f"-max_len={MAX_INPUT}", f"-timeout={TIMEOUT}", f"-rss_limit_mb={MEMORY}"]
-        atheris.Setup([sys.argv[0], *defaults, *options, *paths], target)
-        atheris.Fuzz()
+        child = os.fork()  # libFuzzer ends its process without a chance to tidy up
+        if not child:
+            atheris.Setup([sys.argv[0], *defaults, *options, *paths], target)
+            atheris.Fuzz()
+        status = os.waitpid(child, 0)[1]
+    sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def assert_plain(error: QedfuseError) -> None:
