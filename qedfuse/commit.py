@@ -350,6 +350,9 @@ class Committer:
             self.failed = error
             log.error("%s: sync failed: %s; the image is read-only from now on", self._storage.path, error.strerror)
             raise
+        except BaseException:  # it may not have been made at all: the next flush has as much to do as this one
+            self.unsynced = self._unsynced_tables = True
+            raise
 
     async def _punch(self, released: Iterable[tuple[int, int]]) -> None:
         """Step 7. A cluster that cannot be punched stays unused: a leak, which check gives back."""

@@ -113,6 +113,33 @@ def test_a_failed_sync_is_final(tmp_path: Path) -> None:
         trio.run(main)
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_sync_that_was_not_made_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stepped: bool
+) -> None:
+    """No memory for it, say. Nothing is in the tables' pages that would have the next flush do anything."""
+    path = make(tmp_path)
+
+    async def not_now() -> None:
+        raise MemoryError
+
+    async def main() -> None:
+        async with open_image(path) as image:
+            await prepare(image)
+            await image.flush()
+            await image.write(FRESH, b"again")
+            await trio.testing.wait_all_tasks_blocked()
+            with monkeypatch.context() as patch:
+                patch.setattr(image.storage, "sync", not_now)
+                flush = image.begin_flush() if stepped else image.flush()
+                assert flush is not None
+                with pytest.raises(MemoryError):
+                    await flush
+            assert drive(begin(image)) == ["fdatasync"]
+
+    trio.run(main)
+
+
 def test_flushes_that_come_meanwhile_wait_and_do_their_own(tmp_path: Path) -> None:
     path = make(tmp_path)
     copy = tmp_path / "copy.qed"

@@ -52,6 +52,30 @@ def test_slow_calls_run_side_by_side_and_the_loop_goes_on() -> None:
     assert len(ticks) > 10
 
 
+def test_without_a_thread_to_be_had_the_loop_makes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = threading.Event()
+
+    def no_more(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def first() -> None:
+        started.set()
+        time.sleep(0.2)
+
+    async def main() -> None:
+        assert await offload(lambda: 1) == 1  # the worker is there
+        with monkeypatch.context() as patch:
+            patch.setattr("trio._core._thread_cache.THREAD_CACHE._idle_workers", {})
+            patch.setattr(threading.Thread, "start", no_more)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(offload, first)
+                await trio.testing.wait_all_tasks_blocked()
+                assert started.wait(5)
+                assert await offload(threading.get_ident) == threading.get_ident()
+
+    trio.run(main)
+
+
 def test_cancellation_waits_for_the_call() -> None:
     ended: list[int] = []
 
