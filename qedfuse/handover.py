@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import struct
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVarTuple, Unpack
 
@@ -35,6 +36,9 @@ _NOTIFY_INVAL_INODE = 2
 _OUT_HEADER = struct.Struct("=IiQ")  # length, negative errno or notification, unique
 _LSEEK_OUT = struct.Struct("=Q")
 _INVAL_INODE_OUT = struct.Struct("=Qqq")  # inode, offset, length (0: to the end)
+
+#: Seconds that a commit may keep the event loop from its other tasks.
+_ON_THE_SPOT = 0.004
 
 _log = logging.getLogger("qedfuse")
 
@@ -106,8 +110,10 @@ class HandOver:
     # -- FSYNC --------------------------------------------------------------------------------------------------------
 
     def _sync(self, fd: int, unique: int, image: Image) -> bool:
-        """The commit, a system call at a time, for as long as each is done in a moment (see `offload.py`)."""
+        """The commit, a system call at a time, for as long as each is done in a moment (see `offload.py`), and all of
+        them in a few: there may be thousands of clusters to punch."""
         self.syncs += 1
+        end = time.monotonic() + _ON_THE_SPOT
         try:
             flush = image.begin_flush()
             if flush is None:
@@ -115,7 +121,7 @@ class HandOver:
                 return False
             stepper = Stepper(flush)
             while stepper.call is not None:
-                worker = idle_worker(stepper.call)
+                worker = idle_worker(stepper.call) if time.monotonic() < end else None
                 if worker is None or not worker.attempt(stepper.call):
                     self._begin(self._finish_flush, fd, unique, stepper, worker)
                     return False

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,41 @@ def test_a_slow_sync_holds_nobody_up(tmp_path: Path, raw: Path, backing: bool) -
 
 class TestNative:
     pytestmark = NEEDS_NATIVE
+
+    def test_a_long_commit_of_short_calls_holds_nobody_up(self, tmp_path: Path) -> None:
+        from qedfuse.handover import HandOver
+
+        path = make(tmp_path)
+        turns: list[float] = []
+
+        async def take_turns() -> None:
+            while True:
+                turns.append(time.monotonic())
+                await trio.sleep(0.001)
+
+        async def main() -> None:
+            reply_to, fd = os.pipe()
+            async with open_image(path) as image, trio.open_nursery() as nursery:
+                await image.write(0, b"x" * 1024 * KIB)
+                await image.flush()
+                assert image._committer is not None
+                for offset in range(0, 1024 * KIB, 512):  # as if they had been freed: there is nothing behind the end
+                    image._committer._allocator.release((1 << 40) + 2 * offset, 512)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(take_turns)
+                await trio.sleep(0.01)
+                hand_over = HandOver(nursery, {1: image}, None, (lambda: None, lambda: None))
+                assert not hand_over.answer(fd, 20, 1, 1, 1, 0, 0, 0)
+                await trio.lowlevel.wait_readable(reply_to)
+                assert os.read(reply_to, 16)[4:8] == bytes(4)
+                nursery.cancel_scope.cancel()
+            os.close(reply_to)
+            os.close(fd)
+
+        trio.run(main)
+        longest = max(later - turn for turn, later in pairwise(turns))
+        assert len(turns) > 10
+        assert longest < 0.05, f"nobody else had a turn for {longest:.3f} s"
 
     def test_fsyncs_are_answered_past_pyfuse3(self, tmp_path: Path, raw: Path) -> None:
         with mounted(make(tmp_path), raw), raw.open("r+b", buffering=0) as file:
