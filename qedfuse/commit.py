@@ -201,16 +201,16 @@ class Committer:
             raise OSError(result.errno, result.strerror) from result
 
     def begin_flush(self) -> Coroutine[Any, Any, None] | None:
-        """`flush`, as a coroutine that a `Stepper` can drive and that must be driven to its end. None: it would have to
-        wait for somebody. Raises OSError."""
+        """`flush`, as a coroutine for a `Stepper`, to be driven from now to its end. None: it would have to wait for
+        somebody. Raises OSError."""
         self.check()
         if self._committing or not (self._header_known and self.covers(0)):
             return None
-        self._running.acquire_nowait()
-        self._started += 1
         return self._flush_alone()
 
     async def _flush_alone(self) -> None:
+        self._running.acquire_nowait()
+        self._started += 1
         try:
             if self.unsynced or self._dirty:
                 await self._commit(durable=True)

@@ -235,6 +235,9 @@ class Daemon:
             if error.errno != errno.EBUSY:
                 _log.error("%s", describe(error))
             return False
+        except RuntimeError as error:  # no thread to be had
+            _log.error("%s: cannot unmount: %s", self._config.mountpoint, error)
+            return False
         return True
 
     async def _take_down(self) -> str | None:
