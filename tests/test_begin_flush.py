@@ -19,13 +19,12 @@ import trio
 import trio.testing
 
 from qedfuse.blocking import Stepper
-from qedfuse.control import Client
 from qedfuse.image import Image
 from qedfuse.opening import open_image
 from tests.helpers.cli import qemu_img
 from tests.helpers.expect import raises_errno
 from tests.helpers.modes import NEEDS_NATIVE
-from tests.helpers.mounts import Mounted, mount_at, mounted
+from tests.helpers.mounts import Mounted, counters, mounted
 
 KIB = 1 << 10
 FRESH = 512 * KIB
@@ -218,14 +217,6 @@ def timed(call: Callable[[], object]) -> float:
     started = time.monotonic()
     call()
     return time.monotonic() - started
-
-
-def counters(raw: Path) -> dict[str, int]:
-    mount = mount_at(raw)
-    assert mount is not None
-    with Client(mount) as client:
-        found: dict[str, int] = client.ask("status")["fastpath-counters"]
-        return found
 
 
 @pytest.fixture

@@ -23,16 +23,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from qedfuse.control import Client
 from qedfuse.header import HEADER_BYTES, Header
 from qedfuse.pages import PageMap, PagePool
 from tests.helpers.cli import ROOT, environment, qemu_img, qemu_io
 from tests.helpers.guests import filesystem, loop_device, need_guest, run
-from tests.helpers.mounts import EXTRA_OPTIONS, mount_at, mounted, need_fuse
+from tests.helpers.mounts import EXTRA_OPTIONS, counters, mounted, need_fuse, status
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -66,19 +64,6 @@ def raw(tmp_path: Path) -> Path:
 def create(path: Path, size: str, *options: object) -> Path:
     qemu_img("create", "-q", "-f", "qed", *map(str, options), path, size)
     return path
-
-
-def status(point: Path) -> dict[str, Any]:
-    mount = mount_at(point)
-    assert mount is not None
-    with Client(mount) as client:
-        return client.ask("status")
-
-
-def counters(point: Path) -> dict[str, int]:
-    found = status(point)["fastpath-counters"]
-    assert isinstance(found, dict)
-    return found
 
 
 @contextmanager

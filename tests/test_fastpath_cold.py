@@ -10,23 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse.control import Client
 from tests.helpers.cli import qedfuse, qemu_img, qemu_io
 from tests.helpers.modes import NEEDS_NATIVE
-from tests.helpers.mounts import mount_at, mounted
+from tests.helpers.mounts import counters, mounted
 from tests.helpers.nowait import unwilling
 
 pytestmark = NEEDS_NATIVE
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-
-def counters(raw: Path) -> dict[str, int]:
-    mount = mount_at(raw)
-    assert mount is not None
-    with Client(mount) as client:
-        found: dict[str, int] = client.ask("status")["fastpath-counters"]
-        return found
 
 
 @pytest.fixture

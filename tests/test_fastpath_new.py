@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cli import qemu_img
-from tests.helpers.mounts import mounted, need_fuse
+from tests.helpers.mounts import counters, mounted, need_fuse
 from tests.test_fastpath import (
     CLUSTER,
     MIB,
     check,
-    counters,
     create,
     flat,
     mode,

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -128,14 +128,26 @@ def mount_at(point: Path) -> Mount | None:
     return mount if mount is not None and mount.fstype == FSTYPE else None
 
 
-def find_daemon(point: Path) -> int:
-    """The pid of the daemon that serves `point`, by its control socket's answer."""
+def status(point: Path) -> dict[str, Any]:
+    """What the daemon that serves `point` says of itself."""
     from qedfuse.control import Client
 
     mount = mount_at(point)
     assert mount is not None
     with Client(mount) as client:
-        return int(client.ask("status")["pid"])
+        return client.ask("status")
+
+
+def counters(point: Path) -> dict[str, int]:
+    """What the fast path has done so far; see `FastPath.counters`."""
+    found = status(point)["fastpath-counters"]
+    assert isinstance(found, dict)
+    return found
+
+
+def find_daemon(point: Path) -> int:
+    """The pid of the daemon that serves `point`, by its control socket's answer."""
+    return int(status(point)["pid"])
 
 
 def wait_until(condition: object, seconds: float = 20) -> None:
