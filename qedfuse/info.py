@@ -47,13 +47,15 @@ _FEATURE_NAMES = {
 class ImageInfo:
     """One image of a chain; sizes in bytes. `header` is for QED only, a raw file has no `cluster_size`.
 
-    `path` is the name it was opened by, `virtual_size` what a guest sees, `actual_size` what it takes on the host.
+    `path` is the name it was opened by, `virtual_size` what a guest sees, `actual_size` what it takes on the host,
+    `file_size` how long the file is.
     """
 
     path: str
     format: str
     virtual_size: int
     actual_size: int
+    file_size: int
     header: Header | None = None
     backing_name: str | None = None
     backing_format: str | None = None
@@ -75,6 +77,7 @@ class ImageInfo:
     def to_json(self) -> dict[str, object]:
         """qemu-img's keys (QAPI `ImageInfo`), and under format-specific ours."""
         result: dict[str, object] = {
+            "children": [{"name": "file", "info": self._file_to_json()}],
             "filename": self.path,
             "format": self.format,
             "virtual-size": self.virtual_size,
@@ -91,6 +94,18 @@ class ImageInfo:
         if self.header is not None:
             result["format-specific"] = {"type": "qed", "data": _header_to_json(self.header)}
         return result
+
+    def _file_to_json(self) -> dict[str, object]:
+        """What newer QEMU calls the protocol layer."""
+        return {
+            "children": [],
+            "filename": self.path,
+            "format": "file",
+            "virtual-size": round_up(self.file_size, SECTOR_SIZE),
+            "actual-size": self.actual_size,
+            "dirty-flag": False,
+            "format-specific": {"type": "file", "data": {}},
+        }
 
 
 def _header_to_json(header: Header) -> dict[str, object]:
@@ -171,13 +186,20 @@ def _read_info(fd: int, path: str) -> ImageInfo:
     if header.has_backing_file:
         raw = _pread(fd, path, header.backing_filename_size, header.backing_filename_offset)
         name = decode_backing_name(raw, path)
-    return _of_qed(path, header, status.st_blocks * 512, name)
+    return _of_qed(path, header, status, name)
 
 
-def _of_qed(path: str, header: Header, actual_size: int, backing_name: str | None) -> ImageInfo:
-    backing_format = "raw" if header.backing_is_raw else None
+def _of_qed(path: str, header: Header, status: os.stat_result, backing_name: str | None) -> ImageInfo:
     return ImageInfo(
-        path, "qed", header.image_size, actual_size, header, backing_name, backing_format, header.cluster_size
+        path,
+        "qed",
+        header.image_size,
+        status.st_blocks * 512,
+        status.st_size,
+        header,
+        backing_name,
+        "raw" if header.backing_is_raw else None,
+        header.cluster_size,
     )
 
 
@@ -234,10 +256,11 @@ async def _layer_info(layer: Layer) -> ImageInfo:
     from qedfuse.image import Image
     from qedfuse.qcow2 import Qcow2Layer
 
-    actual_size = layer.storage.stat().st_blocks * 512
+    status = layer.storage.stat()
     if isinstance(layer, Image):
-        return _of_qed(layer.path, layer.header, actual_size, await read_backing_name(layer.storage, layer.header))
-    info = ImageInfo(layer.path, layer.format, round_up(layer.size, SECTOR_SIZE), actual_size)
+        return _of_qed(layer.path, layer.header, status, await read_backing_name(layer.storage, layer.header))
+    size = round_up(layer.size, SECTOR_SIZE)
+    info = ImageInfo(layer.path, layer.format, size, status.st_blocks * 512, status.st_size)
     if isinstance(layer, Qcow2Layer):
         header = layer.header
         info = replace(

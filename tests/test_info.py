@@ -77,11 +77,11 @@ class TestAsQemu:
             assert found.pop("dirty-flag")  # QEMU never says so
             del expected["dirty-flag"]
         assert_superset(found, expected)
-        assert set(found) - set(expected) <= {"format-specific"}
+        assert set(found) - set(expected) <= {"format-specific", "children"}  # older QEMU has no children
         assert found["format-specific"]["type"] == "qed"
 
     def test_human(self, chain: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-        expected = qemu_img("info", "-U", "-f", "qed", name).splitlines()
+        expected = qemu_img("info", "-U", "-f", "qed", name).split("Child node")[0].splitlines()  # newer QEMU's
         found = ours(capsys, name).splitlines()
         if name == "dirty.qed":
             found.remove("cleanly shut down: no")
@@ -276,4 +276,4 @@ def test_library(tmp_path: Path) -> None:
         read_untrusted(str(path))
     assert len(os.listdir("/proc/self/fd")) == before
     assert info_module.DEFAULT_MAX_SIZE == Geometry().max_image_size
-    assert ImageInfo("x", "raw", 512, 0).to_json()["dirty-flag"] is False
+    assert ImageInfo("x", "raw", 512, 0, 512).to_json()["dirty-flag"] is False

@@ -25,9 +25,9 @@ Entries = list[dict[str, Any]]
 
 
 def qemu_map(*args: str) -> Entries:
-    """`qemu-img map`, without its entry of length 0 for an empty range."""
+    """`qemu-img map`, without its entry of length 0 for an empty range and without what only newer ones have."""
     entries: Entries = json.loads(qemu_img("map", "-f", "qed", "--output=json", *args))
-    return [entry for entry in entries if entry["length"]]
+    return as_qemu([entry for entry in entries if entry["length"]])
 
 
 def our_map(capsys: pytest.CaptureFixture[str], *args: str) -> Entries:
