@@ -81,6 +81,6 @@ def describe(error: OSError, path: str | os.PathLike[str] = "") -> str:
     """One plain line for any OSError: `path: what is wrong`."""
     if isinstance(error, QedfuseError):
         return printable(str(error))
-    name = error.filename if isinstance(error.filename, str) else os.fspath(path)
+    name = (error.filename or "''") if isinstance(error.filename, str) else os.fspath(path)
     text = os.strerror(error.errno).lower() if error.errno else str(error)
     return printable(f"{name}: {text}" if name else text)

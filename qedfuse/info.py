@@ -30,6 +30,7 @@ from qedfuse.header import (
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy
     from qedfuse.layer import Layer
+    from qedfuse.qcow2_header import Qcow2Header
 
 #: An untrusted image may declare at most this many bytes: what the default geometry can map.
 DEFAULT_MAX_SIZE = 64 << 40
@@ -45,7 +46,8 @@ _FEATURE_NAMES = {
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """One image of a chain; sizes in bytes. `header` is for QED only, a raw file has no `cluster_size`.
+    """One image of a chain; sizes in bytes. `header` is for QED and `qcow2` for qcow2 only, a raw file has no
+    `cluster_size`.
 
     `path` is the name it was opened by, `virtual_size` what a guest sees, `actual_size` what it takes on the host,
     `file_size` how long the file is.
@@ -60,6 +62,7 @@ class ImageInfo:
     backing_name: str | None = None
     backing_format: str | None = None
     cluster_size: int | None = None
+    qcow2: Qcow2Header | None = None
 
     @property
     def full_backing_name(self) -> str | None:
@@ -93,6 +96,8 @@ class ImageInfo:
                 result["backing-filename-format"] = self.backing_format
         if self.header is not None:
             result["format-specific"] = {"type": "qed", "data": _header_to_json(self.header)}
+        if self.qcow2 is not None:
+            result["format-specific"] = {"type": "qcow2", "data": _qcow2_to_json(self.qcow2)}
         return result
 
     def _file_to_json(self) -> dict[str, object]:
@@ -118,6 +123,18 @@ def _header_to_json(header: Header) -> dict[str, object]:
         "autoclear-features": header.autoclear_features,
         "max-virtual-size": header.geometry.max_image_size,
     }
+
+
+def _qcow2_to_json(header: Qcow2Header) -> dict[str, object]:
+    """Without what would have kept us from opening it (QAPI `ImageInfoSpecificQCow2`)."""
+    data: dict[str, object] = {
+        "compat": "0.10" if header.version == 2 else "1.1",
+        "compression-type": "zlib",
+        "refcount-bits": header.refcount_bits,
+    }
+    if header.version > 2:
+        data |= {"lazy-refcounts": header.lazy_refcounts, "corrupt": False, "extended-l2": False}
+    return data
 
 
 def read_info(path: str, *, share: bool = False) -> ImageInfo:
@@ -268,5 +285,6 @@ async def _layer_info(layer: Layer) -> ImageInfo:
             backing_name=header.backing_name,
             backing_format=header.backing_format,
             cluster_size=header.cluster_size,
+            qcow2=header,
         )
     return info

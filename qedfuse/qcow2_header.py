@@ -34,6 +34,9 @@ INCOMPATIBLE_COMPRESSION = 8
 INCOMPATIBLE_EXTENDED_L2 = 16
 _KNOWN_INCOMPATIBLE = 31
 
+_COMPATIBLE_LAZY_REFCOUNTS = 1
+_MAX_REFCOUNT_ORDER = 6
+
 _EXTENSION_END = 0
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _CRYPT_METHODS = {1: "aes", 2: "luks"}
@@ -42,7 +45,7 @@ _COMPRESSION_TYPES = {1: "zstd"}
 
 @dataclass(frozen=True)
 class Qcow2Header:
-    """What reading a qcow2 image takes. `virtual_size` in bytes, `l1_size` in entries.
+    """What reading a qcow2 image takes, and what is shown of it. `virtual_size` in bytes, `l1_size` in entries.
 
     `backing_name` is as stored (relative to the image), None without a backing file; `backing_format` is None where
     the image does not say, so that the backing file must be probed.
@@ -55,6 +58,8 @@ class Qcow2Header:
     l1_table_offset: int
     backing_name: str | None
     backing_format: str | None
+    refcount_bits: int = 16
+    lazy_refcounts: bool = False
 
     @classmethod
     def decode(cls, raw: bytes, path: str) -> Qcow2Header:
@@ -78,6 +83,7 @@ class Qcow2Header:
             l1_table_offset,
             _decode_name(raw, name_offset, name_size, 1 << cluster_bits, path),
             _decode_format(raw, header_bytes, name_offset, path) if name_offset else None,
+            *(_decode_refcounts(raw) if version >= 3 else ()),
         )
         header._validate(path)
         return header
@@ -177,6 +183,12 @@ def _check_features(raw: bytes, cluster_size: int, path: str) -> int:
     if incompatible & INCOMPATIBLE_CORRUPT:
         raise CorruptError(path, "marked as corrupt; repair it first: qemu-img check -r all")
     return int(header_bytes)
+
+
+def _decode_refcounts(raw: bytes) -> tuple[int, bool]:
+    """Their width (bits; 0: not a valid one, which a reader need not mind) and whether they may be stale."""
+    _incompatible, compatible, _autoclear, order, _header_bytes = _V3.unpack_from(raw, V2_BYTES)
+    return 1 << order if order <= _MAX_REFCOUNT_ORDER else 0, bool(compatible & _COMPATIBLE_LAZY_REFCOUNTS)
 
 
 def _decode_name(raw: bytes, offset: int, size: int, cluster_size: int, path: str) -> str | None:

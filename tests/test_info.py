@@ -96,9 +96,18 @@ class TestAsQemu:
         found = json.loads(ours(capsys, "-U", "--backing-chain", "--output=json", name))
         assert len(found) == len(expected)
         for layer, expected_layer in zip(found, expected, strict=True):
-            expected_layer.pop("format-specific", None)  # qcow2's
             assert_superset({**layer, "dirty-flag": False}, expected_layer)
         assert ours(capsys, "--backing-chain", name).count("image: ") == len(expected)
+
+
+@pytest.mark.parametrize("options", ["compat=0.10", "compat=1.1", "lazy_refcounts=on,refcount_bits=64"])
+def test_qcow2_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "1M")
+    qemu_img("create", "-q", "-f", "qed", "-b", "a.qcow2", "-F", "qcow2", "b.qed")
+    expected = json.loads(qemu_img("info", "--output=json", "a.qcow2"))
+    found = json.loads(qedfuse("info", "--backing-chain", "--output=json", "b.qed").out)[1]
+    assert_superset(found, expected)
 
 
 def test_our_own_keys(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +162,10 @@ def test_chain_policy(chain: Path) -> None:
         one_line(qedfuse("info", *words, "top.qed"), 1, "backing file", words[0])
         one_line(qedfuse("info", "--untrusted", *words, "top.qed"), 2, "excludes")
     assert qedfuse("info", "--backing-root", ".", "top.qed") == alone
+
+
+def test_no_name() -> None:
+    one_line(qedfuse("info", ""), 1, "'': no such file")
 
 
 def test_broken_chain(chain: Path) -> None:
