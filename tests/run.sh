@@ -17,9 +17,12 @@ ruff format --check
 mypy
 if [ $# = 0 ]; then
     processors=$(nproc)
-    # Some tests make mount namespaces, in which the mounts of the others would live on.
-    python="python"
-    [ "$(id -u)" != 0 ] || python="unshare --mount python"
+    # Some tests make mount namespaces, in which the mounts of the others would live on. (In a chroot, whose root is no
+    # mount, the propagation cannot be changed; a container may not have namespaces at all.)
+    python=python
+    for alone in "unshare --mount --propagation unchanged" "unshare --mount"; do
+        ! $alone true 2>/dev/null || python="$alone python"
+    done
     # Files stay whole: their tests count together. Not reordered, or those with a few long tests come last.
     set -- --dist=loadfile --no-loadscope-reorder --tx="$((processors < 4 ? processors : 4))*popen//python=$python"
 fi
