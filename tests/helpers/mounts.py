@@ -59,6 +59,16 @@ def need_fuse() -> None:
         pytest.skip("fusermount3 is not installed")
 
 
+def new_namespace() -> tuple[str, ...]:
+    """The words that run a command in a mount namespace of its own, with mounts that are nobody else's. Skips where
+    there is none: for an ordinary user, and in a chroot, whose root is no mount."""
+    words = ("unshare", "--mount", "--propagation", "private")
+    done = subprocess.run([*words, "true"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no mount namespace of its own: {done.stderr.strip()}")
+    return words
+
+
 @contextmanager
 def mounted(*words: Name, foreground: bool = False) -> Iterator[Mounted]:
     """`qedfuse mount WORDS...`, unmounted in the end. Options may stand anywhere."""
