@@ -89,6 +89,7 @@ class Stepper:
         finally:
             _way.reset(token)
         if not isinstance(call, functools.partial):
+            self._coroutine.close()
             raise RuntimeError("a coroutine needs an event loop")
         self.call = call
 

@@ -187,9 +187,18 @@ def test_not_while_the_file_has_to_grow(tmp_path: Path) -> None:
 
 
 def test_what_needs_an_event_loop_is_refused() -> None:
+    ended = []
+
+    async def sleepy() -> None:
+        try:
+            await trio.sleep(1)
+        finally:
+            ended.append(1)
+
     async def main() -> None:
         with pytest.raises(RuntimeError, match="needs an event loop"):
-            Stepper(trio.sleep(1))  # noqa: ASYNC105
+            Stepper(sleepy())
+        assert ended
 
     trio.run(main)
 
