@@ -61,7 +61,8 @@ class FastPath:
     @property
     def counters(self) -> dict[str, int]:
         """Since the process began: `calls` of the filter, `reads`, `writes` and `syncs` answered, requests `passed` to
-        pyfuse3 (`missed` of these because they needed a disk), `handed` over, `spins` and those `spun` successfully."""
+        pyfuse3 and `handed` over (`missed` of all these because they needed a disk), `spins` for the next request and
+        those `spun` successfully, reads that `waits` counts as having waited for the disk, `waited` successfully."""
         counters = native.counters()
         answering = self._answering
         counters["reads"] += answering.reads if answering else 0

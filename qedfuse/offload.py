@@ -1,10 +1,12 @@
 """System calls that may wait, in a thread: what the event loop does not know of the host's disk.
 
-trio's way to a thread and back costs 140 µs, and an fdatasync of a fast disk hardly more. So one thread of our own
-takes one call at a time, and the loop waits for it, on the spot, for as long as a fast disk may take: 40 µs instead.
-It waits for no longer than `PATIENCE_MS`, and not when a request of the kernel arrives (`watch`): the loop is never
-away for longer than it is for a burst of the fast path. A call that takes longer, or comes while another is under way,
-costs what it costs with trio.
+trio's way to a thread and back costs 140 µs, and an fdatasync of a fast disk hardly more. So a thread of our own takes
+one call at a time, and the loop waits for it, on the spot, for as long as a fast disk may take: 40 µs instead. With the
+fast path there is another one, for fdatasync alone, which does not need the GIL.
+
+The loop waits for no longer than `PATIENCE_MS`, and not when a request of the kernel arrives (`watch`): it is never
+away for longer than for a burst of the fast path. A call that takes longer, or comes while these are busy, costs what
+it costs with trio.
 """
 
 from __future__ import annotations
