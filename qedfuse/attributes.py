@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from qedfuse.layer import Layer
 from qedfuse.mount_options import MountOptions
+from qedfuse.storage import held_bytes
 
 BLOCK_SIZE = 512
 
@@ -75,10 +76,6 @@ def host_blocks(layer: Layer | None) -> int:
     """Blocks of 512 bytes that an open image and its backing files take on the host."""
     blocks = 0
     while layer is not None:
-        status = layer.storage.stat()
-        if stat.S_ISBLK(status.st_mode):
-            blocks += layer.size // BLOCK_SIZE
-        else:
-            blocks += status.st_blocks
+        blocks += held_bytes(layer.storage) // BLOCK_SIZE
         layer = layer.backing
     return blocks

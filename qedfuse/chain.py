@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from qedfuse.probe import FORMATS, PROBE_BYTES, QCOW2, QED, RAW, probe_format
 from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
-from qedfuse.storage import FileStorage, Storage
+from qedfuse.storage import FileStorage, Identity, Storage, identity
 
 #: Layers in a chain, the top one included. Each costs a descriptor, and a loop that no inode betrays must end, too.
 MAX_DEPTH = 200
@@ -51,7 +50,7 @@ async def open_layer(
     """A raw, QED or qcow2 image with its backing chain, read-only. The caller closes it.
 
     `format` None: probed. `share`: no locks are taken or honoured. `policy` is for backing files, not for `path`
-    itself, which may be a block device if it is not QED.
+    itself.
 
     Raises QedfuseError (in use, another format, corrupt header, backing file missing or refused, a loop), OSError of
     the host. On an error, and when cancelled, nothing stays open.
@@ -78,18 +77,16 @@ async def open_backing(
     chain = Chain(share, policy)
     async with chain.closed_on_error():
         with suppress(FileNotFoundError):
-            chain.identities.add(_identity(os.stat(image)))
+            chain.identities.add(identity(os.stat(image)))
         await chain.walk(Reference(os.fspath(image), name, format))
         return chain.build()
 
 
 async def read_header(storage: Storage) -> Header:
     """The header of a QED image, validated against its file. Raises FormatError, UnsupportedError, CorruptError."""
-    status = storage.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise UnsupportedError(storage.path, "a qed image must be a regular file")
-    header = Header.decode(await _read(storage, 0, min(HEADER_BYTES, status.st_size)), storage.path)
-    header.validate_file_size(status.st_size, storage.path)
+    size = storage.size()
+    header = Header.decode(await _read(storage, 0, min(HEADER_BYTES, size)), storage.path)
+    header.validate_file_size(size, storage.path)
     return header
 
 
@@ -120,7 +117,7 @@ class Chain:
 
     def __init__(self, share: bool, policy: BackingPolicy) -> None:
         self.links: list[_Link] = []
-        self.identities: set[tuple[int, int]] = set()
+        self.identities: set[Identity] = set()
         self._share = share
         self._policy = policy
         self._opened: list[FileStorage] = []
@@ -140,7 +137,7 @@ class Chain:
         """Open the image at `path` and walk its chain."""
 
         def open_file() -> FileStorage:
-            return FileStorage.open(path, writable, allow_device=not writable)
+            return FileStorage.open(path, writable)
 
         await self.walk(await self._add(await trio.to_thread.run_sync(open_file), format))
 
@@ -157,16 +154,15 @@ class Chain:
     async def _add(self, storage: FileStorage, format: str | None, image: str | None = None) -> Reference | None:
         """Take an opened file, named by `image`, as the next link. Returns what its header refers to."""
         self._opened.append(storage)
-        identity = _identity(storage.stat())
-        if identity in self.identities:
+        found = identity(storage.stat())
+        if found in self.identities:
             message = f"its backing file {shown(storage.path)} is part of this chain already (a loop)"
             raise CorruptError(image or storage.path, message, errno.ELOOP)
-        self.identities.add(identity)
+        self.identities.add(found)
         if not self._share:
             lock(storage.fileno(), storage.path, writable=storage.writable)
         if format is None:
-            size = RawLayer.open(storage).size
-            format = probe_format(await _read(storage, 0, min(PROBE_BYTES, size)), storage.path)
+            format = probe_format(await _read(storage, 0, min(PROBE_BYTES, storage.size())), storage.path)
         header, reference = await _read_link(storage, format)
         self.links.append(_Link(storage, header))
         return reference
@@ -205,10 +201,6 @@ async def _read_link(storage: Storage, format: str) -> tuple[Header | Qcow2Heade
     if format == RAW:
         return None, None
     raise UnsupportedError(storage.path, f"unknown format {shown(format)} (known are {', '.join(FORMATS)})")
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
 
 
 async def _read(storage: Storage, offset: int, size: int) -> bytes:

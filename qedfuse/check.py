@@ -14,6 +14,8 @@ Where it differs from QEMU's numbers:
   cluster_size - 1 clusters of the file (from 16 MiB on with 4 KiB clusters, from 4 GiB on with 64 KiB).
 - It counts unreferenced clusters as leaked that are holes and waste nothing; here they are `punched_clusters`. That is
   what `-r leaks` leaves in the middle of a file.
+- On a block device it counts everything as leaked that nothing refers to, up to the device's end. Here nothing is: it
+  is free, and used before the device counts as full (`reserve.py`).
 - It counts clusters past the image's end as used.
 
 How repair works, and why a crash in it does no harm, is in `repair.py`.
@@ -131,7 +133,8 @@ async def check_image(
         if result.leaks:
             result.note("leaked clusters are kept as long as the image is corrupt; repair all")
         return result
-    if result.corruptions or result.leaks or header.needs_check or used.end_of_marked() < used.clusters:
+    has_unused_end = not storage.fixed and used.end_of_marked() < used.clusters
+    if result.corruptions or result.leaks or header.needs_check or has_unused_end:
         return await _repair(storage, result, used, progress)
     return result
 
@@ -162,7 +165,7 @@ async def _repair(storage: Storage, found: CheckResult, used: ClusterMap, progre
 async def _scan(storage: Storage, header: Header, progress: Progress | None) -> tuple[CheckResult, ClusterMap]:
     """One walk over all tables, in QEMU's order and with its idea of what counts."""
     geometry = header.geometry
-    file_size = storage.stat().st_size
+    file_size = storage.size()
     header.validate_file_size(file_size, storage.path)
     bounds = Bounds.of(header, file_size)
     used = ClusterMap(storage, bounds)
@@ -252,5 +255,7 @@ async def _count_leaks(storage: Storage, result: CheckResult, used: ClusterMap) 
         leaked += end - first
         await breathe()
     result.leaks = leaked + result.past_end_clusters
-    clusters = min(used.clusters, storage.stat().st_size // result.header.cluster_size)  # a repair shortens the file
+    clusters = min(used.clusters, storage.size() // result.header.cluster_size)  # a repair shortens the file
+    if storage.fixed:
+        clusters = used.end_of_marked()
     result.punched_clusters = clusters - result.header.header_size - used.marked - leaked

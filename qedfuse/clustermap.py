@@ -7,7 +7,7 @@ from typing import NamedTuple
 from qedfuse._clustermap import Bitmap
 from qedfuse.errors import CorruptError
 from qedfuse.scan import Bounds
-from qedfuse.storage import Storage
+from qedfuse.storage import Storage, held_bytes
 
 
 class Marks(NamedTuple):
@@ -37,7 +37,7 @@ class ClusterMap(Bitmap):
 
     def __new__(cls, storage: Storage, bounds: Bounds) -> ClusterMap:
         header = bounds.header
-        held = storage.stat().st_blocks * 512 // header.cluster_size
+        held = held_bytes(storage) // header.cluster_size
         return super().__new__(
             cls,
             clusters=bounds.end // header.cluster_size,

@@ -110,7 +110,7 @@ class Committer:
         self._unsynced_tables = False
         self._closed = False
         self._header_known = True  # the file's header is `header`: no write of another one has failed
-        self.file_size = storage.stat().st_size  # bytes; clusters handed out may lie beyond until `extend`
+        self.file_size = storage.size()  # bytes; clusters handed out may lie beyond until `extend`
         self._growing = trio.Lock()
         self._size = header.image_size  # what the header shall say after the next commit with sync
         self._running = trio.Semaphore(1, max_value=1)  # a lock that belongs to no task

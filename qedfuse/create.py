@@ -80,7 +80,7 @@ async def write_image(storage: Storage, header: Header, backing_name: bytes = b"
 
     Cancelled or failed, it leaves a file that is no image, or the old one.
     """
-    if storage.stat().st_size:
+    if storage.size():
         await storage.truncate(0)
         await storage.sync()
     await storage.truncate(header.l1_table_offset + header.geometry.table_bytes)
@@ -128,6 +128,8 @@ async def _write_file(path: str, header: Header, backing_name: bytes) -> None:
     new_path = make_file(path)
     storage = FileStorage.open(path, writable=True)
     try:
+        if storage.fixed:
+            raise QedfuseError(path, "is a block device, and a new qed image must be a regular file", errno.EINVAL)
         lock(storage.fileno(), path, writable=True)
         try:
             await write_image(storage, header, backing_name)

@@ -75,7 +75,7 @@ class Image:
         self._closed = False
         self._committer: Committer | None = None
         if writable:
-            allocator = Allocator(self.geometry, storage.stat().st_size)
+            allocator = Allocator(self.geometry, storage.size())
             self._committer = Committer(storage, header, self._tables, allocator, barrier=backing is not None)
             self._writer = ClusterWriter(storage, self._tables, allocator, self._committer, backing)
 

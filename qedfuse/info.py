@@ -49,8 +49,8 @@ class ImageInfo:
     """One image of a chain; sizes in bytes. `header` is for QED and `qcow2` for qcow2 only, a raw file has no
     `cluster_size`.
 
-    `path` is the name it was opened by, `virtual_size` what a guest sees, `actual_size` what it takes on the host,
-    `file_size` how long the file is.
+    `path` is the name it was opened by, `virtual_size` what a guest sees, `actual_size` what it takes on the host (0 on
+    a block device, as in qemu-img), `file_size` how long the file is.
     """
 
     path: str
@@ -63,6 +63,7 @@ class ImageInfo:
     backing_format: str | None = None
     cluster_size: int | None = None
     qcow2: Qcow2Header | None = None
+    on_device: bool = False
 
     @property
     def full_backing_name(self) -> str | None:
@@ -102,15 +103,17 @@ class ImageInfo:
 
     def _file_to_json(self) -> dict[str, object]:
         """What newer QEMU calls the protocol layer."""
-        return {
+        result: dict[str, object] = {
             "children": [],
             "filename": self.path,
-            "format": "file",
+            "format": "host_device" if self.on_device else "file",
             "virtual-size": round_up(self.file_size, SECTOR_SIZE),
             "actual-size": self.actual_size,
             "dirty-flag": False,
-            "format-specific": {"type": "file", "data": {}},
         }
+        if not self.on_device:
+            result["format-specific"] = {"type": "file", "data": {}}
+        return result
 
 
 def _header_to_json(header: Header) -> dict[str, object]:
@@ -186,8 +189,8 @@ def _opened(path: str, *, share: bool) -> Iterator[int]:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
             raise QedfuseError(path, "is a directory, not an image", errno.EISDIR)
-        if not stat.S_ISREG(mode):
-            raise QedfuseError(path, "is not a regular file", errno.EINVAL)
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise QedfuseError(path, "is not a regular file or a block device", errno.EINVAL)
         if not share:
             lock(fd, path, writable=False)
         yield fd
@@ -196,27 +199,28 @@ def _opened(path: str, *, share: bool) -> Iterator[int]:
 
 
 def _read_info(fd: int, path: str) -> ImageInfo:
-    status = os.fstat(fd)
+    size = os.lseek(fd, 0, os.SEEK_END)
     header = Header.decode(_pread(fd, path, HEADER_BYTES, 0), path)
-    header.validate_file_size(status.st_size, path)
+    header.validate_file_size(size, path)
     name = None
     if header.has_backing_file:
         raw = _pread(fd, path, header.backing_filename_size, header.backing_filename_offset)
         name = decode_backing_name(raw, path)
-    return _of_qed(path, header, status, name)
+    return _of_qed(path, header, os.fstat(fd), size, name)
 
 
-def _of_qed(path: str, header: Header, status: os.stat_result, backing_name: str | None) -> ImageInfo:
+def _of_qed(path: str, header: Header, status: os.stat_result, size: int, backing_name: str | None) -> ImageInfo:
     return ImageInfo(
         path,
         "qed",
         header.image_size,
         status.st_blocks * 512,
-        status.st_size,
+        size,
         header,
         backing_name,
         "raw" if header.backing_is_raw else None,
         header.cluster_size,
+        on_device=stat.S_ISBLK(status.st_mode),
     )
 
 
@@ -273,11 +277,13 @@ async def _layer_info(layer: Layer) -> ImageInfo:
     from qedfuse.image import Image
     from qedfuse.qcow2 import Qcow2Layer
 
-    status = layer.storage.stat()
+    status, file_size = layer.storage.stat(), layer.storage.size()
     if isinstance(layer, Image):
-        return _of_qed(layer.path, layer.header, status, await read_backing_name(layer.storage, layer.header))
+        name = await read_backing_name(layer.storage, layer.header)
+        return _of_qed(layer.path, layer.header, status, file_size, name)
     size = round_up(layer.size, SECTOR_SIZE)
-    info = ImageInfo(layer.path, layer.format, size, status.st_blocks * 512, status.st_size)
+    on_device = layer.storage.fixed
+    info = ImageInfo(layer.path, layer.format, size, status.st_blocks * 512, file_size, on_device=on_device)
     if isinstance(layer, Qcow2Layer):
         header = layer.header
         info = replace(

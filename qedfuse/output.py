@@ -20,17 +20,10 @@ import trio
 from qedfuse.create import make_file, sync_directory
 from qedfuse.errors import QedfuseError
 from qedfuse.filelock import lock
-from qedfuse.storage import Buffer, FileStorage
+from qedfuse.storage import Buffer, FileStorage, Identity, identity
 
 #: So much at a time the host is told to begin writing out: little is left for the sync at the end.
 _WRITEBACK_BYTES = 8 << 20
-
-#: What makes two names one file, or one block device.
-Identity = tuple[int, int]
-
-
-def identity(status: os.stat_result) -> Identity:
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def refuse_sources(path: str, status: os.stat_result, sources: Mapping[Identity, str]) -> None:

@@ -31,7 +31,6 @@ from qedfuse.qcow2_entries import (
     inflate,
 )
 from qedfuse.qcow2_header import Qcow2Header, decode_cluster_bits
-from qedfuse.raw import RawLayer
 from qedfuse.storage import Storage
 
 #: Table pages kept per layer, in bytes; what Python adds to a page counts too.
@@ -90,7 +89,7 @@ async def read_qcow2_header(storage: Storage) -> Qcow2Header:
 
     Raises FormatError, UnsupportedError, CorruptError (see `Qcow2Header.decode`), OSError of the host.
     """
-    file_size = _file_size(storage)
+    file_size = storage.size()
     head = await _read(storage, 0, min(file_size, PAGE_SIZE))
     cluster_size = 1 << decode_cluster_bits(head, storage.path)
     if len(head) < min(file_size, cluster_size):
@@ -114,7 +113,7 @@ class Qcow2Layer:
         self.storage = storage
         self.header = header
         self._backing = backing
-        self._end_of_file = _file_size(storage)
+        self._end_of_file = storage.size()
         self._mapper = EntryMapper(header, self.path)
         self._tables: _Lru[_Page, array[int]] = _Lru(TABLE_CACHE_BYTES // (header.page_bytes + _PAGE_OVERHEAD))
         self._clusters: _Lru[int, bytes] = _Lru(max(1, CLUSTER_CACHE_BYTES // header.cluster_size))
@@ -221,7 +220,7 @@ class Qcow2Layer:
         return entries
 
     async def _load(self, page: _Page) -> None:
-        file_size = _file_size(self.storage)
+        file_size = self.storage.size()
         if page.host + page.size > file_size:
             raise CorruptError(
                 self.path,
@@ -232,7 +231,7 @@ class Qcow2Layer:
         if sys.byteorder == "little":
             entries.byteswap()
         # Somebody else's image in use grows. What a table points at was there before the table.
-        self._end_of_file = _file_size(self.storage)
+        self._end_of_file = self.storage.size()
         self._tables.put(page, entries)
 
     async def _unpacked(self, position: int) -> bytes:
@@ -283,8 +282,3 @@ async def _read(storage: Storage, offset: int, size: int) -> bytes:
         if not storage.read_into_nowait(offset, view):
             await storage.read_into(offset, view)
     return bytes(data)
-
-
-def _file_size(storage: Storage) -> int:
-    """Bytes of a file or a block device."""
-    return RawLayer.open(storage).size

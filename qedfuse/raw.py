@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import stat
-
 from qedfuse.layer import Kind, Layer, Run
-from qedfuse.storage import FileStorage, Storage
+from qedfuse.storage import Storage
 
 
 class RawLayer:
@@ -22,7 +19,7 @@ class RawLayer:
     @classmethod
     def open(cls, storage: Storage) -> RawLayer:
         """`size` is the file's, taken once: a read-only backing file does not grow under us."""
-        return cls(storage, _size_of(storage))
+        return cls(storage, storage.size())
 
     @property
     def size(self) -> int:
@@ -43,11 +40,3 @@ class RawLayer:
 
     async def close(self) -> None:
         await self.storage.close()
-
-
-def _size_of(storage: Storage) -> int:
-    status = storage.stat()
-    if not stat.S_ISBLK(status.st_mode):
-        return status.st_size
-    assert isinstance(storage, FileStorage)
-    return os.lseek(storage.fileno(), 0, os.SEEK_END)

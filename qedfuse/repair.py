@@ -48,7 +48,7 @@ from qedfuse.errors import CorruptError
 from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, ZERO_CLUSTER
 from qedfuse.header import Header
 from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
-from qedfuse.storage import Storage
+from qedfuse.storage import Storage, held_bytes
 
 MIN_COPY_LIMIT = 1 << 30
 #: Each copy is remembered in 16 bytes until its entry is written.
@@ -77,7 +77,7 @@ async def repair_tables(storage: Storage, header: Header, *, overlaps: bool, pro
 
     Raises OSError; CorruptError, with nothing changed, if too much would have to be copied. Cancellation is harmless.
     """
-    bounds = Bounds.of(header, storage.stat().st_size)
+    bounds = Bounds.of(header, storage.size())
     work = _TableRepair(storage, bounds, progress or _silent)
     if overlaps:
         await work.plan()
@@ -114,7 +114,7 @@ class _TableRepair:
         self._next = bounds.end
         self._copies = 0
         self._end_of_copies = 0
-        self._limit = max(storage.stat().st_blocks * 512, MIN_COPY_LIMIT)
+        self._limit = max(held_bytes(storage), MIN_COPY_LIMIT)
         self._tables: dict[int, int] = {}
         self._slots = array("Q")
         self._targets = array("Q")
@@ -250,7 +250,12 @@ class _TableRepair:
 
 
 def leaked_runs(storage: Storage, header: Header, used: ClusterMap) -> Iterator[tuple[int, int]]:
-    """The clusters that nothing refers to and that hold data, as runs (first, end). Some runs are empty (no news)."""
+    """The clusters that nothing refers to and that hold data, as runs (first, end). Some runs are empty (no news).
+
+    None on a block device, which has the same space whatever is in it.
+    """
+    if storage.fixed:
+        return
     size = header.cluster_size
     first = used.next_free(header.header_size)
     while first < used.clusters and (data := storage.next_data(first * size)) is not None:
@@ -274,6 +279,6 @@ async def release(storage: Storage, header: Header, used: ClusterMap) -> None:
         await breathe()
         if first < min(stop, end):
             await storage.punch(first * size, (min(stop, end) - first) * size)
-    if storage.stat().st_size > end * size:
+    if storage.size() > end * size and not storage.fixed:
         await storage.truncate(end * size)
     await storage.sync()

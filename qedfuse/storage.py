@@ -33,15 +33,30 @@ _IOV_MAX = 1024
 _MAX_SIZE = (1 << 63) - 1
 
 
+#: What makes two names one file, or one block device.
+Identity = tuple[int, int]
+
+
+def identity(status: os.stat_result) -> Identity:
+    """Which file, or which block device, whatever node stands for it."""
+    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
 class Storage(Protocol):
     """A host file.
 
     Offsets and sizes are bytes. Errors are OSErrors with the host's errno. A call that was cancelled has either
-    happened whole or, for a write, may have happened in part.
+    happened whole or, for a write, may have happened in part. `fixed`: a block device. Its size cannot be changed, all
+    of it counts as data, and where nobody has written it may hold anything.
     """
 
     path: str
     writable: bool
+    fixed: bool
+
+    def size(self) -> int:
+        """How long the file is, or how large the device."""
+        ...
 
     def read_into_nowait(self, offset: int, target: memoryview) -> bool:
         """Fill `target` from `offset` if that needs no waiting. False: nothing is promised of target's content."""
@@ -76,7 +91,7 @@ class Storage(Protocol):
         ...
 
     def stat(self) -> os.stat_result:
-        """The file's attributes (st_size, st_blocks, times, owner)."""
+        """The file's attributes (times, owner, st_blocks); of a block device those of its node."""
         ...
 
     def next_data(self, offset: int) -> int | None:
@@ -92,17 +107,23 @@ class Storage(Protocol):
         ...
 
 
+def held_bytes(storage: Storage) -> int:
+    """Bytes that the host stores for a file; of a device, all."""
+    return storage.size() if storage.fixed else storage.stat().st_blocks * 512
+
+
 class FileStorage:
-    """A regular file (or, read-only, a block device) of the host. See `Storage`."""
+    """A regular file or a block device of the host. See `Storage`."""
 
     def __init__(self, path: str, fd: int, writable: bool) -> None:
         self.path = path
         self.writable = writable
+        self.fixed = stat.S_ISBLK(os.fstat(fd).st_mode)
         self._fd = fd
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], writable: bool, *, allow_device: bool = False) -> FileStorage:
-        """Open a file that exists. Never blocks on a FIFO; refuses anything but a file (or a block device).
+    def open(cls, path: str | os.PathLike[str], writable: bool) -> FileStorage:
+        """Open a file that exists. Never blocks on a FIFO; refuses anything but a regular file or a block device.
 
         Raises OSError with the host's errno and the path as its filename.
         """
@@ -113,8 +134,10 @@ class FileStorage:
             mode = os.fstat(fd).st_mode
             if stat.S_ISDIR(mode):
                 raise QedfuseError(name, "is a directory, not an image", errno.EISDIR)
-            if not stat.S_ISREG(mode) and not (allow_device and stat.S_ISBLK(mode)):
-                raise QedfuseError(name, "is not a regular file", errno.EINVAL)
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise QedfuseError(name, "is not a regular file or a block device", errno.EINVAL)
+            if writable and stat.S_ISBLK(mode):
+                raise QedfuseError(name, "is a block device, and cannot be written yet", errno.EINVAL)
         except BaseException:
             os.close(fd)
             raise
@@ -217,10 +240,15 @@ class FileStorage:
             error.filename = self.path
         return error
 
+    def size(self) -> int:
+        return os.lseek(self._fd, 0, os.SEEK_END) if self.fixed else os.fstat(self._fd).st_size
+
     def stat(self) -> os.stat_result:
         return os.fstat(self._fd)
 
     def next_data(self, offset: int) -> int | None:
+        if self.fixed:
+            return offset if offset < self.size() else None
         try:
             return os.lseek(self._fd, offset, os.SEEK_DATA)
         except OSError as error:
@@ -229,7 +257,12 @@ class FileStorage:
             raise
 
     def next_hole(self, offset: int) -> int:
-        return os.lseek(self._fd, offset, os.SEEK_HOLE)
+        if not self.fixed:
+            return os.lseek(self._fd, offset, os.SEEK_HOLE)
+        size = self.size()
+        if offset >= size:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), self.path)
+        return size
 
     async def close(self) -> None:
         if self._fd >= 0:

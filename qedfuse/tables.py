@@ -44,7 +44,7 @@ class Tables:
         self._l1_offset = header.l1_table_offset
         self._data_start = header.header_bytes
         self._lenient = lenient
-        self.file_end = storage.stat().st_size
+        self.file_end = storage.size()
         self.l1 = PageMap(pool)
         self.l2 = PageMap(pool)
         self.dirty_l1: set[int] = set()
@@ -162,7 +162,7 @@ class Tables:
         if offset + size > self.file_end:
             if self._storage.writable:
                 return False
-            self.file_end = self._storage.stat().st_size  # somebody else may be writing (-U)
+            self.file_end = self._storage.size()  # somebody else may be writing (-U)
         return offset + size <= self.file_end
 
     # -- loading ------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from qedfuse.header import Header
 from qedfuse.image import Image
 from qedfuse.layer import Layer
 from qedfuse.opening import open_image
-from qedfuse.output import Identity, OutputFile, open_output, refuse_sources
-from qedfuse.raw import RawLayer
+from qedfuse.output import OutputFile, open_output, refuse_sources
+from qedfuse.storage import Identity
 
 #: Zeroing a device can take long: a step that may be cancelled.
 _ZERO_STEP = 1 << 30
@@ -93,7 +93,7 @@ async def raw_target(
         if file.made:
             await file.truncate(size)
         else:
-            _check_room(path, RawLayer.open(file).size, size)
+            _check_room(path, file.size(), size)
         yield RawTarget(file)
 
 

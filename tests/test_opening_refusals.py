@@ -144,7 +144,7 @@ def test_files_that_are_no_images(tmp_path: Path, read_only: bool) -> None:
     assert "directory" in message()
     path.rmdir()
     os.mkfifo(path)
-    assert message() == f"{path}: is not a regular file"
+    assert message() == f"{path}: is not a regular file or a block device"
     path.unlink()
     for content in (b"", b"QE", bytes(4096), b"QFI\xfb\0\0\0\3" + bytes(504)):
         path.write_bytes(content)

@@ -91,7 +91,7 @@ async def _check(path: str, repair: str | None, share: bool, bar: Bar) -> CheckR
     try:
         if not share:
             lock(storage.fileno(), path, writable=repair is not None)
-        head = bytearray(min(HEADER_BYTES, storage.stat().st_size))
+        head = bytearray(min(HEADER_BYTES, storage.size()))
         await storage.read_into(0, memoryview(head))
         if not head.startswith(MAGIC):
             return None

@@ -195,6 +195,7 @@ class Ram:
     def __init__(self, raw: bytes | bytearray, *, writable: bool = True, fail_at: int | None = None) -> None:
         self.path = "ram.qed"
         self.writable = writable
+        self.fixed = False
         self.start = bytes(raw)
         self.raw = bytearray(raw)
         self.log: list[tuple[str, int, bytes]] = []
@@ -240,6 +241,9 @@ class Ram:
         await trio.lowlevel.checkpoint()
         assert offset + size <= len(self.raw)
         self._do("punch", offset, bytes(size))
+
+    def size(self) -> int:
+        return len(self.raw)
 
     def stat(self) -> os.stat_result:
         fields = (stat.S_IFREG | 0o600, 1, 1, 1, 0, 0, len(self.raw), 0, 0, 0)

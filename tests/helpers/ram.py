@@ -123,6 +123,7 @@ class RamStorage:
     ) -> None:
         self.path = path
         self.writable = writable
+        self.fixed = False
         self.file = file if file is not None else RamFile()
         self.chaos = chaos
         self.punches = punches
@@ -217,6 +218,10 @@ class RamStorage:
         self.apply_punch(offset, size)
         if self.chaos:
             await self.chaos.pause()
+
+    def size(self) -> int:
+        self._check()
+        return self.file.size
 
     def stat(self) -> os.stat_result:
         self._check()
