@@ -5,7 +5,8 @@ The engine is a library too, on trio:
     async with qedfuse.open_image("disk.qed") as image:
         data = await image.read(0, 512)
 
-What is named here is loaded when it is first used: `qedfuse info` needs neither trio nor pyfuse3, and starts without.
+See `library.py`. What is named here is loaded when it is first used: `qedfuse info` needs neither trio nor pyfuse3, and
+starts without.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from qedfuse.errors import (
 )
 
 if TYPE_CHECKING:
-    from qedfuse.image import Image
-    from qedfuse.opening import BackingPolicy, open_image
+    from qedfuse.backing import BackingPolicy
+    from qedfuse.layer import Kind, Run
+    from qedfuse.library import Image, open_image
 
 __version__ = "0.1.0"
 
@@ -35,8 +37,10 @@ __all__ = [
     "FormatError",
     "Image",
     "InUseError",
+    "Kind",
     "QedfuseError",
     "ReadOnlyError",
+    "Run",
     "UnsupportedError",
     "UsageError",
     "__version__",
@@ -44,9 +48,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "BackingPolicy": "qedfuse.opening",
-    "Image": "qedfuse.image",
-    "open_image": "qedfuse.opening",
+    "BackingPolicy": "qedfuse.backing",
+    "Image": "qedfuse.library",
+    "Kind": "qedfuse.layer",
+    "Run": "qedfuse.layer",
+    "open_image": "qedfuse.library",
 }
 
 

@@ -37,7 +37,8 @@ _shared_pool = PagePool()
 class Image:
     """A QED image; also a `layer.Layer`. Made by `opening.open_image`, which locks, checks and closes it.
 
-    Offsets and sizes are bytes, any alignment. Errors are OSErrors: what the host said, EROFS on a read-only image, EIO
+    Offsets and sizes are bytes, any alignment, and not checked; no call need be a checkpoint. `library.Image` is what
+    other programs see. Errors are OSErrors: what the host said, EROFS on a read-only image, EIO
     for a corrupt table and ever after a failed sync. A cancelled write may have happened in part, as after a crash; the
     image stays consistent.
 

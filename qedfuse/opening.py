@@ -42,6 +42,8 @@ async def open_image(
 ) -> AsyncIterator[Image]:
     """A QED image with its backing chain, locked, checked if it was not closed cleanly, and committed on a timer.
 
+    The engine itself, for this package; `library.open_image` is for other programs.
+
     `read_only` writes nothing, not even to an unclean image, and is never chosen for the caller: a file that cannot be
     opened for writing raises the host's EACCES, EPERM or EROFS. `share` takes and honours no locks; only with
     `read_only`, for a look at an image in use. `fixed_size` as in `Image`.

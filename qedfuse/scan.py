@@ -32,16 +32,20 @@ def unpack_entries(chunk: bytes | bytearray) -> array[int]:
     return entries
 
 
+#: Seconds of work after which other tasks have their turn.
+_BREATH = 0.005
+
+
 class Breather:
-    """Lets other tasks run, and cancellation in, about every 20 ms of work. One for a whole job, however many loops."""
+    """Lets other tasks run, and cancellation in, every few milliseconds. One for a whole job, however many loops."""
 
     def __init__(self) -> None:
-        self._due = time.monotonic() + 0.02
+        self._due = time.monotonic() + _BREATH
 
     async def __call__(self) -> None:
         if time.monotonic() >= self._due:
             await checkpoint()
-            self._due = time.monotonic() + 0.02
+            self._due = time.monotonic() + _BREATH
 
 
 class TableChunks:

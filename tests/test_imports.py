@@ -28,7 +28,7 @@ ORDER = """
     image
     chain holes mounted rootclock
     opening create info tree handover
-    fastpath
+    fastpath library
     operations control kernel_mount output
     control_server target
     daemon convert
