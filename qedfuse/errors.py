@@ -20,7 +20,8 @@ EXIT_INTERRUPTED = 130
 class QedfuseError(OSError):
     """An error with a message for a person: `path: message`.
 
-    `path` is the file at fault, `message` says what is wrong and what to do. `errno` is what a FUSE caller gets.
+    `path` is the file at fault (`filename`, too, as with any OSError), `message` says what is wrong and what to do.
+    `errno` is what a FUSE caller gets.
     """
 
     default_errno = _errno.EIO
@@ -30,9 +31,20 @@ class QedfuseError(OSError):
         super().__init__(errno if errno is not None else self.default_errno, message)
         self.path = os.fspath(path)
         self.message = message
+        self.filename = self.path or None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copied, and pickled for another process, by what it consists of: a subclass may be made of other things."""
+        return _remake, (type(self), self.path, self.message, self.errno), {**vars(self), "filename": self.filename}
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}" if self.path else self.message
+
+
+def _remake(kind: type[QedfuseError], path: str, message: str, errno: int | None) -> QedfuseError:
+    error = kind.__new__(kind)
+    QedfuseError.__init__(error, path, message, errno)
+    return error
 
 
 class FormatError(QedfuseError):
