@@ -372,6 +372,7 @@ class Committer:
 
         Errors stay: the tables remain dirty and the next flush reports what is wrong.
         """
+        complaint = ""
         while True:
             await self._dirty_event.wait()
             self._dirty_event = trio.Event()
@@ -380,6 +381,7 @@ class Committer:
                 await self._mark_early()
                 await trio.sleep(COMMIT_DELAY)
                 await self.write_back()
+                complaint = ""
                 if self.header.needs_check and not self._barrier:
                     with trio.move_on_after(IDLE_DELAY - COMMIT_DELAY):
                         await self._dirty_event.wait()
@@ -388,7 +390,8 @@ class Committer:
             except OSError as error:
                 if self.failed or self._closed:
                     return
-                log.warning("%s: cannot write tables yet: %s", self._storage.path, error.strerror or error)
+                if complaint != (complaint := error.strerror or str(error)):
+                    log.warning("%s: cannot write tables yet: %s", self._storage.path, complaint)
                 await trio.sleep(COMMIT_DELAY)
                 self._dirty_event.set()
 

@@ -5,8 +5,10 @@ mountinfo. Both sides look at who the other one is: the daemon answers root and 
 and the mount's owner. Requests and answers are JSON objects, one a line:
 
     {"command": "status"}  ->  {"pid": ..., "mountpoint": ..., "images": [...], ...}
-    {"command": "flush"}   ->  {"error": null | text}, when all that was completed is durable
-    {"command": "wait"}    ->  {"waiting": true}, and when all is closed: {"closed": true, "error": null | text}
+    {"command": "flush"}   ->  {"error": null | text, "unwritten": null | text}, when all that was completed is durable;
+                               "unwritten" is what may be written yet (no space), "error" is all that went wrong
+    {"command": "wait"}    ->  {"waiting": true}, and when all is closed: {"closed": true, "error": null | text};
+                               if it cannot be, for some time: {"closed": false, "error": text}
 
 When the daemon has left the kernel and closes the images it stops listening, but keeps those who wait.
 

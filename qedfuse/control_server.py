@@ -84,15 +84,21 @@ class ControlServer:
             self._listener.socket.close()
         self._scope.cancel()
 
+    async def dismiss(self, error: str) -> None:
+        """Tell those who wait that they would wait for long. Once it has stopped listening."""
+        waiting, self._waiting = self._waiting, set()
+        await self._send({"closed": False, "error": error}, waiting)
+
     async def finish(self, error: str | None) -> None:
         """Tell those who wait how it ended."""
+        await self._send({"closed": True, "error": error}, set(self._waiting))
+
+    async def _send(self, answer: dict[str, Any], streams: set[trio.SocketStream]) -> None:
         with trio.move_on_after(_PATIENCE):
-            for stream in list(self._waiting):
-                try:
-                    await stream.send_all(encode({"closed": True, "error": error}))
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass
-        for stream in list(self._waiting):
+            for stream in streams:
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await stream.send_all(encode(answer))
+        for stream in streams:
             await trio.aclose_forcefully(stream)
 
     async def _answer(self, stream: trio.SocketStream) -> None:

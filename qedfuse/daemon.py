@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Seconds that the kernel has to tell us that it has unmounted us.
 _GRACE = 5.0
+#: Seconds for which images that cannot be written are left to themselves when the mount has ended.
+_PATIENCE = 3.0
 #: Seconds that an image of a SOURCE directory stays open after its last use.
 LINGER = 0.5
 
@@ -201,14 +203,22 @@ class Daemon:
             name = signal.Signals(number).name
             if self._mount is None or (self._operations and self._operations.settling):
                 self._starting.cancel()
+            elif self._ended.is_set():
+                _log.warning("%s: %s, closing without another try", self._config.mountpoint, name)
+                self._give_up()
             elif not self._stopping:
                 _log.info("%s: %s, unmounting", self._config.mountpoint, name)
                 self._stopping = True
                 nursery.start_soon(self._leave)
-            elif not self._ended.is_set():
+            else:
                 _log.warning("%s: %s again, stopping at once", self._config.mountpoint, name)
                 self._killed = True
+                self._give_up()
                 pyfuse3.terminate()
+
+    def _give_up(self) -> None:
+        for node in self._tree.nodes:
+            node.mounted.give_up()
 
     async def _leave(self) -> None:
         """Unmount; if it is in use, go on for those who use it."""
@@ -249,9 +259,11 @@ class Daemon:
             await self._try_unmount(lazy=True)
             pyfuse3.close(unmount=self._mount is None)
         self._control.stop_listening()
+        if self._mount is not None:
+            _log.info("%s: unmounted, closing", self._config.mountpoint)
+        await self._close_images()
         problems = ["it was still in use when it was stopped"] if self._killed else []
         for node in self._tree.nodes:
-            await node.mounted.close()
             if node.mounted.failure is not None:
                 problems.append(describe(node.mounted.failure, node.mounted.path))
         if self._session:
@@ -262,19 +274,41 @@ class Daemon:
         await self._control.finish(error)
         return error
 
+    async def _close_images(self) -> None:
+        """All at once: one that cannot be written yet keeps no other one open."""
+        with trio.CancelScope() as telling:
+            async with trio.open_nursery() as outer:
+                outer.start_soon(self._tell_of_unwritten)
+                async with trio.open_nursery() as nursery:
+                    for node in self._tree.nodes:
+                        nursery.start_soon(node.mounted.close)
+                telling.cancel()
+
+    async def _tell_of_unwritten(self) -> None:
+        """`qedfuse umount` does not wait for ever."""
+        while True:
+            await trio.sleep(_PATIENCE)
+            images = [node.mounted for node in self._tree.nodes]
+            problems = [describe(image.unwritten, image.path) for image in images if image.unwritten is not None]
+            if problems:
+                await self._control.dismiss("; ".join(problems))
+
     # -- what it is doing ---------------------------------------------------------------------------------------------
 
     async def flush(self) -> dict[str, Any]:
-        """Make durable what was completed, in every open image."""
-        problems = []
+        """Make durable what was completed, in every open image. "unwritten": what cannot be, but may be later."""
+        problems, unwritten = [], []
         for node in self._tree.nodes:
+            image = node.mounted.opened
             try:
-                if node.mounted.opened is not None:
-                    await node.mounted.opened.flush()
+                if image is not None:
+                    await image.flush()
             except OSError as error:
                 problems.append(describe(error, node.mounted.path))
+                if image is not None and image.failed is None:
+                    unwritten.append(problems[-1])
                 _log.error("%s", problems[-1])
-        return {"error": "; ".join(problems) or None}
+        return {"error": "; ".join(problems) or None, "unwritten": "; ".join(unwritten) or None}
 
     async def status(self) -> dict[str, Any]:
         """For `qedfuse status`. Sizes in bytes; the counters count requests of the kernel."""

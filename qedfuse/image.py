@@ -323,10 +323,19 @@ class Image:
         """See `Committer.begin_flush`."""
         return self._committer.begin_flush() if self._committer else _nothing()
 
+    async def clean(self) -> None:
+        """Flush, and mark the image as one that was closed in good order. Raises OSError as `flush` does.
+
+        After that, closing has nothing left to lose.
+        """
+        if self._committer:
+            await self._committer.clean()
+
     async def close(self) -> None:
         """Flush, mark clean, trim the file, close it and the layers below. Idempotent.
 
         The files are closed even when the flush fails; its error is raised then, and EIO if a sync had failed before.
+        What could not be written is lost: to be able to try again (ENOSPC), call `clean` first.
         """
         if self._closed:
             return

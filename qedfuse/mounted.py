@@ -3,6 +3,10 @@
 An image is opened and closed by one task (`_keep`), as `open_image` demands; users count themselves in and out. The
 lock is held while the image is being opened or closed, so that nobody uses it halfway, and a new user waits for the
 close to end (the image's own lock would refuse him before).
+
+Closing throws away what is in memory, so it comes after a flush that has succeeded. While the host has no space for
+what was written the image stays open, for the next user as well, and the flush is tried again. An image whose sync has
+failed stays open, too, until the mount ends: opened again, it would not know of it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,10 @@ from qedfuse.storage import FileStorage
 #: (path, read_only) -> an open image
 Opener = Callable[[str, bool], AbstractAsyncContextManager[Image]]
 
+#: Seconds until what could not be written is tried again, at first and at most.
+_FIRST_PAUSE = 0.5
+_LAST_PAUSE = 4.0
+
 _log = logging.getLogger("qedfuse")
 
 
@@ -33,13 +41,14 @@ class MountedImage:
     """An image that is open while somebody uses it, and `linger` seconds longer.
 
     `read_only`: never opened for writing. `path`: where it is opened; may be changed, for a file that was renamed.
-    `opened`: the image while it is open. `failure`: why the last close failed. `mtime_ns`: the time of change that the
-    kernel wants the file to have; closing keeps it (nanoseconds). `mark` and `closed_at`: the file's state after the
-    last close, and when that was (`time.monotonic`).
+    `opened`: the image while it is open. `failure`: why the last close failed. `unwritten`: why it cannot be closed
+    yet. `mtime_ns`: the time of change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`
+    and `closed_at`: the file's state after the last close, and when that was (`time.monotonic`).
     """
 
     __slots__ = (
         "_closed",
+        "_given_up",
         "_idle",
         "_keeping",
         "_linger",
@@ -49,6 +58,7 @@ class MountedImage:
         "_shared",
         "_stop",
         "_users",
+        "_wake",
         "closed_at",
         "failure",
         "mark",
@@ -56,6 +66,7 @@ class MountedImage:
         "opened",
         "path",
         "read_only",
+        "unwritten",
     )
 
     def __init__(self, path: str, opener: Opener, nursery: trio.Nursery, *, read_only: bool, linger: float) -> None:
@@ -63,6 +74,7 @@ class MountedImage:
         self.read_only = read_only
         self.opened: Image | None = None
         self.failure: OSError | None = None
+        self.unwritten: OSError | None = None
         self.mark: FileMark | None = None
         self.closed_at = 0.0
         self.mtime_ns: int | None = None
@@ -76,6 +88,8 @@ class MountedImage:
         self._closed = trio.Event()
         self._idle = trio.Event()
         self._stop = trio.Event()
+        self._wake = trio.Event()
+        self._given_up = False
 
     @property
     def users(self) -> int:
@@ -109,11 +123,18 @@ class MountedImage:
             self._idle.set()
 
     async def close(self) -> None:
-        """Close the image whoever uses it, and wait for that. `failure` says whether it went well. Idempotent."""
+        """Close the image whoever uses it, and wait for that: until all is written, however long that takes, unless
+        there is no hope or `give_up` is called. `failure` says whether it went well. Idempotent."""
         self._stop.set()
         self._idle.set()
+        self._wake.set()
         if self._keeping:
             await self._closed.wait()
+
+    def give_up(self) -> None:
+        """Let `close` try but once to write what is not written yet."""
+        self._given_up = True
+        self._wake.set()
 
     async def _open_as_allowed(self, to_write: bool) -> None:
         self.mtime_ns = None
@@ -142,10 +163,10 @@ class MountedImage:
             async with self._open(self.path, read_only) as image:
                 self.opened = image
                 task_status.started()
-                await self._wait_until_unused()
+                await self._wait_until_dispensable(image)
                 closing = True
                 self.opened = None
-                if isinstance(image.storage, FileStorage):
+                if isinstance(image.storage, FileStorage) and not self._stop.is_set():
                     with contextlib.suppress(OSError):  # no descriptor left: then it counts as changed by others
                         spare = os.dup(image.storage.fileno())
             self.failure = image.failed
@@ -154,13 +175,45 @@ class MountedImage:
                 raise  # it could not be opened: for `acquire`
             self._note_failure(error)
         finally:
-            self.opened = None
+            self.opened = self.unwritten = None
             if spare is not None:
                 self._note_state(spare)
             self._keeping = False
             self._closed.set()
             if closing:
                 self._lock.release()
+
+    async def _wait_until_dispensable(self, image: Image) -> None:
+        """Returns with the lock held, when the image is not used and closing it loses nothing, or must be closed."""
+        pause = _FIRST_PAUSE
+        while True:
+            await self._wait_until_unused()
+            ending = self._stop.is_set()
+            if image.failed is None:
+                try:
+                    await image.clean()
+                except OSError as error:
+                    if image.failed is None:
+                        self._note_unwritten(error)
+                except Exception:  # a bug: closing meets it again, and says so
+                    return
+                else:
+                    return
+            if ending and (image.failed is not None or self._given_up):
+                return
+            self._lock.release()
+            if image.failed is not None:
+                await self._stop.wait()
+                continue
+            with trio.move_on_after(pause):
+                await self._wake.wait()
+            pause = min(2 * pause, _LAST_PAUSE)
+            self._wake = trio.Event()
+
+    def _note_unwritten(self, error: OSError) -> None:
+        if self.unwritten is None or self.unwritten.errno != error.errno:
+            _log.error("%s: stays open until what was written can be kept", describe(error, self.path))
+        self.unwritten = error
 
     async def _wait_until_unused(self) -> None:
         """Returns with the lock held, when nobody has used the image for a while, or must not any longer."""
@@ -199,12 +252,13 @@ class MountedImage:
     def status(self) -> dict[str, Any]:
         """For `qedfuse status`; sizes in bytes."""
         image = self.opened
+        error = (image.failed if image else None) or (None if self._users else self.unwritten)
         return {
             "filename": self.path,
             "virtual-size": image.size if image else None,
             "writable": image.writable if image else False,
             "backing-filename": image.backing.path if image and image.backing else None,
-            "error": describe(image.failed, self.path) if image and image.failed else None,
+            "error": describe(error, self.path) if error else None,
         }
 
     def key(self) -> FileKey | None:

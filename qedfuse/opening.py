@@ -49,7 +49,8 @@ async def open_image(
     `read_only`, for a look at an image in use. `fixed_size` as in `Image`.
 
     On leaving, the image is flushed and closed, also when the block fails or is cancelled. If closing fails, its error
-    is raised, unless the block has failed, in which case it goes to the log.
+    is raised, unless the block has failed, in which case it goes to the log; what was not flushed before may be lost
+    then. A `flush` that has failed for want of space can be tried again, as often as the caller likes, before that.
 
     Raises OSError: QedfuseError with a plain message (not QED, in use, corrupt, backing file missing or refused), or
     the host's errors.

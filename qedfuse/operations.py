@@ -101,6 +101,7 @@ class Operations(pyfuse3.Operations):
         self._always_sync = options.direct_io and "sync" in options.kernel
         self._images: dict[int, Image] = {}
         self._nodes: dict[int, Node] = {}
+        self._writing: set[int] = set()
         self._synced: set[int] = set()
         self._listings: dict[int, list[Entry]] = {}
         self._next_handle = 1
@@ -145,9 +146,9 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def flush(self, fh: int) -> None:
-        """close(2): promises nothing, but is the last chance to tell that something was lost."""
+        """close(2): promises nothing, but is the last chance to tell a writer that something was lost."""
         image = self._images[fh]
-        if image.failed is not None:
+        if image.failed is not None and fh in self._writing:
             raise image.failed
         if self.clock is not None:
             await self.clock.update(image)
@@ -170,6 +171,8 @@ class Operations(pyfuse3.Operations):
         handle = self._take_handle()
         self._images[handle] = image
         self._nodes[handle] = node
+        if to_write:
+            self._writing.add(handle)
         sync = self._always_sync or bool(flags & _SYNC_FLAGS)
         if sync:
             self._synced.add(handle)
@@ -182,6 +185,7 @@ class Operations(pyfuse3.Operations):
         if self._fastpath:
             self._fastpath.detach(fh)
         del self._images[fh]
+        self._writing.discard(fh)
         self._synced.discard(fh)
         self._nodes.pop(fh).mounted.release()
 

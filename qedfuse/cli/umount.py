@@ -20,8 +20,12 @@ _GRACE = 5.0
 )
 @click.argument("mountpoint")
 def umount(mountpoint: str) -> int:
-    """Unmount MOUNTPOINT, and wait until the images are flushed and closed."""
+    """Unmount MOUNTPOINT, and wait until the images are flushed and closed.
+
+    It stays mounted if something that was written cannot be kept, for want of space on the host: it would be lost.
+    """
     mount = find_qedfuse_mount(mountpoint)
+    _check_that_all_is_written(mount, mountpoint)
     try:
         client = Client(mount)
     except QedfuseError as error:
@@ -36,9 +40,23 @@ def umount(mountpoint: str) -> int:
             answer = client.wait()
     assert answer is not None
     problem = answer.get("error")
+    if not answer.get("closed"):
+        raise QedfuseError(mountpoint, f"unmounted, but not all is safe yet: {problem}; its daemon goes on trying")
     if problem is not None:
         raise QedfuseError(mountpoint, f"unmounted, but not all is safe: {problem}")
     return EXIT_OK
+
+
+def _check_that_all_is_written(mount: Mount, mountpoint: str) -> None:
+    """Raises QedfuseError if the daemon has what it cannot write. What the kernel had it has handed out when the last
+    user closed the file, and as long as there are users nothing can be unmounted."""
+    try:
+        with Client(mount) as client:
+            problem = client.ask("flush", None).get("unwritten")
+    except QedfuseError:
+        return  # it does not answer: then it cannot be asked to wait, either
+    if problem is not None:
+        raise QedfuseError(mountpoint, f"not unmounted: {problem}: mend that (free space) and try again", errno.EBUSY)
 
 
 def _check_that_it_ends(mount: Mount, mountpoint: str) -> None:
