@@ -128,6 +128,15 @@ def _cleaned_up(point: Path) -> Iterator[None]:
             subprocess.run(["umount", "-l", str(point)], check=True, timeout=TIMEOUT)
 
 
+def abort(point: Path) -> None:
+    """Make the kernel give up on the mount at `point`, if there is one: whoever waits for it gets an error."""
+    mount = mount_at(point)
+    if mount is not None:
+        switch = Path("/sys/fs/fuse/connections", mount.device.partition(":")[2], "abort")
+        if switch.exists():
+            switch.write_text("1")
+
+
 def is_mounted(point: Path) -> bool:
     return mount_at(point) is not None
 

@@ -1,0 +1,56 @@
+"""Several processes on one raw file, each in its own part of it, do all that can be done to a file, and what they know
+of it is compared: with every read, through the mount, and after each unmount and each kill of the daemon, by a new
+mount and by QEMU. What was synced must be there after a kill, what was not reads as one of a sector's contents since.
+
+`QEDFUSE_DIFFERENTIAL_SEED` begins with the image that failed (its seed is printed, and repeats its choices, but not the
+timing). The slow test takes an hour, or `QEDFUSE_DIFFERENTIAL_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.diff_case import MODES, Counts, DiffCase
+
+SEED = int(os.environ.get("QEDFUSE_DIFFERENTIAL_SEED") or random.SystemRandom().randrange(1 << 32))
+SECONDS = float(os.environ.get("QEDFUSE_DIFFERENTIAL_SECONDS") or 3600)
+
+
+def in_mode(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the environment must say for it."""
+    if mode == "pass":
+        monkeypatch.setenv("QEDFUSE_FASTPATH", "pass")
+    else:
+        monkeypatch.delenv("QEDFUSE_FASTPATH", raising=False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_that_several_processes_do(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_mode(mode, monkeypatch)
+    counts = Counts()
+    DiffCase(tmp_path, SEED, mode, counts).run(rounds=3, count=120)
+    print(f"figures: {counts}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 900)
+def test_all_that_several_processes_do_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = Counts()
+    end = time.monotonic() + SECONDS
+    try:
+        while time.monotonic() < end:
+            seed = SEED + counts.cases
+            mode = tuple(MODES)[seed % len(MODES)]
+            in_mode(mode, monkeypatch)
+            directory = tmp_path / str(seed)
+            directory.mkdir()
+            DiffCase(directory, seed, mode, counts).run(rounds=6, count=300)
+            shutil.rmtree(directory)
+    finally:
+        print(f"figures: {counts}")
