@@ -1,8 +1,8 @@
 """From the backing file's name in an image to an open file: what a name means, and what may be opened.
 
-The name comes from the image and may be hostile. A file is first pinned by an O_PATH descriptor, which has no side
-effect on devices and FIFOs, then judged by what the pin refers to, and opened through the pin: what was judged is what
-is read, whatever happens to the path meanwhile.
+The name comes from the image and may be hostile. It is walked a component at a time (`walk.py`). The file at its end
+is pinned by an O_PATH descriptor, which has no side effect on devices and FIFOs, judged by what the pin refers to, and
+opened through the pin: what was walked and judged is what is read, whatever happens to the path meanwhile.
 
 Source: QEMU block.c, "path_has_protocol" and "path_combine"; open(2) on O_PATH, proc(5) on /proc/pid/fd.
 """
@@ -12,10 +12,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qedfuse.errors import FormatError, QedfuseError, UnsupportedError
 from qedfuse.storage import FileStorage
+from qedfuse.threads import NoAnswerError
+from qedfuse.walk import LeadsBackError, Walk
 
 #: Characters of a name that a message shows.
 _SHOWN = 200
@@ -26,13 +30,12 @@ class BackingPolicy:
     """Which backing files may be opened, at every level of a chain.
 
     `allowed` False: none (--no-backing). `root`: only regular files inside this directory, symbolic links followed
-    (--backing-root); None: any file or block device. `refused_device`: st_dev of the mount that shows the image, which
-    would wait for itself if it read from there.
+    (--backing-root); None: any file or block device. None in a qedfuse mount, whichever: the daemon that opens it might
+    wait for itself.
     """
 
     allowed: bool = True
     root: str | None = None
-    refused_device: int | None = None
 
 
 ANY_BACKING = BackingPolicy()
@@ -67,18 +70,38 @@ def resolve_backing(image: str, name: str) -> str:
 def open_backing_file(image: str, path: str, policy: BackingPolicy) -> FileStorage:
     """Open the backing file at `path`, named by the image at path `image`, read-only. May block on a slow disk.
 
-    Raises UnsupportedError if the policy forbids it; QedfuseError, with the host's errno, if it is missing, unreadable
-    or neither a regular file nor a block device. The messages name both files.
+    Raises UnsupportedError if the policy forbids it or it lies in a qedfuse mount; QedfuseError, with the host's errno,
+    if it is missing, unreadable or neither a regular file nor a block device. The messages name both files.
     """
     if not policy.allowed:
         raise UnsupportedError(
             image, f"refers to backing file {shown(path)} and backing files are refused (--no-backing)"
         )
+    with _walk(image, path, policy.root) as walk:
+        try:
+            pin = walk.follow(path)
+        except LeadsBackError as error:
+            raise UnsupportedError(
+                image,
+                f"refers to backing file {shown(path)}, which lies in a qedfuse mount ({shown(error.mountpoint)})",
+            ) from None
+        except NoAnswerError:
+            raise
+        except OSError:
+            _check_inside(image, path, walk, policy.root)  # before it is told apart from a missing file
+            raise
+        _check_inside(image, path, walk, policy.root)
+        _check_type(image, path, os.fstat(pin).st_mode, allow_device=policy.root is None)
+        fd = os.open(f"/proc/self/fd/{pin}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    return FileStorage(path, fd, writable=False)
+
+
+@contextmanager
+def _walk(image: str, path: str, root: str | None) -> Iterator[Walk]:
+    """The host's errors in the block name both files."""
     try:
-        root = None if policy.root is None else os.path.realpath(policy.root)
-        if root is not None:
-            _check_inside(image, path, _real_path(path), root)  # before it is told apart from a missing file
-        return _open_judged(image, path, root, policy.refused_device)
+        with Walk(root) as walk:
+            yield walk
     except QedfuseError:
         raise
     except OSError as error:
@@ -86,39 +109,12 @@ def open_backing_file(image: str, path: str, policy: BackingPolicy) -> FileStora
         raise QedfuseError(image, f"cannot open its backing file {shown(path)}: {reason}", error.errno) from None
 
 
-def _real_path(path: str) -> str:
-    try:
-        return os.path.realpath(path)
-    except RecursionError:  # a chain of more links than the kernel would follow
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
-
-
-def _open_judged(image: str, path: str, root: str | None, refused_device: int | None) -> FileStorage:
-    pin = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        link = f"/proc/self/fd/{pin}"
-        if root is not None:
-            _check_inside(image, path, os.readlink(link), root)
-        status = os.fstat(pin)
-        _check_device(image, path, status, refused_device)
-        _check_type(image, path, status.st_mode, allow_device=root is None)
-        fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    finally:
-        os.close(pin)
-    return FileStorage(path, fd, writable=False)
-
-
-def _check_inside(image: str, path: str, real: str, root: str) -> None:
-    if not os.path.isabs(real) or os.path.commonpath([real, root]) != root:  # what has no path is in no directory
+def _check_inside(image: str, path: str, walk: Walk, root: str | None) -> None:
+    if root is not None and not walk.inside:
         raise UnsupportedError(
-            image, f"refers to backing file {shown(path)}, which lies outside {shown(root)} (--backing-root)"
-        )
-
-
-def _check_device(image: str, path: str, status: os.stat_result, refused: int | None) -> None:
-    if status.st_dev == refused:
-        raise UnsupportedError(
-            image, f"refers to backing file {shown(path)}, which lies in the mount that shows the image itself"
+            image,
+            f"refers to backing file {shown(path)}, which lies outside {shown(os.path.realpath(root))} "
+            "(--backing-root)",
         )
 
 

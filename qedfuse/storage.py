@@ -122,14 +122,15 @@ class FileStorage:
         self._fd = fd
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], writable: bool) -> FileStorage:
+    def open(cls, path: str | os.PathLike[str], writable: bool, *, pin: int | None = None) -> FileStorage:
         """Open a file that exists. Never blocks on a FIFO; refuses anything but a regular file or a block device.
 
+        `pin`: a descriptor (O_PATH) of what is at `path`, which is opened instead.
         Raises OSError with the host's errno and the path as its filename.
         """
         name = os.fspath(path)
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        fd = os.open(name, flags)
+        fd = os.open(name if pin is None else f"/proc/self/fd/{pin}", flags)
         try:
             mode = os.fstat(fd).st_mode
             if stat.S_ISDIR(mode):

@@ -1,0 +1,128 @@
+"""Threads for looks at host names: bounded in time and number, and none of those that serve the kernel.
+
+A name that an image or a directory gives may lead anywhere, into a file system whose server is dead, too. The kernel
+does not let go of a thread that waits there, not even for SIGKILL. So it is left behind when `PATIENCE` is over, and
+what it returns later is given up. While it is stuck, others are kept out of the place that it is stuck in: they fail at
+once. That bounds how many get stuck, whatever is asked of a dead place.
+
+A place is a mount's id, or whatever else names where a thread is about to look; see `enter`.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+#: Seconds that a look may take. A disk that spins up, and a network mount that is made on demand, need some.
+PATIENCE = 30.0
+
+#: Looks at a time.
+_slots = trio.CapacityLimiter(512)
+_no_limit = trio.CapacityLimiter(math.inf)
+
+_lock = threading.Lock()
+#: Places, and how many threads were left behind there.
+_stuck: Counter[Hashable] = Counter()
+
+
+class NoAnswerError(OSError):
+    """A look was given up, or not begun, as the host does not answer there."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ETIMEDOUT, "the host file system does not answer")
+
+
+class _Look(Generic[T]):
+    """A call in a thread, and what becomes of its outcome."""
+
+    def __init__(self, call: Callable[[], T], discard: Callable[[T], None]) -> None:
+        self.place: Hashable = None
+        self.left = False
+        self._call = call
+        self._discard = discard
+        self._stuck_in: Hashable = None
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        _current.set(self)
+        try:
+            self._result.append(self._call())
+        except BaseException as error:
+            self._error = error
+        with _lock:
+            if self._stuck_in is not None:
+                _stuck[self._stuck_in] -= 1
+                if not _stuck[self._stuck_in]:
+                    del _stuck[self._stuck_in]
+            unwanted = self._give_up() if self.left else []
+        for result in unwanted:
+            self._discard(result)
+
+    def take(self) -> T:
+        """The outcome of a call that has returned."""
+        if self._error is not None:
+            raise self._error
+        return self._result.pop()
+
+    def leave(self, *, stuck: bool) -> None:
+        """There is nobody any more who wants the outcome. `stuck`: it takes too long."""
+        with _lock:
+            running = not self._result and self._error is None
+            self.left = True
+            if stuck and running and self.place is not None:
+                self._stuck_in = self.place
+                _stuck[self.place] += 1
+            unwanted = self._give_up()
+        for result in unwanted:
+            self._discard(result)
+
+    def _give_up(self) -> list[T]:
+        result, self._result = self._result, []
+        return result
+
+
+_current: ContextVar[_Look[Any] | None] = ContextVar("_current", default=None)
+
+
+def enter(place: Hashable) -> None:
+    """To be called before something is asked of a place. Raises NoAnswerError if another look is stuck there, and in a
+    look that was left behind."""
+    current = _current.get()
+    if place in _stuck or (current is not None and current.left):
+        raise NoAnswerError
+    if current is not None:
+        current.place = place
+
+
+async def look(call: Callable[[], T], *, discard: Callable[[T], None] = lambda _: None) -> T:
+    """`call()` in a thread, for up to `PATIENCE` seconds. A cancellation does not wait for it.
+
+    `discard` takes a result that comes too late; it is called in any thread. Raises what `call` raises, NoAnswerError
+    when it takes too long, EAGAIN if there is no thread to be had.
+    """
+    task: _Look[T] = _Look(call, discard)
+    done = False
+    try:
+        with trio.move_on_after(PATIENCE) as limit:
+            async with _slots:
+                try:
+                    await trio.to_thread.run_sync(task.run, abandon_on_cancel=True, limiter=_no_limit)
+                except RuntimeError:
+                    raise OSError(errno.EAGAIN, "no thread to be had") from None
+            done = True
+    finally:
+        if not done:
+            task.leave(stuck=limit.cancelled_caught)
+    if not done:
+        raise NoAnswerError
+    return task.take()
