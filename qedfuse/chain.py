@@ -9,9 +9,11 @@ Only headers are read: the cost does not grow with the images.
 from __future__ import annotations
 
 import errno
+import math
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import NamedTuple
 
 import trio
@@ -27,6 +29,8 @@ from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
 from qedfuse.storage import FileStorage, Identity, Storage, identity
+from qedfuse.threads import look
+from qedfuse.walk import LeadsBackError, Walk
 
 #: Layers in a chain, the top one included. Each costs a descriptor, and a loop that no inode betrays must end, too.
 MAX_DEPTH = 200
@@ -133,13 +137,12 @@ class Chain:
                     await storage.close()
             raise
 
-    async def open_top(self, path: str, format: str | None, *, writable: bool) -> None:
-        """Open the image at `path` and walk its chain."""
+    async def open_top(self, path: str, format: str | None, *, writable: bool, in_directory: bool = False) -> None:
+        """Open the image at `path` and walk its chain. `in_directory`: see `open_image`."""
 
-        def open_file() -> FileStorage:
-            return FileStorage.open(path, writable)
-
-        await self.walk(await self._add(await trio.to_thread.run_sync(open_file), format))
+        open_file = partial(_open_entry if in_directory else FileStorage.open, path, writable)
+        patience = None if in_directory else math.inf
+        await self.walk(await self._open(open_file, None, format, patience))
 
     async def walk(self, reference: Reference | None) -> None:
         """Open what `reference` names, what that names, and so on."""
@@ -148,24 +151,35 @@ class Chain:
             if len(self.links) >= MAX_DEPTH:
                 raise UnsupportedError(image, f"the chain of backing files has more than {MAX_DEPTH} images")
             path = resolve_backing(image, name)
-            storage = await trio.to_thread.run_sync(open_backing_file, image, path, self._policy)
-            reference = await self._add(storage, format, image)
+            reference = await self._open(partial(open_backing_file, image, path, self._policy), image, format)
 
-    async def _add(self, storage: FileStorage, format: str | None, image: str | None = None) -> Reference | None:
-        """Take an opened file, named by `image`, as the next link. Returns what its header refers to."""
+    async def _open(
+        self, open_file: Callable[[], FileStorage], image: str | None, format: str | None, patience: float | None = None
+    ) -> Reference | None:
+        """Open what `image` names, as the next link. Returns what its header refers to."""
+        storage, found = await look(partial(self._claim, open_file, image), discard=_drop, patience=patience)
         self._opened.append(storage)
-        found = identity(storage.stat())
-        if found in self.identities:
-            message = f"its backing file {shown(storage.path)} is part of this chain already (a loop)"
-            raise CorruptError(image or storage.path, message, errno.ELOOP)
         self.identities.add(found)
-        if not self._share:
-            lock(storage.fileno(), storage.path, writable=storage.writable)
         if format is None:
             format = probe_format(await _read(storage, 0, min(PROBE_BYTES, storage.size())), storage.path)
         header, reference = await _read_link(storage, format)
         self.links.append(_Link(storage, header))
         return reference
+
+    def _claim(self, open_file: Callable[[], FileStorage], image: str | None) -> tuple[FileStorage, Identity]:
+        """Open and lock a file of the chain. Blocks."""
+        storage = open_file()
+        try:
+            found = identity(storage.stat())
+            if found in self.identities:
+                message = f"its backing file {shown(storage.path)} is part of this chain already (a loop)"
+                raise CorruptError(image or storage.path, message, errno.ELOOP)
+            if not self._share:
+                lock(storage.fileno(), storage.path, writable=storage.writable)
+        except BaseException:
+            os.close(storage.fileno())
+            raise
+        return storage, found
 
     def build(self) -> Layer:
         """The top layer, with the others below it."""
@@ -201,6 +215,22 @@ async def _read_link(storage: Storage, format: str) -> tuple[Header | Qcow2Heade
     if format == RAW:
         return None, None
     raise UnsupportedError(storage.path, f"unknown format {shown(format)} (known are {', '.join(FORMATS)})")
+
+
+def _open_entry(path: str, writable: bool) -> FileStorage:
+    """Open an image by a name that was found in a directory, a symbolic link perhaps. Blocks."""
+    directory, name = os.path.split(path)
+    with Walk() as walk:
+        walk.start(directory)
+        try:
+            pin = walk.follow(name)
+        except LeadsBackError as error:
+            raise UnsupportedError(path, f"leads into a qedfuse mount ({shown(error.mountpoint)})") from None
+        return FileStorage.open(path, writable, pin=pin)
+
+
+def _drop(opened: tuple[FileStorage, Identity]) -> None:
+    os.close(opened[0].fileno())
 
 
 async def _read(storage: Storage, offset: int, size: int) -> bytes:

@@ -16,6 +16,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
@@ -76,7 +77,6 @@ class Daemon:
     def __init__(self, config: MountConfig, outside: Outside, link: Link | None) -> None:
         self._config = config
         self._options = config.options
-        self._policy = config.options.policy
         self._outside = outside
         self._link = link
         self._control = ControlServer({"status": self.status, "flush": self.flush})
@@ -119,13 +119,14 @@ class Daemon:
             self._link.report_ready()
 
     async def _open_images(self, nursery: trio.Nursery) -> None:
-        def make(path: str) -> MountedImage:
-            return MountedImage(path, self._open, nursery, read_only=self._options.read_only, linger=LINGER)
+        def make(path: str, *, in_directory: bool = True) -> MountedImage:
+            opener = partial(self._open, in_directory=in_directory)
+            return MountedImage(path, opener, nursery, read_only=self._options.read_only, linger=LINGER)
 
-        self._tree = Tree(self._config.directories, make, self._config.mountpoint)
+        self._tree = Tree(self._config.directories, make)
         writable = bool(self._config.directories)
         for path in self._config.images:
-            mounted = make(path)
+            mounted = make(path, in_directory=False)
             image = await mounted.acquire(to_write=True)
             writable |= image.writable
             try:
@@ -139,8 +140,14 @@ class Daemon:
         if not writable:
             self._options = replace(self._options, read_only=True)
 
-    def _open(self, path: str, read_only: bool) -> AbstractAsyncContextManager[Image]:
-        return open_image(path, read_only=read_only, fixed_size=self._options.fixed_size, policy=self._policy)
+    def _open(self, path: str, read_only: bool, *, in_directory: bool) -> AbstractAsyncContextManager[Image]:
+        return open_image(
+            path,
+            read_only=read_only,
+            fixed_size=self._options.fixed_size,
+            policy=self._options.policy,
+            in_directory=in_directory,
+        )
 
     async def _mount_tree(self, nursery: trio.Nursery) -> None:
         mountpoint = self._config.mountpoint
@@ -153,7 +160,6 @@ class Daemon:
         self._mount = find_mount(mountpoint)
         if self._mount is None:
             raise QedfuseError(mountpoint, "mounted, but not to be seen here")
-        self._policy = replace(self._policy, refused_device=_device_number(self._mount))
         trust_write_cache(self._mount.device)
         await self._control.listen(self._mount.device)
         nursery.start_soon(self._control.serve)
@@ -332,11 +338,6 @@ class Daemon:
             "write": (operations.writes if operations else 0) + native.get("writes", 0),
             "fsync": (operations.syncs if operations else 0) + native.get("syncs", 0),
         }
-
-
-def _device_number(mount: Mount) -> int:
-    major, minor = mount.device.split(":")
-    return os.makedev(int(major), int(minor))
 
 
 def serve(config: MountConfig, link: Link | None = None) -> int:

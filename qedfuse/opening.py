@@ -39,6 +39,7 @@ async def open_image(
     fixed_size: bool = False,
     share: bool = False,
     policy: BackingPolicy = ANY_BACKING,
+    in_directory: bool = False,
 ) -> AsyncIterator[Image]:
     """A QED image with its backing chain, locked, checked if it was not closed cleanly, and committed on a timer.
 
@@ -46,7 +47,8 @@ async def open_image(
 
     `read_only` writes nothing, not even to an unclean image, and is never chosen for the caller: a file that cannot be
     opened for writing raises the host's EACCES, EPERM or EROFS. `share` takes and honours no locks; only with
-    `read_only`, for a look at an image in use. `fixed_size` as in `Image`.
+    `read_only`, for a look at an image in use. `fixed_size` as in `Image`. `in_directory`: only the directory of `path`
+    can be trusted; its last name was found there, may be a symbolic link, and is followed as a backing file's name is.
 
     On leaving, the image is flushed and closed, also when the block fails or is cancelled. If closing fails, its error
     is raised, unless the block has failed, in which case it goes to the log; what was not flushed before may be lost
@@ -55,7 +57,7 @@ async def open_image(
     Raises OSError: QedfuseError with a plain message (not QED, in use, corrupt, backing file missing or refused), or
     the host's errors.
     """
-    image = await _open(os.fspath(path), read_only, fixed_size, share, policy)
+    image = await _open(os.fspath(path), read_only, fixed_size, share, policy, in_directory)
     failure: BaseException | None = None
     unwinding = True
     async with trio.open_nursery() as nursery:
@@ -88,12 +90,14 @@ async def _run_background(image: Image, scope: trio.CancelScope) -> None:
         await image.run_background()
 
 
-async def _open(path: str, read_only: bool, fixed_size: bool, share: bool, policy: BackingPolicy) -> Image:
+async def _open(
+    path: str, read_only: bool, fixed_size: bool, share: bool, policy: BackingPolicy, in_directory: bool
+) -> Image:
     if share and not read_only:
         raise UsageError(path, "without locks (-U) an image can only be opened read-only")
     chain = Chain(share, policy)
     async with chain.closed_on_error():
-        await chain.open_top(path, QED, writable=not read_only)
+        await chain.open_top(path, QED, writable=not read_only, in_directory=in_directory)
         storage, header = chain.links[0]
         assert isinstance(header, Header)
         if header.needs_check and not read_only:

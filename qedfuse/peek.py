@@ -1,11 +1,12 @@
-"""A look at an image without opening it: the 64 bytes of its header. Blocks: to be called in a worker thread.
+"""A look at an image without opening it: the 64 bytes of its header. Blocks: to be called in a thread of `threads.py`.
 
-A directory of thousands of images is listed by this alone, and what a look found is kept until the file changes.
+A directory of thousands of images is listed by this alone, and what a look found is kept until the file changes. What
+stands in the directory is not to be trusted: symbolic links are walked (`walk.py`), and one that leads into a qedfuse
+mount, like a file of such a mount, is not there.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
@@ -14,13 +15,12 @@ from typing import NamedTuple
 
 from qedfuse.errors import QedfuseError
 from qedfuse.header import HEADER_BYTES, MAGIC, Header
+from qedfuse.threads import NoAnswerError
+from qedfuse.walk import Walk
 
 #: Which file, and in what state: device and inode, time of change in nanoseconds, size in bytes.
 FileKey = tuple[int, int]
 FileMark = tuple[int, int]
-
-#: As many symbolic links as the kernel follows.
-_MAX_LINKS = 40
 
 
 class Peek(NamedTuple):
@@ -56,45 +56,45 @@ def mark_of(status: os.stat_result) -> FileMark:
 
 
 class Peeker:
-    """Looks at images, and remembers. Safe to use from several threads.
+    """Looks at images, and remembers. Safe to use from several threads."""
 
-    `mountpoint`: symbolic links that lead there are not followed. Whoever asks the mount for a file while the mount
-    asks for that link waits for himself.
-    """
-
-    def __init__(self, mountpoint: str = "") -> None:
-        self._mountpoint = mountpoint
+    def __init__(self) -> None:
         self._known: dict[FileKey, _Known] = {}
 
     def look(self, path: str) -> Peek | None:
-        """What is at `path`; None if it is no regular file, or nothing."""
+        """What is at `path`; None if it is no regular file, or nothing. Raises NoAnswerError."""
+        directory, name = os.path.split(path)
+        with Walk() as walk:
+            try:
+                walk.start(directory)
+            except NoAnswerError:
+                raise
+            except OSError:
+                return None
+            return self.look_in(walk, name)
+
+    def look_in(self, directory: Walk, name: str) -> Peek | None:
+        """The same, by a name in a directory."""
         now = time.monotonic()
         try:
-            status = os.lstat(path)
-            if stat.S_ISLNK(status.st_mode):
-                if self._leads_back(path):
-                    return None
-                status = os.stat(path)
+            with directory.branch() as walk:
+                return self._look_at(walk.follow(name), now)
+        except NoAnswerError:
+            raise
         except OSError:
             return None
+
+    def _look_at(self, pin: int, now: float) -> Peek | None:
+        status = os.fstat(pin)
         if not stat.S_ISREG(status.st_mode):
             return None
+        path = f"/proc/self/fd/{pin}"
         key = key_of(status)
         known = self._known.get(key)
         if known is None or known.mark != mark_of(status):
             known = self._known[key] = _Known(mark_of(status), *_read_header(path))
         writable = os.access(path, os.W_OK, effective_ids=True)
         return Peek(now, status, known.is_qed, known.header, writable)
-
-    def _leads_back(self, path: str) -> bool:
-        """Whether a chain of links ends in the mount, as far as the names tell. Raises OSError for an endless one."""
-        for _ in range(_MAX_LINKS):
-            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
-            if os.path.commonpath((path, self._mountpoint or path)) == self._mountpoint:
-                return True
-            if not os.path.islink(path):
-                return False
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
     def keep_only(self, keys: Iterable[FileKey]) -> None:
         """Forget files that are gone."""

@@ -104,8 +104,10 @@ def enter(place: Hashable) -> None:
         current.place = place
 
 
-async def look(call: Callable[[], T], *, discard: Callable[[T], None] = lambda _: None) -> T:
-    """`call()` in a thread, for up to `PATIENCE` seconds. A cancellation does not wait for it.
+async def look(
+    call: Callable[[], T], *, discard: Callable[[T], None] = lambda _: None, patience: float | None = None
+) -> T:
+    """`call()` in a thread, for up to `patience` seconds (None: `PATIENCE`). A cancellation does not wait for it.
 
     `discard` takes a result that comes too late; it is called in any thread. Raises what `call` raises, NoAnswerError
     when it takes too long, EAGAIN if there is no thread to be had.
@@ -113,7 +115,7 @@ async def look(call: Callable[[], T], *, discard: Callable[[T], None] = lambda _
     task: _Look[T] = _Look(call, discard)
     done = False
     try:
-        with trio.move_on_after(PATIENCE) as limit:
+        with trio.move_on_after(PATIENCE if patience is None else patience) as limit:
             async with _slots:
                 try:
                     await trio.to_thread.run_sync(task.run, abandon_on_cancel=True, limiter=_no_limit)

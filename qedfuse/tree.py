@@ -3,8 +3,11 @@
 Images named on the command line are open as long as the mount lives. Those of a SOURCE directory come and go: a name is
 looked up on the host each time, and a file is the same node as before if it is the same file and nobody else changed it
 meanwhile. A changed file becomes a new node, since the kernel keeps what it knows of the old one (pages and, with the
-writeback cache, the size). Host files are looked at in worker threads: a disk may be slow, and a symbolic link may lead
-back into the mount.
+writeback cache, the size).
+
+Host files are looked at in threads of their own (`threads.py`), each directory by itself: one that does not answer
+keeps no other one from being listed. Names that were seen in it are not looked for in those behind it, which it would
+hide: they would be other images.
 """
 
 from __future__ import annotations
@@ -12,15 +15,18 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import trio
 
-from qedfuse.errors import QedfuseError, describe
+from qedfuse.errors import QedfuseError, printable
 from qedfuse.image import Image
 from qedfuse.mounted import MountedImage
 from qedfuse.peek import FileKey, FileMark, Peek, Peeker, key_of, mark_of
+from qedfuse.threads import NoAnswerError, look
+from qedfuse.walk import LeadsBackError, Walk
 
 ROOT = 1
 SUFFIX = ".qed"
@@ -30,6 +36,10 @@ SHOWN_SUFFIX = ".raw"
 _MANY = 4096
 
 _log = logging.getLogger("qedfuse")
+
+
+#: Of a source directory: by shown name the path of the image, and what a look at it has found.
+Listing = dict[bytes, tuple[str, Peek]]
 
 
 class Node:
@@ -76,7 +86,6 @@ class Tree:
         self,
         directories: Iterable[str] = (),
         make: Callable[[str], MountedImage] | None = None,
-        mountpoint: str = "",
     ) -> None:
         self.root: Node | None = None
         self.directories = list(directories)
@@ -84,9 +93,10 @@ class Tree:
         self._nodes: dict[int, Node] = {}
         self._by_key: dict[FileKey, Node] = {}
         self._fixed: dict[bytes, Node] = {}
-        self._peeker = Peeker(mountpoint)
+        self._peeker = Peeker()
         self._next_id = ROOT + 1
         self._missing: set[str] = set()
+        self._seen: dict[str, set[bytes]] = {directory: set() for directory in self.directories}
 
     # -- images of the command line -----------------------------------------------------------------------------------
 
@@ -122,24 +132,55 @@ class Tree:
         fixed = self._fixed.get(name)
         if fixed is not None:
             return Entry(name, fixed, None)
-        found = await trio.to_thread.run_sync(self._find, os.fsdecode(name))
-        return self._to_entry(name, *found) if found else None
+        for directory in self.directories:
+            seen = self._seen[directory]
+            try:
+                found = await look(partial(self._find, directory, os.fsdecode(name)))
+            except NoAnswerError as error:
+                self._note_missing(directory, str(error.strerror))
+                if name in seen:
+                    raise
+                continue
+            if found:
+                seen.add(name)
+                return self._to_entry(name, *found)
+            seen.discard(name)
+        return None
 
     async def entries(self) -> list[Entry]:
-        """All there is, by name. Forgets what is gone and unknown to the kernel."""
+        """All there is, by name. Forgets what is gone and unknown to the kernel. A name in an earlier directory hides
+        that in a later one."""
         result = [Entry(name, node, None) for name, node in self._fixed.items()]
-        if self.directories:
-            found = await trio.to_thread.run_sync(self._scan)
-            result += [
-                self._to_entry(name, path, peek) for name, (path, peek) in found.items() if name not in self._fixed
-            ]
-            self._prune({key_of(peek.status) for _, peek in found.values()})
+        listings: dict[str, Listing | None] = {}
+        async with trio.open_nursery() as nursery:
+            for directory in self.directories:
+                nursery.start_soon(self._list_into, listings, directory)
+        hidden = set(self._fixed)
+        present = set()
+        for directory in self.directories:
+            listing = listings[directory]
+            if listing is not None:
+                self._seen[directory] = set(listing)
+                for name, (path, peek) in listing.items():
+                    if name not in hidden:
+                        result.append(self._to_entry(name, path, peek))
+                        present.add(key_of(peek.status))
+            hidden |= self._seen[directory]
+        if self.directories and None not in listings.values():
+            self._prune(present)
         result.sort(key=lambda entry: entry.name)
         return result
 
+    async def _list_into(self, listings: dict[str, Listing | None], directory: str) -> None:
+        try:
+            listings[directory] = await look(partial(self._scan, directory))
+        except NoAnswerError as error:
+            self._note_missing(directory, str(error.strerror))
+            listings[directory] = None
+
     async def look(self, node: Node) -> Peek:
         """A look at a node whose image is not open. Raises OSError(ESTALE) if the file is another one by now."""
-        peek = await trio.to_thread.run_sync(self._peeker.look, node.mounted.path)
+        peek = await look(partial(self._peeker.look, node.mounted.path))
         if peek is None or not node.is_at(peek):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return peek
@@ -186,47 +227,46 @@ class Tree:
             self._nodes[node.id] = self._by_key[key] = node
         return Entry(name, node, peek)
 
-    def _find(self, name: str) -> tuple[str, Peek] | None:
+    def _find(self, directory: str, name: str) -> tuple[str, Peek] | None:
         if not name.endswith(SHOWN_SUFFIX):
             return None
         stem = name.removesuffix(SHOWN_SUFFIX)
-        for directory in self.directories:
-            for candidate in (stem + SUFFIX, stem):
-                if stem and shown_name(candidate) == name:
-                    path = os.path.join(directory, candidate)
-                    peek = self._peeker.look(path)
-                    if peek is not None and _is_shown(candidate, peek):
-                        return path, peek
-        return None
-
-    def _scan(self) -> dict[bytes, tuple[str, Peek]]:
-        """Every image of the directories by shown name; a name in an earlier directory hides that in a later one, and
-        NAME.qed hides NAME."""
-        found: dict[bytes, tuple[str, Peek]] = {}
-        for directory in self.directories:
-            here: dict[bytes, tuple[str, Peek]] = {}
-            for candidate in self._list(directory):
+        for candidate in (stem + SUFFIX, stem):
+            if stem and shown_name(candidate) == name:
                 path = os.path.join(directory, candidate)
                 peek = self._peeker.look(path)
-                if peek is None or not _is_shown(candidate, peek):
-                    continue
-                name = os.fsencode(shown_name(candidate))
-                if name not in here or candidate.endswith(SUFFIX):
-                    here[name] = path, peek
-            found = here | found
+                if peek is not None and _is_shown(candidate, peek):
+                    return path, peek
+        return None
+
+    def _scan(self, directory: str) -> Listing:
+        """Every image of a directory by shown name; NAME.qed hides NAME."""
+        found: Listing = {}
+        try:
+            with Walk() as walk:
+                walk.start(directory)
+                for candidate in _list(walk):
+                    peek = self._peeker.look_in(walk, candidate)
+                    if peek is None or not _is_shown(candidate, peek):
+                        continue
+                    name = os.fsencode(shown_name(candidate))
+                    if name not in found or candidate.endswith(SUFFIX):
+                        found[name] = os.path.join(directory, candidate), peek
+        except NoAnswerError:
+            raise
+        except LeadsBackError as error:
+            self._note_missing(directory, f"lies in a qedfuse mount ({error.mountpoint})")
+            return {}
+        except OSError as error:
+            self._note_missing(directory, os.strerror(error.errno or errno.EIO).lower())
+            return {}
+        self._missing.discard(directory)
         return found
 
-    def _list(self, directory: str) -> Iterator[str]:
-        try:
-            with os.scandir(directory) as entries:
-                names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False) or entry.is_symlink()]
-        except OSError as error:
-            if directory not in self._missing:
-                self._missing.add(directory)
-                _log.error("%s", describe(error, directory))
-            return
-        self._missing.discard(directory)
-        yield from names
+    def _note_missing(self, directory: str, reason: str) -> None:
+        if directory not in self._missing:
+            self._missing.add(directory)
+            _log.error("%s", printable(f"{directory}: {reason}"))
 
     def _prune(self, present: set[FileKey]) -> None:
         for node in self.nodes:
@@ -244,6 +284,16 @@ class Tree:
     def _take_id(self) -> int:
         self._next_id += 1
         return self._next_id - 1
+
+
+def _list(directory: Walk) -> list[str]:
+    """The names of what may be an image."""
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
+    try:
+        with os.scandir(fd) as entries:
+            return [entry.name for entry in entries if entry.is_file(follow_symlinks=False) or entry.is_symlink()]
+    finally:
+        os.close(fd)
 
 
 def shown_name(name: str) -> str:

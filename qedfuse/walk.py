@@ -191,7 +191,7 @@ class Walk:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     def _leave(self) -> None:
-        """".."."""
+        """ ".."."""
         if self._pins[-1].forbidden is None:
             self._check_directory()
         if len(self._pins) > 1:

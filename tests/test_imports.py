@@ -17,6 +17,8 @@ ORDER = """
     errors geometry rangelock offload blocks
     blocking
     header allocator pages complaints launch logs mounts outside
+    mount_table threads
+    walk
     qcow2_header
     probe peek
     storage filelock

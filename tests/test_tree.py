@@ -45,7 +45,7 @@ def with_tree(directory: Path, body: Callable[[Tree], Awaitable[None]]) -> None:
                         linger=0.0,
                     )
 
-                tree = Tree([str(directory)], make, str(directory / "mnt"))
+                tree = Tree([str(directory)], make)
                 await body(tree)
                 for node in tree.nodes:
                     await node.mounted.close()
@@ -141,24 +141,6 @@ def test_what_is_gone_is_forgotten_when_the_kernel_has(tmp_path: Path) -> None:
         tree.forget(first.node.id, 1)
         assert await tree.entries() == []
         assert tree.nodes == []
-
-    with_tree(tmp_path, body)
-
-
-def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
-    point = tmp_path / "mnt"
-    point.mkdir()
-    new_image(point / "x.raw", MIB)  # as if mounted
-    new_image(tmp_path / "good.qed", MIB)
-    (tmp_path / "direct.qed").symlink_to("mnt/x.raw")
-    (tmp_path / "dots.qed").symlink_to("./mnt/../mnt/x.raw")
-    (tmp_path / "twice.qed").symlink_to("direct.qed")
-    (tmp_path / "endless.qed").symlink_to("endless.qed")
-    (tmp_path / "fine.qed").symlink_to(tmp_path / "good.qed")
-
-    async def body(tree: Tree) -> None:
-        assert await names(tree) == [b"fine.raw", b"good.raw"]
-        assert await tree.find(b"direct.raw") is None
 
     with_tree(tmp_path, body)
 

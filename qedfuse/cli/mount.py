@@ -15,6 +15,7 @@ from qedfuse.cli.params import backing_options
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
 from qedfuse.mount_options import MountOptions, parse_mount_options
 from qedfuse.mounts import FSTYPE, find_mount
+from qedfuse.walk import LeadsBackError, Walk
 
 
 @click.command(
@@ -129,10 +130,20 @@ def _sort_sources(
             )
         if os.path.commonpath((os.path.realpath(source), mountpoint)) == mountpoint:
             raise UsageError(source, f"would be hidden by mounting over {mountpoint}")
+        _check_source(source, path)
         directories.append(path)
     if over_file and len(images) > 1:
         raise UsageError(mountpoint, "the mountpoint is a file and can show one image; several need a directory")
     return tuple(images), tuple(directories)
+
+
+def _check_source(source: str, path: str) -> None:
+    """The daemon would look into another one's mount, or, by and by, into its own."""
+    with Walk() as walk:
+        try:
+            walk.start(path)
+        except LeadsBackError as error:
+            raise UsageError(source, f"lies in a qedfuse mount ({error.mountpoint})") from None
 
 
 def _check_backing_root(options: MountOptions) -> MountOptions:
