@@ -7,6 +7,7 @@ mount, like a file of such a mount, is not there.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -55,6 +56,11 @@ def mark_of(status: os.stat_result) -> FileMark:
     return status.st_mtime_ns, status.st_size
 
 
+def cannot_tell(error: OSError) -> bool:
+    """Whether an error says nothing of the file: no answer, or no descriptors or memory left."""
+    return isinstance(error, NoAnswerError) or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 class Peeker:
     """Looks at images, and remembers. Safe to use from several threads."""
 
@@ -62,16 +68,16 @@ class Peeker:
         self._known: dict[FileKey, _Known] = {}
 
     def look(self, path: str) -> Peek | None:
-        """What is at `path`; None if it is no regular file, or nothing. Raises NoAnswerError."""
+        """What is at `path`; None if it is no regular file, or nothing. Raises OSError if that cannot be told."""
         directory, name = os.path.split(path)
-        with Walk() as walk:
-            try:
+        try:
+            with Walk() as walk:
                 walk.start(directory)
-            except NoAnswerError:
+                return self.look_in(walk, name)
+        except OSError as error:
+            if cannot_tell(error):
                 raise
-            except OSError:
-                return None
-            return self.look_in(walk, name)
+            return None
 
     def look_in(self, directory: Walk, name: str) -> Peek | None:
         """The same, by a name in a directory."""
@@ -79,9 +85,9 @@ class Peeker:
         try:
             with directory.branch() as walk:
                 return self._look_at(walk.follow(name), now)
-        except NoAnswerError:
-            raise
-        except OSError:
+        except OSError as error:
+            if cannot_tell(error):
+                raise
             return None
 
     def _look_at(self, pin: int, now: float) -> Peek | None:

@@ -25,6 +25,9 @@ T = TypeVar("T")
 #: Seconds that a look may take. A disk that spins up, and a network mount that is made on demand, need some.
 PATIENCE = 30.0
 
+#: Seconds for which one waits that is cancelled.
+_MOMENT = 1.0
+
 #: Looks at a time.
 _slots = trio.CapacityLimiter(512)
 _no_limit = trio.CapacityLimiter(math.inf)
@@ -47,13 +50,19 @@ class _Look(Generic[T]):
     def __init__(self, call: Callable[[], T], discard: Callable[[T], None]) -> None:
         self.place: Hashable = None
         self.left = False
+        self._begun = False
         self._call = call
         self._discard = discard
         self._stuck_in: Hashable = None
         self._result: list[T] = []
         self._error: BaseException | None = None
 
+    @property
+    def running(self) -> bool:
+        return self._begun and not self._result and self._error is None
+
     def run(self) -> None:
+        self._begun = True
         _current.set(self)
         try:
             self._result.append(self._call())
@@ -77,9 +86,8 @@ class _Look(Generic[T]):
     def leave(self, *, stuck: bool) -> None:
         """There is nobody any more who wants the outcome. `stuck`: it takes too long."""
         with _lock:
-            running = not self._result and self._error is None
             self.left = True
-            if stuck and running and self.place is not None:
+            if stuck and self.running and self.place is not None:
                 self._stuck_in = self.place
                 _stuck[self.place] += 1
             unwanted = self._give_up()
@@ -107,7 +115,8 @@ def enter(place: Hashable) -> None:
 async def look(
     call: Callable[[], T], *, discard: Callable[[T], None] = lambda _: None, patience: float | None = None
 ) -> T:
-    """`call()` in a thread, for up to `patience` seconds (None: `PATIENCE`). A cancellation does not wait for it.
+    """`call()` in a thread, for up to `patience` seconds (None: `PATIENCE`). When cancelled it waits for a moment: what
+    ends soon has come to its end then.
 
     `discard` takes a result that comes too late; it is called in any thread. Raises what `call` raises, NoAnswerError
     when it takes too long, EAGAIN if there is no thread to be had.
@@ -122,6 +131,11 @@ async def look(
                 except RuntimeError:
                     raise OSError(errno.EAGAIN, "no thread to be had") from None
             done = True
+    except trio.Cancelled:
+        with trio.move_on_after(_MOMENT, shield=True):
+            while task.running:  # noqa: ASYNC110 (a thread that was left cannot tell)
+                await trio.sleep(0.001)
+        raise
     finally:
         if not done:
             task.leave(stuck=limit.cancelled_caught)

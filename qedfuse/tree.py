@@ -24,7 +24,7 @@ import trio
 from qedfuse.errors import QedfuseError, printable
 from qedfuse.image import Image
 from qedfuse.mounted import MountedImage
-from qedfuse.peek import FileKey, FileMark, Peek, Peeker, key_of, mark_of
+from qedfuse.peek import FileKey, FileMark, Peek, Peeker, cannot_tell, key_of, mark_of
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.walk import LeadsBackError, Walk
 
@@ -252,12 +252,12 @@ class Tree:
                     name = os.fsencode(shown_name(candidate))
                     if name not in found or candidate.endswith(SUFFIX):
                         found[name] = os.path.join(directory, candidate), peek
-        except NoAnswerError:
-            raise
         except LeadsBackError as error:
             self._note_missing(directory, f"lies in a qedfuse mount ({error.mountpoint})")
             return {}
         except OSError as error:
+            if cannot_tell(error):
+                raise
             self._note_missing(directory, os.strerror(error.errno or errno.EIO).lower())
             return {}
         self._missing.discard(directory)
