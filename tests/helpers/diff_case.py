@@ -5,26 +5,31 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.cli import qedfuse
-from tests.helpers.diff_disk import new_disk, new_model, qemu_writes
+from tests.helpers.diff_deeds import PROFILES
+from tests.helpers.diff_disk import MIB, new_disk, new_model, qemu_writes
 from tests.helpers.diff_team import Team, team
-from tests.helpers.guests import assert_clean, run
+from tests.helpers.guests import assert_clean, loop_device, run
 from tests.helpers.kill_case import Killable
 from tests.helpers.modes import NATIVE, PYTHON, Mode
-from tests.helpers.mounts import Mounted, abort
+from tests.helpers.mounts import Mounted, abort, wait_for_exit
 from tests.helpers.shadow import SECTOR
 from tests.helpers.victims import kill_daemon
 
 #: Not yet: see issue 10, C4.
 RESIZE = False
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 MODES: dict[str, Mode] = {"native": NATIVE, "python": PYTHON, "pass": NATIVE}
 
 
@@ -61,6 +66,7 @@ class DiffCase(Killable):
         new_model(self.disk, self.model)
         self.options = rnd.choice(("", "", "", "direct_io", "direct_io", "fixed_size", "sync"))
         self.place = rnd.choice(("file", "directory", "source"))
+        self.other: Path | None = None  # what another raw file of the mount holds
         if self.place == "file":
             self.raw.touch()
             words: tuple[str | Path, ...] = (self.image, self.raw)
@@ -68,13 +74,17 @@ class DiffCase(Killable):
             point = directory / "mnt"
             point.mkdir()
             self.raw = point / "disk.raw"
-            words = (self.image if self.place == "directory" else images, point)
+            self.other = directory / "other.raw"
+            self.other.write_bytes(rnd.randbytes(MIB) + bytes(MIB) + rnd.randbytes(MIB))
+            run("qemu-img", "convert", "-O", "qed", self.other, images / "other.qed")
+            words = (self.image, images / "other.qed", point) if self.place == "directory" else (images, point)
         self.words = (*(("-o", self.options) if self.options else ()), *words)
         native = mode == "native"
         self.able = ["holes"] * native + ["map"] * (self.options != "direct_io")
         self.able += ["size"] * (self.options != "fixed_size")
         self.able += ["rwf"] * (mode != "python" or self.options != "direct_io")
         self.workers = rnd.choice((2, 3, 4))
+        self.may_loop = os.geteuid() == 0 and Path("/dev/loop-control").exists() and bool(shutil.which("losetup"))
         self.leaky = False
         self.seed = seed
         counts.cases += 1
@@ -104,43 +114,97 @@ class DiffCase(Killable):
                 self.counts.kills += self.kills
 
     def _round(self, writers: Team, number: int, count: int) -> None:
-        how = self.random.choice(("kill", "kill", "kill closing", "umount", "umount", "umount"))
+        how = self.random.choice(("kill", "kill", "kill closing", "terminate", "umount", "umount"))
         how = {0: "umount", 1: "kill"}.get(number, how)
-        order = {"do": "work", "seed": f"{self.seed}/{number}", "count": count}
         with self.mounted() as mount:
-            writers.all(do="open", path=str(self.raw), size=writers.size, able=self.able)
+            with self._loop_device() as loop:
+                try:
+                    self._open(writers, loop, reopen=how != "terminate")
+                    writers.begin(do="work", seed=f"{self.seed}/{number}", count=count, profile=self.profile())
+                    if how == "kill":
+                        self._kill_them(mount, writers)
+                    else:
+                        self._let_them_finish(mount, writers, terminate=how == "terminate")
+                        if how != "umount" or loop or self.random.random() < 0.4:
+                            writers.all(do="sync")
+                        writers.compare(0 if loop else self.random.randrange(self.workers))
+                        writers.all(do="close")
+                except BaseException:
+                    abort(mount.point)
+                    writers.close()  # or the loop device stays
+                    raise
             if how == "kill":
-                writers.begin(**order)
-                time.sleep(self.random.uniform(0, 0.6) ** 2 * 4)
-                kill_daemon(mount)
-                self.kills += 1
-                writers.finish(may_fail=True)
-                writers.begin(do="close")
-                writers.finish(may_fail=True)
                 self.bury(mount)
-            else:
-                writers.all(**order)
-                if how == "kill closing" or self.random.random() < 0.4:
-                    writers.all(do="sync")
-                writers.compare(self.random.randrange(self.workers))
-                writers.all(do="close")
-                if how == "kill closing":
-                    self.kill_closing(mount)
-                    self.leaky |= self.overlay
-        if how == "umount":
-            size = -(-writers.size // SECTOR) * SECTOR
-            writers.all(do="closed", size=size)
-            self._compare(writers)
-            assert_clean_of(self, leaks=self.leaky)
-            self._by_others(writers)
-        else:
+            elif how == "kill closing":
+                self.kill_closing(mount)
+            elif how == "terminate":
+                wait_for_exit(self._pid)
+        if how.startswith("kill"):
             self.leaky = True
             self.judge(lambda: self._settle(writers))
             self._compare(writers)
+        else:
+            writers.all(do="closed", size=-(-writers.size // SECTOR) * SECTOR)
+            self._compare(writers)
+            self._assert_clean()
+            self._by_others(writers)
+
+    def profile(self) -> str:
+        return self.random.choice(("all", *PROFILES))
+
+    @contextmanager
+    def _loop_device(self) -> Iterator[Path | None]:
+        """One on the raw file, which the last process uses instead, in some of the rounds."""
+        if self.may_loop and self.random.random() < 0.3:
+            with loop_device(self.raw) as device:
+                yield device
+        else:
+            yield None
+
+    def _open(self, writers: Team, loop: Path | None, *, reopen: bool) -> None:
+        order: dict[str, Any] = {"do": "open", "size": writers.size}
+        able = self.able + ["reopen"] * reopen
+        for number, member in enumerate(writers.members):
+            if loop and number == self.workers - 1:
+                can = [each for each in able if each in ("holes", "map", "reopen", "rwf")]
+                member.tell(**order, path=str(loop), able=can)
+            else:
+                source = [str(self.point / "other.raw"), str(self.other)] if self.other else None
+                member.tell(
+                    **order, path=str(self.raw), able=[*able, "file", *["source"] * bool(source)], source=source
+                )
+        writers.finish()
+
+    def _kill_them(self, mount: Mounted, writers: Team) -> None:
+        """In the middle of the work. Whatever they get to hear of it, and of closing their files afterwards."""
+        time.sleep(self.random.uniform(0, 0.6) ** 2 * 4)
+        kill_daemon(mount)
+        self.kills += 1
+        writers.finish(may_fail=True)
+        writers.begin(do="close")
+        writers.finish(may_fail=True)
+
+    def _let_them_finish(self, mount: Mounted, writers: Team, *, terminate: bool) -> None:
+        """Meanwhile the daemon is stopped for a moment now and then, or the host's page cache emptied. `terminate`: it
+        is told to end, which it does with their last close."""
+        self._pid = mount.pid()
+        for _ in range(self.random.randrange(4)):
+            time.sleep(self.random.uniform(0, 0.2))
+            if self.random.random() < 0.7:
+                os.kill(self._pid, signal.SIGSTOP)
+                try:
+                    time.sleep(self.random.uniform(0, 0.3))
+                finally:
+                    os.kill(self._pid, signal.SIGCONT)
+            elif self.random.random() < 0.3 and os.access(DROP_CACHES, os.W_OK):
+                DROP_CACHES.write_text("3")
+        if terminate:
+            os.kill(self._pid, signal.SIGTERM)
+        writers.finish()
 
     def _settle(self, writers: Team) -> None:
         size = self.raw.stat().st_size
-        writers.all(do="open", path=str(self.raw), size=size, able=self.able)
+        writers.all(do="open", path=str(self.raw), size=size, able=["reopen"])
         writers.all(do="settle", size=size)
         writers.all(do="close")
 
@@ -182,8 +246,9 @@ class DiffCase(Killable):
         """Between two mounts the image is QEMU's, or gets a tail that belongs to nothing."""
         choice = self.random.random()
         if choice < 0.3 and self.disk.qemu:
+            align = self.disk.cluster if self.overlay else SECTOR
             with self.model.open("r+b") as file:
-                for offset, data in qemu_writes(self.image, self.random, writers.size):
+                for offset, data in qemu_writes(self.image, self.random, writers.size, align):
                     file.seek(offset)
                     file.write(data)
         elif RESIZE and choice < 0.45 and self.disk.qemu and writers.size < self.disk.capacity:
@@ -195,10 +260,9 @@ class DiffCase(Killable):
                 image.write(os.urandom(self.random.randrange(1, 5000)))
             self.leaky = True
 
-
-def assert_clean_of(case: DiffCase, *, leaks: bool) -> None:
-    if case.disk.qemu:
-        assert_clean(case.image, leaks=leaks)
-    else:
-        done = qedfuse("check", case.image)
-        assert done.code in ((0, 3) if leaks else (0,)), done
+    def _assert_clean(self) -> None:
+        if self.disk.qemu:
+            assert_clean(self.image, leaks=self.leaky)
+        else:
+            done = qedfuse("check", self.image)
+            assert done.code in ((0, 3) if self.leaky else (0,)), done

@@ -38,6 +38,7 @@ class Deeds:
         self._handles: Handles | None = None
         self._random = random.Random()
         self._able: set[str] = set()
+        self._source: bytes | None = None  # what another raw file of the mount holds
 
     # -- small parts ---------------------------------------------------------------------------------------------------
 
@@ -162,6 +163,17 @@ class Deeds:
             self._write(f"copy from {source}", target, size, cached=True, data=data)
             self._open.copy(source, target, size)
 
+    def copy_from(self) -> None:
+        """copy_file_range(2) or sendfile(2) from another raw file of the mount."""
+        offset, size = self._range()
+        assert self._source is not None
+        size = min(size, len(self._source) // 2)
+        place = self._random.randrange(len(self._source) - size)
+        self._write(
+            f"copy from the other's {place}", offset, size, cached=True, data=self._source[place : place + size]
+        )
+        self._open.copy(place, offset, size, other=True, sendfile=self._random.random() < 0.5)
+
     def punch(self) -> None:
         self._zero("punch", PUNCH_HOLE | KEEP_SIZE)
 
@@ -169,7 +181,7 @@ class Deeds:
         self._zero("zero range", ZERO_RANGE | self._random.choice((0, KEEP_SIZE)))
 
     def _zero(self, kind: str, mode: int) -> None:
-        offset, size = self._range(self._random.choice((1, SECTOR, PAGE)))
+        offset, size = self._range(self._random.choice((1, SECTOR, PAGE) if "file" in self._able else (SECTOR, PAGE)))
         self._write(kind, offset, size, cached=False, data=bytes(size))
         self._open.fallocate(mode, offset, size)
 
@@ -201,60 +213,6 @@ class Deeds:
         if kind != "map":
             self._open.close(kind)
 
-    # -- deeds: the size -----------------------------------------------------------------------------------------------
-
-    def truncate(self) -> None:
-        rnd = self._random
-        size = rnd.randrange(self._tail, self._capacity + 1)
-        size -= size % rnd.choice((SECTOR, SECTOR, PAGE))
-        size = max(size, self._tail)
-        self._shadow.note("truncate to", size, max(self._size - size, 1))
-        if size < self._size:
-            self._shadow.change(size, bytes(self._size - size), cached=False)
-        self._sizes |= {size, rounded(size)}
-        os.ftruncate(self._open.fd("plain"), size)
-        self._size = size
-        self._check_size()
-
-    def extend(self) -> None:
-        """A write across the end or behind it."""
-        rnd = self._random
-        kind, align = rnd.choice((("plain", 1), ("plain", 1), ("direct", SECTOR)))
-        offset = self._size + rnd.choice((-1, 0, 1)) * rnd.randrange(8 * PAGE)
-        offset = max(self._tail, offset - offset % align)
-        size = rnd.choice((SECTOR, PAGE, 5 * PAGE, rnd.randrange(1, 9 * PAGE))) // align * align
-        if size and self._size < offset + size <= self._capacity:
-            self._sizes |= {rounded(offset + size)}
-            self._open.pwrite(kind, offset, self._write(f"{kind} write", offset, size, cached=True))
-            self._size = offset + size
-            self._check_size()
-
-    def append(self) -> None:
-        size = self._random.randrange(1, 3 * PAGE)
-        if self._size % SECTOR == 0 and self._size + size <= self._capacity:
-            self._sizes |= {rounded(self._size + size)}
-            data = self._write("append", self._size, size, cached=True)
-            self._open.fd("append")
-            if os.write(self._open.fd("append"), data) != size:
-                raise Failed("a short append")
-            self._size += size
-            self._check_size()
-
-    def zero_behind(self) -> None:
-        """ZERO_RANGE or preallocation past the end."""
-        rnd = self._random
-        offset = max(self._tail, self._size - rnd.randrange(4 * PAGE))
-        size = rnd.randrange(1, 12 * PAGE)
-        zero = rnd.random() < 0.5
-        if "holes" in self._able and self._size < offset + size <= self._capacity:
-            self._sizes |= {rounded(offset + size)}
-            self._shadow.note("zero behind" if zero else "preallocate", offset, size)
-            if zero:
-                self._shadow.change(offset, bytes(size), cached=False)
-            self._open.fallocate(ZERO_RANGE if zero else 0, offset, size)
-            self._size = offset + size
-            self._check_size()
-
 
 #: What a deed needs and how often it is chosen.
 DEEDS: dict[str, tuple[set[str], int]] = {
@@ -263,19 +221,27 @@ DEEDS: dict[str, tuple[set[str], int]] = {
     "load": ({"map"}, 6),
     "receive": (set(), 3),
     "read_neighbour": (set(), 4),
-    "seek": (set(), 3),
+    "seek": ({"file"}, 3),
     "write": (set(), 16),
     "direct_write": (set(), 12),
     "dsync_write": (set(), 3),
     "rwf_write": (set(), 2),
     "store": ({"map"}, 10),
     "send": (set(), 2),
-    "copy": (set(), 2),
+    "copy": ({"file"}, 2),
+    "copy_from": ({"source"}, 3),
     "punch": ({"holes"}, 6),
     "zero_range": ({"holes"}, 5),
     "sync": (set(), 2),
     "msync": ({"map"}, 2),
     "evict": (set(), 2),
-    "reopen": (set(), 2),
+    "reopen": ({"reopen"}, 2),
 }
-SIZE_DEEDS = {"truncate": 8, "extend": 8, "append": 3, "zero_behind": 3}
+#: Some are more frequent by this factor, for a round.
+PROFILES: dict[str, dict[str, int]] = {
+    "all": {},
+    "syncs": {"sync": 15, "dsync_write": 6, "rwf_write": 6, "msync": 8},
+    "maps": {"load": 4, "store": 5, "direct_read": 3, "direct_write": 3, "msync": 3, "evict": 4},
+    "holes": {"punch": 6, "zero_range": 6, "seek": 6},
+    "copies": {"copy": 8, "copy_from": 8, "send": 6, "receive": 6},
+}

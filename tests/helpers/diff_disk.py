@@ -102,16 +102,22 @@ def _new_base(below: Path, rnd: random.Random, base: str, size: int) -> tuple[Pa
 def _fill(image: Path, rnd: random.Random, size: int) -> None:
     """Some writes and zeroes by QEMU, small ones: large ones meet its fault (design.md)."""
     if rnd.random() < 0.7:
-        qemu_writes(image, rnd, size)
+        qemu_writes(image, rnd, size, SECTOR)
 
 
-def qemu_writes(image: Path, rnd: random.Random, size: int) -> list[tuple[int, bytes]]:
-    """QEMU writes to an image. Returns what it wrote: offset and data."""
+def qemu_writes(image: Path, rnd: random.Random, size: int, align: int) -> list[tuple[int, bytes]]:
+    """QEMU writes to an image. Returns what it wrote: offset and data, multiples of `align`.
+
+    That should be the cluster size if the image has a base and it matters what is written: QEMU (7.2) fills the rest of
+    a zero cluster that it writes to from the base.
+    """
     result = []
     commands = []
     for _ in range(rnd.randrange(1, 12)):
-        length = min(size, rnd.choice((SECTOR, PAGE, 64 * KIB, 200 * KIB)))
-        offset = rnd.randrange(size - length + 1) // SECTOR * SECTOR
+        length = -(-rnd.choice((SECTOR, PAGE, 64 * KIB, 200 * KIB)) // align) * align
+        if length > size:
+            continue
+        offset = rnd.randrange(size - length + 1) // align * align
         if rnd.random() < 0.3:
             value, command = 0, f"write -z {offset} {length}"
         else:
@@ -119,8 +125,9 @@ def qemu_writes(image: Path, rnd: random.Random, size: int) -> list[tuple[int, b
             command = f"write -P {value} {offset} {length}"
         commands += ["-c", command]
         result.append((offset, bytes([value]) * length))
-    said = run("qemu-io", "-f", "qed", *commands, image)
-    assert "failed" not in said, said
+    if commands:
+        said = run("qemu-io", "-f", "qed", *commands, image)
+        assert "failed" not in said, said
     return result
 
 

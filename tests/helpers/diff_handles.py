@@ -17,8 +17,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Handles:
     """A map is stored into and read by system calls from a buffer: a page that cannot be had is EFAULT, not SIGBUS."""
 
-    def __init__(self, path: str, tail: int) -> None:
+    def __init__(self, path: str, tail: int, source: str | None) -> None:
         self._path = path
+        self._source = source
         self._tail = tail
         self._fds: dict[str, int] = {}
         self._map: mmap.mmap | None = None
@@ -26,8 +27,17 @@ class Handles:
 
     def fd(self, kind: str) -> int:
         if kind not in self._fds:
-            self._fds[kind] = os.open(self._path, os.O_RDWR | FLAGS[kind])
+            if kind == "source":
+                assert self._source is not None
+                self._fds[kind] = os.open(self._source, os.O_RDONLY)
+            else:
+                self._fds[kind] = os.open(self._path, os.O_RDWR | FLAGS[kind])
         return self._fds[kind]
+
+    def open_all(self) -> None:
+        """For when the name will soon be another file's."""
+        for kind in (*FLAGS, "source") if self._source else FLAGS:
+            self.fd(kind)
 
     def close(self, kind: str) -> None:
         if kind in self._fds:
@@ -101,13 +111,18 @@ class Handles:
 
     # -- copies within the kernel -------------------------------------------------------------------------------------
 
-    def copy(self, source: int, target: int, size: int) -> None:
-        """copy_file_range(2), within the file."""
+    def copy(self, source: int, target: int, size: int, *, other: bool = False, sendfile: bool = False) -> None:
+        """copy_file_range(2) or sendfile(2), from the file itself or from the other one."""
+        fd = self.fd("source" if other else "plain")
         done = 0
+        os.lseek(self.fd("plain"), target, os.SEEK_SET)
         while done < size:
-            count = os.copy_file_range(self.fd("plain"), self.fd("plain"), size - done, source + done, target + done)
+            if sendfile:
+                count = os.sendfile(self.fd("plain"), fd, source + done, size - done)
+            else:
+                count = os.copy_file_range(fd, self.fd("plain"), size - done, source + done, target + done)
             if not count:
-                raise OSError(errno.EIO, "copy_file_range stops early")
+                raise OSError(errno.EIO, "a copy stops early")
             done += count
 
     def send(self, offset: int, data: bytes) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ class Team:
     sectors: int = 0
     mixed: dict[int, int] = field(default_factory=dict)
 
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
     def begin(self, **order: Any) -> None:
         for member in self.members:
             member.tell(**order)
@@ -116,10 +120,10 @@ class Team:
 @contextmanager
 def team(model: Path, *, count: int, tail: int, capacity: int, size: int) -> Iterator[Team]:
     """So many processes, which do not outlive the block."""
-    with ExitStack() as stack:
-        members = []
+    writers = Team([], size)
+    try:
         for number in range(count):
-            member = Member(model, number, count, tail, capacity)
-            stack.callback(member.close)
-            members.append(member)
-        yield Team(members, size)
+            writers.members.append(Member(model, number, count, tail, capacity))
+        yield writers
+    finally:
+        writers.close()

@@ -15,17 +15,19 @@ import random
 import sys
 from typing import Any
 
-from tests.helpers.diff_deeds import DEEDS, SIZE_DEEDS, Deeds, Failed, rounded
+from tests.helpers.diff_deeds import DEEDS, PROFILES, Failed, rounded
 from tests.helpers.diff_handles import Handles
+from tests.helpers.diff_sizes import SIZE_DEEDS, SizeDeeds
 from tests.helpers.parts import Part
 from tests.helpers.shadow import SECTOR
 
 _LARGEST = 1 << 20
 
 
-class Worker(Deeds):
+class Worker(SizeDeeds):
     def obey(self, order: dict[str, Any]) -> dict[str, Any]:
-        """One of: open(path, size, able), work(seed, count), sync, compare(other, size), settle(size), close, story."""
+        """One of: open(path, size, able, source), work(seed, count, profile), sync, compare(other, size),
+        settle(size), closed(size), close, story(sectors)."""
         answer: dict[str, Any] = {"wrong": []}
         self._sectors = 0
         before = self._shadow.number
@@ -35,8 +37,7 @@ class Worker(Deeds):
         except Failed as failure:
             answer["wrong"] = [str(failure)]
         except OSError as error:
-            what = self._shadow.story(self._tail // SECTOR).splitlines()[-1:]
-            answer["error"] = [error.errno, str(error), *what]
+            answer["error"] = [error.errno, str(error), self._shadow.last()]
         return {
             **answer,
             "deeds": self._shadow.number - before,
@@ -47,8 +48,15 @@ class Worker(Deeds):
 
     # -- orders --------------------------------------------------------------------------------------------------------
 
-    def do_open(self, path: str, size: int, able: list[str]) -> None:
-        self._handles = Handles(path, self._tail)
+    def do_open(self, path: str, size: int, able: list[str], source: list[str] | None = None) -> None:
+        """`source`: another raw file of the mount, and a file that holds the same. Without `reopen` among the things
+        that it is able to do, all that may be needed is opened now."""
+        self._handles = Handles(path, self._tail, source[0] if source else None)
+        if source:
+            with open(source[1], "rb") as file:
+                self._source = file.read()
+        if "reopen" not in able:
+            self._handles.open_all()
         self._able = set(able)
         self._size = size
         self._sizes |= {size}
@@ -59,9 +67,15 @@ class Worker(Deeds):
         if handles:
             handles.close_all()
 
-    def do_work(self, seed: str, count: int) -> None:
+    def do_work(self, seed: str, count: int, profile: str) -> None:
+        factor = PROFILES[profile]
         rnd = self._random = random.Random(f"{seed}/{self._number}")
-        deeds = [name for name, (needs, often) in DEEDS.items() if needs <= self._able for _ in range(often)]
+        deeds = [
+            name
+            for name, (needs, often) in DEEDS.items()
+            if needs <= self._able
+            for _ in range(often * factor.get(name, 1))
+        ]
         if self._number == 0 and "size" in self._able:
             deeds += [name for name, often in SIZE_DEEDS.items() for _ in range(often)]
         for _ in range(count):

@@ -37,6 +37,10 @@ class Deed(NamedTuple):
     offset: int
     size: int
 
+    def __str__(self) -> str:
+        second = time.strftime("%H:%M:%S", time.gmtime(self.when))
+        return f"{second}.{int(self.when % 1 * 1e6):06} deed {self.number}: {self.kind} {self.offset}+{self.size}"
+
 
 @dataclass
 class _Change:
@@ -164,6 +168,10 @@ class Shadow:
                 result[sector] = versions, cached or entry.cached
         return result
 
+    def last(self) -> str:
+        """The deed that was noted last."""
+        return str(self._deeds[-1]) if self._deeds else "before any deed"
+
     def story(self, sector: int) -> str:
         """What was last done to a sector, and when."""
         low, high = sector * SECTOR, (sector + 1) * SECTOR
@@ -172,11 +180,7 @@ class Shadow:
         ]
         named = [deed for deed in deeds if deed.size][-8:]
         since = named[0].number if named else self.number - 5
-        return "\n".join(
-            f"    {time.strftime('%H:%M:%S', time.gmtime(deed.when))}.{int(deed.when % 1 * 1e6):06} "
-            f"deed {deed.number}: {deed.kind} {deed.offset}+{deed.size}"
-            for deed in [deed for deed in deeds if deed.number >= since][-24:]
-        )
+        return "\n".join(f"    {deed}" for deed in [deed for deed in deeds if deed.number >= since][-24:])
 
 
 def _is_mixture(found: bytes, versions: list[bytes]) -> bool:
