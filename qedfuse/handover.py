@@ -23,6 +23,7 @@ from qedfuse.complaints import Complaints
 from qedfuse.holes import LastExtent, fallocate, next_data, next_hole
 from qedfuse.image import Image
 from qedfuse.offload import Worker, idle_worker, offload
+from qedfuse.replaced import check_not_replaced, may_be_replaced
 from qedfuse.storage import Buffer
 
 Ts = TypeVarTuple("Ts")
@@ -115,7 +116,7 @@ class HandOver:
         self.syncs += 1
         end = time.monotonic() + _ON_THE_SPOT
         try:
-            flush = image.begin_flush()
+            flush = None if may_be_replaced(image) else image.begin_flush()
             if flush is None:
                 self._begin(self._flush, fd, unique, image)
                 return False
@@ -155,6 +156,7 @@ class HandOver:
         code = 0
         try:
             await image.flush()
+            await check_not_replaced(image)
         except Exception as error:
             code = self._complaints.errno_of(error, "fsync")
         _send(fd, code, unique)

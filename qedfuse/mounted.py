@@ -24,6 +24,7 @@ import trio
 
 from qedfuse.errors import InUseError, QedfuseError, describe
 from qedfuse.image import Image
+from qedfuse.pagecache import TICK, CachedPages
 from qedfuse.peek import FileKey, FileMark, key_of, mark_of
 from qedfuse.storage import FileStorage
 
@@ -42,8 +43,9 @@ class MountedImage:
 
     `read_only`: never opened for writing. `path`: where it is opened; may be changed, for a file that was renamed.
     `opened`: the image while it is open. `failure`: why the last close failed. `unwritten`: why it cannot be closed
-    yet. `mtime_ns`: the time of change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`
-    and `closed_at`: the file's state after the last close, and when that was (`time.monotonic`).
+    yet. `mtime_ns`: the time of change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`,
+    `size` and `closed_at`: the file's state after it was last open for writing, the image's size (bytes), and when that
+    was (`time.monotonic`). `cached`: what the kernel may have cached of it.
     """
 
     __slots__ = (
@@ -59,6 +61,7 @@ class MountedImage:
         "_stop",
         "_users",
         "_wake",
+        "cached",
         "closed_at",
         "failure",
         "mark",
@@ -66,6 +69,7 @@ class MountedImage:
         "opened",
         "path",
         "read_only",
+        "size",
         "unwritten",
     )
 
@@ -76,6 +80,8 @@ class MountedImage:
         self.failure: OSError | None = None
         self.unwritten: OSError | None = None
         self.mark: FileMark | None = None
+        self.size = 0
+        self.cached = CachedPages()
         self.closed_at = 0.0
         self.mtime_ns: int | None = None
         self._open = opener
@@ -161,12 +167,14 @@ class MountedImage:
         spare: int | None = None
         try:
             async with self._open(self.path, read_only) as image:
+                self.cached.note_open(image)
                 self.opened = image
                 task_status.started()
                 await self._wait_until_dispensable(image)
                 closing = True
                 self.opened = None
-                if isinstance(image.storage, FileStorage) and not self._stop.is_set():
+                self.size = image.size
+                if isinstance(image.storage, FileStorage) and image.writable and not self._stop.is_set():
                     with contextlib.suppress(OSError):  # no descriptor left: then it counts as changed by others
                         spare = os.dup(image.storage.fileno())
             self.failure = image.failed
@@ -177,7 +185,8 @@ class MountedImage:
         finally:
             self.opened = self.unwritten = None
             if spare is not None:
-                self._note_state(spare)
+                with trio.CancelScope(shield=True):
+                    await self._note_state(spare)
             self._keeping = False
             self._closed.set()
             if closing:
@@ -235,14 +244,17 @@ class MountedImage:
             self.failure = QedfuseError(self.path, "closing failed, see the log")
             _log.error("%s: closing failed", self.path, exc_info=error)
 
-    def _note_state(self, fd: int) -> None:
-        """Remember how we left the file. The descriptor still holds the image's lock: nobody else has changed it."""
+    async def _note_state(self, fd: int) -> None:
+        """Remember how we left the file. The descriptor still holds the image's lock: nobody else has changed it, and
+        nobody does until that would show."""
         try:
             status = os.fstat(fd)
             if self.mtime_ns is not None and self.mtime_ns != status.st_mtime_ns:
                 os.utime(fd, ns=(status.st_atime_ns, self.mtime_ns))
                 status = os.fstat(fd)
+            await trio.sleep(min(max(0, status.st_ctime_ns + TICK - time.time_ns()), TICK) / 1e9)
             self.mark = mark_of(status)
+            self.cached.note_close(status)
             self.closed_at = time.monotonic()
         except OSError as error:
             _log.warning("%s", describe(error, self.path))

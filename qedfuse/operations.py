@@ -24,6 +24,7 @@ from qedfuse.geometry import DEFAULT_CLUSTER_SIZE
 from qedfuse.image import Image
 from qedfuse.mount_options import MountOptions
 from qedfuse.peek import Peek
+from qedfuse.replaced import check_not_replaced
 from qedfuse.rootclock import RootClock
 from qedfuse.storage import FileStorage
 from qedfuse.tree import ROOT, Entry, Node, Tree
@@ -132,6 +133,7 @@ class Operations(pyfuse3.Operations):
                 await image.write(off, buf)
             if durable:
                 await image.flush()
+                await check_not_replaced(image)
             self.writes += 1
             return len(buf)
         except Exception as error:
@@ -142,7 +144,9 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:
         self.syncs += 1
-        await self._images[fh].flush()
+        image = self._images[fh]
+        await image.flush()
+        await check_not_replaced(image)
 
     @_translated
     async def flush(self, fh: int) -> None:
@@ -178,7 +182,8 @@ class Operations(pyfuse3.Operations):
             self._synced.add(handle)
         if self._fastpath:
             self._fastpath.attach(handle, image, to_write=to_write, synced=sync)
-        return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=not self._options.direct_io)
+        keep_cache = node.mounted.cached.may_keep(image) and not self._options.direct_io
+        return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=keep_cache)
 
     @_translated
     async def release(self, fh: int) -> None:
@@ -196,7 +201,7 @@ class Operations(pyfuse3.Operations):
         if inode == ROOT and self._tree.root is None:
             raise FUSEError(errno.EPERM)
         node = self._tree.node(inode)
-        image = await self._acquire(node, to_write=True)
+        image = await self._acquire(node, to_write=True, by_name=fields.update_size and fh is None)
         try:
             if not image.writable:
                 raise FUSEError(errno.EROFS)
@@ -306,10 +311,10 @@ class Operations(pyfuse3.Operations):
 
     # -- small parts --------------------------------------------------------------------------------------------------
 
-    async def _acquire(self, node: Node, *, to_write: bool) -> Image:
-        """The node's open image. One that is broken is EIO to whoever opens it, and a line in the log."""
+    async def _acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
+        """See `Tree.acquire`. An image that is broken is EIO to whoever opens it, and a line in the log."""
         try:
-            return await self._tree.acquire(node, to_write=to_write)
+            return await self._tree.acquire(node, to_write=to_write, by_name=by_name)
         except Exception as error:
             raise FUSEError(self.complaints.errno_of(error, "open", broken=True)) from None
 

@@ -19,9 +19,16 @@ from qedfuse.header import HEADER_BYTES, MAGIC, Header
 from qedfuse.threads import NoAnswerError
 from qedfuse.walk import Walk
 
-#: Which file, and in what state: device and inode, time of change in nanoseconds, size in bytes.
+#: Which file: device and inode.
 FileKey = tuple[int, int]
-FileMark = tuple[int, int]
+
+
+class FileMark(NamedTuple):
+    """In what state a file is: time of change in nanoseconds, size in bytes, and a time that cannot be set."""
+
+    mtime_ns: int
+    size: int
+    ctime_ns: int
 
 
 class Peek(NamedTuple):
@@ -53,7 +60,7 @@ def key_of(status: os.stat_result) -> FileKey:
 
 
 def mark_of(status: os.stat_result) -> FileMark:
-    return status.st_mtime_ns, status.st_size
+    return FileMark(status.st_mtime_ns, status.st_size, status.st_ctime_ns)
 
 
 def cannot_tell(error: OSError) -> bool:

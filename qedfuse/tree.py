@@ -45,16 +45,19 @@ Listing = dict[bytes, tuple[str, Peek]]
 class Node:
     """A raw file. `fixed`: its image stays open. `stale`: somebody else changed or replaced the image's file.
 
-    `key` and `mark` are the file and its state when it was last looked at; `lookups` counts the kernel's references.
+    `key`, `mark` and `size` are the file, its state and the image's size when it was first looked at; `name` is how it
+    was last called; `lookups` counts the kernel's references.
     """
 
-    __slots__ = ("fixed", "id", "key", "lookups", "mark", "mounted", "stale")
+    __slots__ = ("fixed", "id", "key", "lookups", "mark", "mounted", "name", "size", "stale")
 
-    def __init__(self, id: int, mounted: MountedImage, key: FileKey, mark: FileMark, *, fixed: bool) -> None:
+    def __init__(self, id: int, mounted: MountedImage, key: FileKey, mark: FileMark, size: int, *, fixed: bool) -> None:
         self.id = id
         self.mounted = mounted
         self.key = key
         self.mark = mark
+        self.size = size
+        self.name = b""
         self.fixed = fixed
         self.lookups = 0
         self.stale = False
@@ -63,8 +66,12 @@ class Node:
         """Whether `peek` saw this node's file as we know it."""
         if self.key != key_of(peek.status):
             return False
-        ours = self.mounted.busy or peek.time <= self.mounted.closed_at  # it has changed since, but by us
-        return ours or mark_of(peek.status) == (self.mounted.mark or self.mark)
+        if self.mounted.busy or peek.time <= self.mounted.closed_at:
+            return True  # it has changed since, but by us
+        known, size = (self.mounted.mark, self.mounted.size) if self.mounted.mark else (self.mark, self.size)
+        found = mark_of(peek.status)
+        # A new name, owner or mode has another ctime, too. If more than that has changed, `pagecache` drops the pages.
+        return found == known or (found[:2] == known[:2] and peek.size == size)
 
 
 class Entry(NamedTuple):
@@ -114,7 +121,7 @@ class Tree:
 
     def _add_fixed(self, id: int, mounted: MountedImage, image: Image) -> Node:
         status = image.storage.stat()
-        node = Node(id, mounted, key_of(status), mark_of(status), fixed=True)
+        node = Node(id, mounted, key_of(status), mark_of(status), image.size, fixed=True)
         self._nodes[id] = self._by_key[node.key] = node
         return node
 
@@ -185,12 +192,17 @@ class Tree:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return peek
 
-    async def acquire(self, node: Node, *, to_write: bool) -> Image:
-        """The node's open image; to be released with `node.mounted.release()`.
+    async def acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
+        """A node's open image; to be released with `node.mounted.release()`.
 
-        Raises OSError(ESTALE) if the file is another one by now, and what `open_image` raises.
+        `by_name`: it is opened by its name, which must not have become another file's. Raises OSError(ESTALE) if it
+        has, upon which the kernel looks the name up anew, and what `open_image` raises.
         """
-        if node.mounted.opened is None:
+        if by_name and not node.fixed:
+            found = await self.find(node.name)
+            if found is None or found.node is not node:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        elif node.mounted.opened is None:
             await self.look(node)
         image = await node.mounted.acquire(to_write=to_write)
         if node.mounted.key() != node.key:
@@ -223,8 +235,9 @@ class Tree:
                 node = None
         if node is None:
             assert self._make is not None
-            node = Node(self._take_id(), self._make(path), key, mark_of(peek.status), fixed=False)
+            node = Node(self._take_id(), self._make(path), key, mark_of(peek.status), peek.size, fixed=False)
             self._nodes[node.id] = self._by_key[key] = node
+        node.name = name
         return Entry(name, node, peek)
 
     def _find(self, directory: str, name: str) -> tuple[str, Peek] | None:

@@ -28,8 +28,9 @@ ORDER = """
     commit repair
     clusters check
     image
-    chain holes mounted rootclock
-    opening create info tree handover
+    chain holes pagecache replaced rootclock
+    opening create info mounted handover
+    tree
     fastpath library
     operations control kernel_mount output
     control_server target

@@ -1,0 +1,81 @@
+"""Whether the pages that the kernel has cached of a raw file still show what its image says.
+
+The kernel keeps them when the file is closed, and drops them at an open that does not ask for them to be kept. They
+are right as long as every file of the chain is as it was when they were read: the same files, unchanged. Times of
+change can be set, but ctime cannot. What is written through the mount goes through the cache, so our own changes do no
+harm.
+
+A change within a tick of the host's clock after another one may leave no trace: a state so fresh is not relied on.
+Block devices have no time of change: they are as they were for as long as they are open, and locked.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+from qedfuse.image import Image
+from qedfuse.peek import FileMark, mark_of
+from qedfuse.storage import Identity, identity
+
+#: Nanoseconds: more than any host's clock tick; the same on file systems that keep whole seconds (or pairs of them).
+TICK = 20_000_000
+_COARSE_TICK = 2_000_000_000
+_SECOND = 1_000_000_000
+#: Seconds for which no open keeps pages after one that did not: the kernel may not have got that answer yet.
+_DROPPING = 1.0
+
+#: Of a file that has no time of change: in which opening it was seen.
+_Opening = object
+_State = tuple[Identity, FileMark | _Opening]
+
+
+class CachedPages:
+    """What the kernel may have cached of one raw file: of which state of the chain's files. It begins with nothing."""
+
+    __slots__ = ("_dropping", "_opening", "_ours", "_states")
+
+    def __init__(self) -> None:
+        self._states: list[_State | None] = []  # from the top down; None: as nothing ever is
+        self._ours = False  # the top one is being written by us
+        self._opening = object()
+        self._dropping = 0.0
+
+    def note_open(self, image: Image) -> None:
+        """The image was opened, and nothing has been changed through it."""
+        self._ours = False
+        self._opening = object()
+        self._compare(image)
+        self._ours = image.writable
+
+    def may_keep(self, image: Image) -> bool:
+        """Whether an open of the raw file may leave the kernel its pages."""
+        self._compare(image)
+        return time.monotonic() >= self._dropping
+
+    def note_close(self, status: os.stat_result) -> None:
+        """The image's file was left like this, by us: it was open for writing."""
+        self._ours = False
+        self._states[:1] = [self._state_of(status)]
+
+    def _compare(self, image: Image) -> None:
+        found = [self._state_of(image.storage.stat())]
+        layer = image.backing
+        while layer is not None:
+            found.append(self._state_of(layer.storage.stat()))
+            layer = layer.backing
+        skipped = 1 if self._ours else 0
+        if None in found[skipped:] or found[skipped:] != self._states[skipped:]:
+            self._dropping = time.monotonic() + _DROPPING
+        self._states = found
+
+    def _state_of(self, status: os.stat_result) -> _State | None:
+        if stat.S_ISBLK(status.st_mode):
+            return identity(status), self._opening
+        return None if is_fresh(status.st_ctime_ns) else (identity(status), mark_of(status))
+
+
+def is_fresh(ctime_ns: int) -> bool:
+    """Whether a file could change once more without another ctime."""
+    return time.time_ns() - ctime_ns < (TICK if ctime_ns % _SECOND else _COARSE_TICK)

@@ -1,0 +1,34 @@
+"""What is written into a file that is gone is gone, too: an image whose file has been replaced while it was open.
+
+Moving another image over it (rename(2)) leaves the open one without a name. It can be read and written as before, but
+nobody will find what is written, and so no sync of it succeeds. A file that was only deleted is its users' own affair,
+and one that has another name keeps what is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import trio
+
+from qedfuse.image import Image
+from qedfuse.storage import Storage, identity
+
+
+def may_be_replaced(image: Image) -> bool:
+    """Whether its file has no name any more. Costs one fstat."""
+    return image.storage.stat().st_nlink == 0
+
+
+async def check_not_replaced(image: Image) -> None:
+    """Raises OSError(ESTALE) if the image's file has no name any more, and its old one is another file's."""
+    if may_be_replaced(image) and await trio.to_thread.run_sync(_is_another, image.storage, abandon_on_cancel=True):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def _is_another(storage: Storage) -> bool:
+    try:
+        return identity(os.stat(storage.path)) != identity(storage.stat())
+    except OSError:
+        return False
