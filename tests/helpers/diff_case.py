@@ -125,6 +125,8 @@ class DiffCase(Killable):
                         self._kill_them(mount, writers)
                     else:
                         self._let_them_finish(mount, writers, terminate=how == "terminate")
+                        if how == "umount" and not loop and self.random.random() < 0.3:
+                            self._leave_alone(writers)
                         if how != "umount" or loop or self.random.random() < 0.4:
                             writers.all(do="sync")
                         writers.compare(0 if loop else self.random.randrange(self.workers))
@@ -201,6 +203,12 @@ class DiffCase(Killable):
         if terminate:
             os.kill(self._pid, signal.SIGTERM)
         writers.finish()
+
+    def _leave_alone(self, writers: Team) -> None:
+        """Everything is closed for a while: what a source directory shows may be closed, too, and is opened again."""
+        writers.all(do="close")
+        time.sleep(self.random.uniform(0, 1.6))
+        self._open(writers, None, reopen=True)
 
     def _settle(self, writers: Team) -> None:
         size = self.raw.stat().st_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from tests.helpers.diff_deeds import Deeds, Failed, rounded
-from tests.helpers.diff_handles import ZERO_RANGE
+from tests.helpers.diff_handles import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from tests.helpers.parts import PAGE
 from tests.helpers.shadow import SECTOR
 
@@ -63,6 +63,17 @@ class SizeDeeds(Deeds):
             self._size = offset + size
             self._check_size()
 
+    def zero_across(self) -> None:
+        """Zeroes over the end, which stays where it is."""
+        if "holes" in self._able and self._size > self._tail:
+            offset = self._random.randrange(max(self._tail, self._size - 12 * PAGE), self._size)
+            mode = self._random.choice((ZERO_RANGE, PUNCH_HOLE)) | KEEP_SIZE
+            self._write(
+                f"zero across {mode}", offset, self._size - offset, cached=False, data=bytes(self._size - offset)
+            )
+            self._open.fallocate(mode, offset, self._random.randrange(self._size - offset, 40 * PAGE))
+            self._check_size()
+
 
 #: How often each is chosen.
-SIZE_DEEDS = {"truncate": 8, "extend": 8, "append": 3, "zero_behind": 3}
+SIZE_DEEDS = {"truncate": 8, "extend": 8, "append": 3, "zero_behind": 3, "zero_across": 2}
