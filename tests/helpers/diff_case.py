@@ -169,6 +169,7 @@ class DiffCase(Killable):
         for number, member in enumerate(writers.members):
             if loop and number == self.workers - 1:
                 can = [each for each in able if each in ("holes", "map", "reopen", "rwf")]
+                can += ["discard"] * ("holes" in able)
                 member.tell(**order, path=str(loop), able=can)
             else:
                 source = [str(self.point / "other.raw"), str(self.other)] if self.other else None

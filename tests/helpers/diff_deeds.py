@@ -4,15 +4,18 @@ it. Those that read fail if it is something else."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import random
+import struct
 
 from tests.helpers.diff_handles import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Handles
 from tests.helpers.parts import PAGE, Part
 from tests.helpers.shadow import SECTOR, Shadow, content
 
 RWF_DSYNC = 2
+BLKDISCARD = 0x1277
 
 
 class Failed(Exception):
@@ -177,6 +180,19 @@ class Deeds:
     def punch(self) -> None:
         self._zero("punch", PUNCH_HOLE | KEEP_SIZE)
 
+    def discard(self) -> None:
+        """BLKDISCARD, on the loop device: each sector is kept or given up."""
+        offset, size = self._range(PAGE)
+        before = bytes(self._shadow.model[offset : offset + size])
+        self._write("discard", offset, size, cached=False, data=bytes(size))
+        fcntl.ioctl(self._open.fd("plain"), BLKDISCARD, struct.pack("QQ", offset, size))
+        found = self._open.pread("plain", offset, size)
+        for place in range(0, size, SECTOR):
+            sector = slice(place, place + SECTOR)
+            if any(found[sector]) and found[sector] == before[sector]:
+                self._shadow.change(offset + place, found[sector], cached=False)
+        self._must_be(offset, size, found, "after a discard, read")
+
     def zero_range(self) -> None:
         self._zero("zero range", ZERO_RANGE | self._random.choice((0, KEEP_SIZE)))
 
@@ -231,6 +247,7 @@ DEEDS: dict[str, tuple[set[str], int]] = {
     "copy": ({"file"}, 2),
     "copy_from": ({"source"}, 3),
     "punch": ({"holes"}, 6),
+    "discard": ({"discard"}, 4),
     "zero_range": ({"holes"}, 5),
     "sync": (set(), 2),
     "msync": ({"map"}, 2),
