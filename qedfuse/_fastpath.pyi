@@ -20,7 +20,7 @@ class Layer:
         l2: PageIndex | None = None,
         below: Layer | None = None,
         state: Callable[[], tuple[int, int, bool, int, int]] | None = None,
-        wrote: Callable[[int, int, int, tuple[int, ...]], None] | None = None,
+        wrote: Callable[[int, int, int, int, tuple[int, ...]], None] | None = None,
         l1_offset: int = 0,
         loaded: Callable[[bool, int, int, bytes], bool] | None = None,
     ) -> Layer: ...

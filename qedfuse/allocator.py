@@ -106,11 +106,12 @@ class Allocator:
         return self.end, max(self.end, round_down(file_size, self._geometry.cluster_size))
 
     def take(self, offset: int, size: int) -> None:
-        """Hand out `size` bytes from the front of `next_free`."""
-        if offset == self.end:
-            self.end += size
-        else:
-            self._free.take_first(size, whole=True)
+        """Hand out `size` bytes from the front of `next_free`, which must be at `offset` (AssertionError)."""
+        taken = self._free.take_first(size, whole=True) if self._free else (self._fresh(size), size)
+        if taken != (offset, size):
+            raise AssertionError(
+                f"{size} bytes of clusters at {offset:#x} were taken, which are not the next free ones"
+            )
 
     def _fresh(self, size: int) -> int:
         offset = self.end

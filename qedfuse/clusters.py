@@ -188,6 +188,8 @@ class ClusterWriter:
         self._allocator.take(offset, size)
         self._tables.file_end = self._allocator.end
         for index in pages:
+            if index not in self._tables.l2.pages:
+                raise AssertionError(f"l2 page {index} was changed, but is not in memory")
             self._tables.changed(index)
         if lost:
             self._allocator.release(offset + size - lost, lost)

@@ -108,6 +108,7 @@ class Committer:
         self._allocator = allocator
         self._barrier = barrier
         self._unsynced_tables = False
+        self._trusted = True
         self._closed = False
         self._header_known = True  # the file's header is `header`: no write of another one has failed
         self.file_size = storage.size()  # bytes; clusters handed out may lie beyond until `extend`
@@ -252,13 +253,17 @@ class Committer:
             or not self._header_known
         )
 
+    def give_up(self, error: BaseException) -> None:
+        """What is in memory can no longer be trusted: nothing of it goes to the file."""
+        log.critical("%s: the image is read-only from now on", self._storage.path, exc_info=error)
+        self._trusted = False
+        self.failed = OSError(errno.EIO, f"internal error: {error}")
+
     def check(self) -> None:
-        """Raise EIO if a sync has failed, EBADF after `close`."""
+        """Raise EIO if a sync has failed or after `give_up`, EBADF after `close`."""
         if self.failed:
-            reason = self.failed.strerror
-            raise QedfuseError(
-                self._storage.path, f"an earlier sync failed ({reason}); the image is read-only", errno.EIO
-            )
+            reason = f"an earlier sync failed ({self.failed.strerror})" if self._trusted else self.failed.strerror
+            raise QedfuseError(self._storage.path, f"{reason}; the image is read-only", errno.EIO)
         if self._closed:
             raise QedfuseError(self._storage.path, "the image is closed", errno.EBADF)
 

@@ -138,16 +138,28 @@ class Image:
             self._offered = self._writer.offer()
         return self._size, self._tables.file_end, True, *self._offered
 
-    def note_written(self, taken: int, lost: int, filled: int, pages: Sequence[int]) -> None:
-        """Clusters were written, in place or into new ones: `taken` bytes of clusters from the front of what `state`
-        has offered. Nothing refers to the last `lost` of them; to the others entries of these L2 pages do. They hold
-        `filled` bytes of the guest's."""
-        if self._committer:
-            self._committer.unsynced = True
-            if taken:
-                start, end = self._offered
-                self._offered = start + taken, end
-                self._writer.take_offered(start, taken, lost, filled, pages)
+    def note_written(self, first: int, taken: int, lost: int, filled: int, pages: Sequence[int]) -> None:
+        """Clusters were written, in place or into new ones: `taken` bytes of clusters from `first` on, which is the
+        front of what `state` has offered. Nothing refers to the last `lost` of them; to the others entries of these L2
+        pages do. They hold `filled` bytes of the guest's.
+
+        What was not offered must not be taken, nor anything while a range is locked: somebody else may have it, too.
+        If it happens all the same, the image has failed, and its file stays as it is.
+        """
+        committer = self._committer_of()
+        committer.unsynced = True
+        if not taken:
+            return
+        start, end = self._offered
+        self._offered = first + taken, end
+        try:
+            if self._locks:
+                raise AssertionError("clusters were taken while a range was locked")
+            if first != start or taken > end - start:
+                raise AssertionError(f"{taken} bytes of clusters at {first:#x} were taken, not offered")
+            self._writer.take_offered(first, taken, lost, filled, pages)
+        except BaseException as error:
+            committer.give_up(error)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
+import sys
 
 from qedfuse.errors import printable
+
+_log = logging.getLogger("qedfuse")
 
 _SYSLOG = "/dev/log"
 
@@ -30,7 +33,12 @@ def start_logging(*, foreground: bool, log_file: str | None) -> None:
         handler = logging.NullHandler()
     handler.addFilter(_make_printable)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    sys.unraisablehook = _log_unraisable  # what is called from C, or by the collector, has no other place to go
     logging.raiseExceptions = False  # a full disk under the log is no reason to print to a closed stderr
+
+
+def _log_unraisable(what: sys.UnraisableHookArgs) -> None:
+    _log.critical("internal error in %r", what.object, exc_info=what.exc_value)
 
 
 def _make_printable(record: logging.LogRecord) -> bool:

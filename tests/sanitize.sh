@@ -34,8 +34,9 @@ import os, sys
 del os.environ["LD_PRELOAD"]
 sys.executable = "$copy/sanitized"
 END
-# A daemon has no stderr: reports go to files. Undefined behaviour traps, and that is reported as ILL.
-export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:log_path=$copy/report
+# A daemon has no stderr: reports go to files. Undefined behaviour traps, and that is reported as ILL; assertions, which
+# are compiled in here, as ABRT.
+export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:handle_abort=1:log_path=$copy/report
 export PYTHONMALLOC=malloc
 status=0
 ./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath*.py tests/test_begin_flush.py \

@@ -30,7 +30,8 @@
  * holds a lock on a range (image.py, `state`). They are taken from the front: data first, with what the layers below
  * have around it, then the entries in the page in memory. Python is told how many were taken and which pages have
  * changed, before it runs again (`note_written`), so for allocator.py and commit.py it is as if Python had done it. A
- * cluster whose write failed is told of as lost: what is in it must not show up in anything else.
+ * cluster whose write failed is told of as lost: what is in it must not show up in anything else. Both sides check: the
+ * numbers are not asked for while there is something to tell, and what is told must be what was offered.
  *
  * Why the mapping cannot change under it. The tables have one place, the page pool of pages.py; this file reads the
  * entries there, by way of an index (page number -> address) that pages.py keeps up to date. Python changes tables,

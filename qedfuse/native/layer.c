@@ -2,6 +2,8 @@
 
 #include "layer.h"
 
+#include <assert.h>
+
 static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"fd", "size", "file_end", "data_start", "cluster_bits", "table_bits", "l1",
@@ -75,6 +77,12 @@ bool layer_refresh(Layer *layer)
 {
     unsigned long long size, file_end, free, free_end;
     int writable;
+    assert(!layer->dirty); /* in a build for tests */
+    if (layer->dirty) {    /* clusters that are taken already would be offered once more */
+        PyErr_SetString(PyExc_AssertionError, "the numbers were asked for before all writes were told of");
+        PyErr_WriteUnraisable(layer->state);
+        return false;
+    }
     PyObject *state = PyObject_CallNoArgs(layer->state);
     if (!state || !PyArg_ParseTuple(state, "KKpKK", &size, &file_end, &writable, &free, &free_end)) {
         Py_XDECREF(state);
@@ -101,10 +109,14 @@ void layer_tell(Layer *layer)
             PyTuple_SET_ITEM(pages, i, number);
     }
     if (pages && layer->wrote)
-        told = PyObject_CallFunction(layer->wrote, "KKKO", (unsigned long long)layer->taken,
-                                     (unsigned long long)layer->lost, (unsigned long long)layer->filled, pages);
-    if (layer->wrote && !told)
+        told = PyObject_CallFunction(layer->wrote, "KKKKO", (unsigned long long)(layer->free - layer->taken),
+                                     (unsigned long long)layer->taken, (unsigned long long)layer->lost,
+                                     (unsigned long long)layer->filled, pages);
+    if (layer->wrote && !told) {
+        /* Python would hand out the same clusters again. A crash loses nothing that was synced: better that. */
         PyErr_WriteUnraisable(layer->wrote);
+        Py_FatalError("Python could not be told of writes");
+    }
     Py_XDECREF(told);
     Py_XDECREF(pages);
     layer->dirty = false;

@@ -36,7 +36,7 @@ typedef struct Layer {
     struct Layer *below;            /* NULL: zeroes */
     PyObject *state;                /* callable() -> (size, file_end, writable, free, free_end), or NULL: as above */
     PyObject *loaded;               /* callable(is_l1, number, host, page): a table page was read; whether it is taken */
-    PyObject *wrote;                /* callable(taken, lost, filled, pages): something was written */
+    PyObject *wrote;                /* callable(first, taken, lost, filled, pages): something was written */
     uint64_t free, free_end;        /* bytes of the file: clusters that may be taken, from the first on */
     bool writable;
     uint64_t burst; /* the one that has fetched `state` */
@@ -51,7 +51,7 @@ typedef struct Layer {
 extern PyTypeObject LayerType;
 extern PyTypeObject SyncerType;
 
-/* Asks Python for the numbers that change. Needs the GIL. */
+/* Asks Python for the numbers that change, which must know of all writes. False: they are not known. Needs the GIL. */
 bool layer_refresh(Layer *layer);
 
 /* Tells Python what was done to an image. Needs the GIL. */
