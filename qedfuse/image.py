@@ -20,7 +20,7 @@ from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, UNALLOCATED, ZERO_CLUSTER, Geometry, round_up
 from qedfuse.header import Header
 from qedfuse.layer import Kind, Layer, Run, read_extents, read_extents_nowait, resolve, resolve_nowait
-from qedfuse.pages import PagePool
+from qedfuse.pages import PagePool, shared_pool
 from qedfuse.rangelock import FOREVER, RangeLock
 from qedfuse.scan import Breather
 from qedfuse.storage import Buffer, Storage
@@ -30,8 +30,6 @@ _ENTRY_MASK = PAGE_ENTRIES - 1
 #: One step of a long operation: bounds memory, lock time and the group.
 _STEP_BYTES = 8 << 20
 _STEP_CLUSTERS = 16 * PAGE_ENTRIES
-
-_shared_pool = PagePool()
 
 
 class Image:
@@ -43,7 +41,7 @@ class Image:
     image stays consistent.
 
     `backing` is the layer below, owned and closed with the image. `fixed_size`: writing past the end is ENOSPC and
-    resizing EPERM. `pool` bounds the memory for tables (shared by all images of the process by default).
+    resizing EPERM. `pool` bounds the memory for tables (by default shared by all images of the thread).
     """
 
     format = "qed"
@@ -68,7 +66,7 @@ class Image:
         self._size = header.image_size
         self._bits = self.geometry.cluster_bits
         self._mask = self.geometry.cluster_size - 1
-        self._tables = Tables(storage, header, pool or _shared_pool, lenient=header.needs_check and not writable)
+        self._tables = Tables(storage, header, pool or shared_pool(), lenient=header.needs_check and not writable)
         self._l2_pages = self._tables.l2.pages
         self._data_start = header.header_bytes
         self._locks = RangeLock()

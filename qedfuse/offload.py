@@ -33,16 +33,22 @@ PATIENCE_MS = 1
 
 
 class Worker(ABC):
-    """What does one call at a time. `done` becomes readable when it has."""
+    """What does one call at a time. `done` becomes readable when it has.
+
+    There may be event loops in several threads: the worker is one loop's from `claim` to `finish`.
+    """
 
     def __init__(self, done: int) -> None:
-        self.busy = False
         self.done = done
+        self._claimed = threading.Lock()
+
+    def claim(self) -> bool:
+        """Whether the worker was idle, and is the caller's now."""
+        return self._claimed.acquire(blocking=False)
 
     def attempt(self, call: Call) -> bool:
         """Begin a call, and wait for it on the spot, for a moment. Returns whether it is done; in any case it must be
         finished."""
-        self.busy = True
         return self._attempt(call)
 
     async def wait_long(self) -> None:
@@ -52,8 +58,10 @@ class Worker(ABC):
 
     def finish(self) -> object:
         """The result, or the exception, of a call that is done."""
-        self.busy = False
-        return self._finish()
+        try:
+            return self._finish()
+        finally:
+            self._claimed.release()
 
     @abstractmethod
     def _attempt(self, call: Call) -> bool: ...
@@ -154,15 +162,17 @@ class _Offload:
         self.sync_thread: Worker | None = None
         self.background: _Background | None = None
         self.due = 0.0
+        self._making = threading.Lock()
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
         """The threads are the parent's, or do not know yet what to watch."""
+        self._making = threading.Lock()
         self.thread = self.sync_thread = self.background = None
 
     def make(self) -> None:
         """Without a descriptor or a thread to be had it goes without."""
-        with suppress(OSError, RuntimeError):
+        with self._making, suppress(OSError, RuntimeError):
             self.thread = self.thread or _Thread(self.watched)
             if self.make_syncer is not None and self.watched is not None:
                 self.sync_thread = self.sync_thread or _SyncThread(self.make_syncer(self.watched))
@@ -192,13 +202,13 @@ def in_background(call: Call) -> None:
 
 
 def idle_worker(call: Call) -> Worker | None:
-    """Who may attempt the call now."""
+    """A worker for the call, claimed: it must attempt and finish it."""
     if _offload.thread is None:
         _offload.make()
     workers = [_offload.thread]
     if isinstance(call, partial) and call.func is os.fdatasync:
         workers.insert(0, _offload.sync_thread)
-    return next((worker for worker in workers if worker is not None and not worker.busy), None)
+    return next((worker for worker in workers if worker is not None and worker.claim()), None)
 
 
 @trio.lowlevel.enable_ki_protection

@@ -3,7 +3,7 @@
 A page is 4 KiB of an L1 or L2 table, 512 little-endian 64-bit entries, viewed in place (`memoryview` of format "Q").
 Pages of every open image share one pool, so memory is bounded for a directory of thousands as for one. Clean pages
 leave in the order they came; a pinned page (changed, not yet written) stays. If all are pinned the pool grows for a
-while: whoever pins pages must see to it that they get written.
+while: whoever pins pages must see to it that they get written. A pool is for one thread.
 
 A view must not be kept across an `await`: the page may leave meanwhile.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
 from typing import Protocol
 
 from qedfuse.errors import UnsupportedError
@@ -68,6 +69,20 @@ class PagePool:
             self._clean[owner, index] = None
         else:
             self._clean.pop((owner, index), None)
+
+
+class _Shared(threading.local):
+    pool: PagePool | None = None
+
+
+_shared = _Shared()
+
+
+def shared_pool() -> PagePool:
+    """The pool of all images of this thread. (A page that comes may drive out another image's.)"""
+    if _shared.pool is None:
+        _shared.pool = PagePool()
+    return _shared.pool
 
 
 class PageWatcher(Protocol):
