@@ -25,14 +25,14 @@ import trio
 from qedfuse.control_server import ControlServer
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
 from qedfuse.image import Image
-from qedfuse.kernel_mount import become_flusher, mount, raise_descriptor_limit, trust_write_cache
+from qedfuse.kernel_mount import become_flusher, mount, tell_root_size, trust_write_cache
 from qedfuse.launch import Link
+from qedfuse.limits import raise_limits
 from qedfuse.mount_options import MountOptions
 from qedfuse.mounted import MountedImage
 from qedfuse.mounts import Mount, find_mount, unmount
 from qedfuse.opening import open_image
 from qedfuse.operations import Operations
-from qedfuse.outside import Outside
 from qedfuse.rootclock import RootClock
 from qedfuse.tree import Tree
 
@@ -74,10 +74,9 @@ class MountConfig:
 class Daemon:
     """One mount, from its first image opened to its last one closed. `link`, if any, is told when it is usable."""
 
-    def __init__(self, config: MountConfig, outside: Outside, link: Link | None) -> None:
+    def __init__(self, config: MountConfig, link: Link | None) -> None:
         self._config = config
         self._options = config.options
-        self._outside = outside
         self._link = link
         self._control = ControlServer({"status": self.status, "flush": self.flush})
         self._starting = trio.CancelScope()
@@ -113,7 +112,8 @@ class Daemon:
             await self._open_images(nursery)
             await self._mount_tree(nursery)
         if self._starting.cancelled_caught:
-            raise QedfuseError(self._config.mountpoint, "interrupted before it was mounted")
+            how = "the kernel has ended it" if self._ended.is_set() else "interrupted"
+            raise QedfuseError(self._config.mountpoint, f"{how} before it was mounted")
         _log.info("%s: mounted on %s", ", ".join(self._config.sources), self._config.mountpoint)
         if self._link:
             self._link.report_ready()
@@ -163,7 +163,7 @@ class Daemon:
         trust_write_cache(self._mount.device)
         await self._control.listen(self._mount.device)
         nursery.start_soon(self._control.serve)
-        await self._settle(self._operations)
+        await self._settle(self._operations, self._mount)
         if self._fastpath and not self._fastpath.bound:
             _log.warning("no native fast path (requests do not come by it): all is answered in Python")
             self._fastpath = None
@@ -179,18 +179,17 @@ class Daemon:
             _log.warning("no native fast path (%s): all is answered in Python", error)
             return None
 
-    async def _settle(self, operations: Operations) -> None:
-        """Have the mount used for the first time, and keep the process that does it if it will be needed again."""
+    async def _settle(self, operations: Operations, mount: Mount) -> None:
+        """Wait until the kernel uses the mount, and tell it what it does not ask for."""
+        await operations.initialized.wait()
         image = self._tree.root.mounted.opened if self._tree.root else None
-        clock = None
-        if image is not None and self._options.writeback:
-            clock = RootClock(self._outside, lambda: self.requests()["write"])
-            await clock.start(image)
-        else:
-            await self._outside.settle(image.size if image else None, None)
-            self._outside.close()
+        if image is not None:
+            tell_root_size(image.size)
+            if self._options.writeback:
+                clock = RootClock(mount, lambda: self.requests()["write"])
+                await clock.start(image)
+                operations.clock = clock
         operations.settling = False
-        operations.clock = clock
 
     async def _serve_kernel(self) -> None:
         try:
@@ -344,6 +343,5 @@ def serve(config: MountConfig, link: Link | None = None) -> int:
     """Mount and serve until the end, in this process. `link`: to whoever waits for the mount, if it is not in the
     foreground. Returns the exit code; raises what `Daemon.run` raises."""
     become_flusher()
-    raise_descriptor_limit()
-    with Outside(config.mountpoint, [link.fileno()] if link else []) as outside:
-        return trio.run(Daemon(config, outside, link).run)
+    raise_limits()
+    return trio.run(Daemon(config, link).run)

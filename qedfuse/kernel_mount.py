@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -57,6 +55,17 @@ def mount(operations: pyfuse3.Operations, mountpoint: str, source: str, options:
                 watch(int(name))
 
 
+def tell_root_size(size: int) -> None:
+    """Make the kernel believe in the size (bytes) of a file mount's root, which it takes to be 0; see `rootclock.py`.
+
+    A byte that is put into its cache extends the file. The page that it is in counts as incomplete, and is read as
+    ever. To be called when the connection is initialized, and before the mount is used. Source: fuse(4),
+    FUSE_NOTIFY_STORE; Linux fs/fuse/dev.c.
+    """
+    if size:
+        pyfuse3.notify_store(pyfuse3.ROOT_INODE, size - 1, b"\0")
+
+
 def _escape(source: str) -> str:
     """libfuse splits options at commas and takes a backslash for an escape."""
     return source.replace("\\", "\\\\").replace(",", "\\,")
@@ -64,17 +73,25 @@ def _escape(source: str) -> str:
 
 @contextmanager
 def _captured_stderr() -> Iterator[Callable[[], bytes]]:
-    """What libfuse and fusermount3 print: the call returns it."""
+    """What libfuse and fusermount3 print: the call returns it. What the pipe does not hold is lost: nothing waits."""
     if sys.stderr is not None:
         sys.stderr.flush()
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def read() -> bytes:
         try:
-            yield lambda: os.pread(file.fileno(), 65536, 0)
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+            return os.read(reader, 65536)
+        except BlockingIOError:
+            return b""
+
+    try:
+        os.dup2(writer, 2)
+        yield read
+    finally:
+        os.dup2(saved, 2)
+        for fd in (saved, reader, writer):
+            os.close(fd)
 
 
 def trust_write_cache(device: str) -> None:
@@ -93,10 +110,3 @@ def become_flusher() -> None:
     """Ask the kernel not to wait for this process's I/O while this process is asked for memory: writing back a loop
     device's pages needs us. Only with CAP_SYS_RESOURCE; threads that are started later inherit it."""
     ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
-
-
-def raise_descriptor_limit() -> None:
-    """An open image takes a descriptor for each file of its chain, and the default is 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

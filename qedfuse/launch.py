@@ -2,6 +2,11 @@
 
 The daemon is forked before there is any thread or event loop. It reports through a socket pair, one JSON line:
 {"ready": true} or {"failed": text, "exit_code": n}.
+
+It leaves its caller's session only when the mount is usable: autofs, and systemd's automount, let nothing but their own
+process group look at a mountpoint whose mount is still to come, and would have anything else wait for that mount. Until
+then a terminal's signals reach the daemon as well as the process that waits for it. Source: daemon(7), Linux
+Documentation/filesystems/autofs.rst ("oz_pgrp").
 """
 
 from __future__ import annotations
@@ -9,11 +14,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from errno import ENOMEM
 
-from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
+from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, QedfuseError, describe
+from qedfuse.limits import out_of_memory
 
 _log = logging.getLogger("qedfuse")
 
@@ -25,6 +34,23 @@ def open_standard_files() -> None:
     while fd <= 2:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
+
+
+def inherited_descriptors(named: Iterable[str]) -> list[int]:
+    """The descriptors behind 2 that the caller has left open, but for those that the paths `named` stand for. To be
+    called before any is opened here."""
+    kept = {int(found[1]) for path in named if (found := re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", path))}
+    fds = {int(name) for name in os.listdir("/proc/self/fd")} - kept
+    return sorted(fd for fd in fds if fd > 2 and _is_open(fd))
+
+
+def _is_open(fd: int) -> bool:
+    """Not the one by which the directory was read."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 class MountFailed(QedfuseError):
@@ -41,11 +67,10 @@ class Link:
     def __init__(self, link: socket.socket) -> None:
         self._link = link
 
-    def fileno(self) -> int:
-        return self._link.fileno()
-
     def report_ready(self) -> None:
-        """The mount is usable: whoever waits for it may go, and so may who waits for the end of its output."""
+        """The mount is usable: whoever waits for it may go, and so may who waits for the end of its output. The daemon
+        has nothing to do with either any more."""
+        os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -65,16 +90,19 @@ class Link:
         self._link.close()
 
 
-def run_in_background(serve: Callable[[Link], int]) -> int:
-    """Run `serve` in a process and session of its own; what it raises is told, or logged if nobody listens any more.
-    Returns when it reports that the mount is usable; raises MountFailed if it never will be."""
+def run_in_background(serve: Callable[[Link], int], closing: Iterable[int]) -> int:
+    """Run `serve` in a process of its own, without the descriptors `closing`, and from when it reports that the mount
+    is usable in a session of its own; what it raises is told, or logged if nobody listens any more. Returns when the
+    mount is usable; raises MountFailed if it never will be."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         ours.close()
         code = EXIT_FAILED
         try:
-            os.setsid()
+            for fd in closing:
+                with suppress(OSError):
+                    os.close(fd)
             os.chdir("/")
             code = _serve(serve, Link(theirs))
         finally:
@@ -112,8 +140,12 @@ def _explain(error: BaseException) -> tuple[str, int | None]:
     """One line, and the exit code; None for a bug."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == ENOMEM):
+        return out_of_memory(), EXIT_FAILED
     if isinstance(error, QedfuseError):
         return describe(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT_INTERRUPTED
     if isinstance(error, OSError):
         return describe(error), EXIT_FAILED
     return f"internal error: {type(error).__name__}: {error}; this is a bug (-f shows where)", None

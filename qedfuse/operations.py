@@ -73,9 +73,9 @@ def _translated(
 class Operations(pyfuse3.Operations):
     """The handlers. `host` is the status that the root directory shows, in a mount over a directory.
 
-    `settling`: the mount is not announced yet. Its owner is whoever mounts it, who may then tell the kernel the size of
-    a file mount, and times are not to be changed by that (see `outside.py`). `clock`: whom to tell that a file mount is
-    closed.
+    `initialized`: the kernel and we have agreed on the protocol. `settling`: the mount is not announced yet. Its owner
+    is the daemon's user, who may then tell the kernel the times of a file mount, and the image's are not to be changed
+    by that (see `rootclock.py`). `clock`: what to tell that a file mount is closed.
     """
 
     supports_dot_lookup = False
@@ -85,6 +85,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.enable_writeback_cache = options.writeback
+        self.initialized = trio.Event()
         self.settling = True
         self.reads = 0
         self.writes = 0
@@ -107,6 +108,9 @@ class Operations(pyfuse3.Operations):
         self._listings: dict[int, list[Entry]] = {}
         self._next_handle = 1
         self._names_timeout = NAMES_TIMEOUT if tree.directories else FIXED_NAMES_TIMEOUT
+
+    def init(self) -> None:
+        self.initialized.set()
 
     # -- data ---------------------------------------------------------------------------------------------------------
 

@@ -17,13 +17,14 @@ from typing import Protocol
 
 from qedfuse.errors import UnsupportedError
 from qedfuse.geometry import PAGE_ENTRIES, PAGE_SIZE
+from qedfuse.limits import reserve
 
 if sys.byteorder != "little":
     raise UnsupportedError("", "qedfuse needs a little-endian machine")
 
 DEFAULT_CAPACITY = (16 << 20) // PAGE_SIZE
-#: Address space, not memory: untouched pages cost nothing.
-_RESERVED = (1 << 30) // PAGE_SIZE
+#: Bytes of address space for a pool; see `reserve`.
+_RESERVED = 1 << 30
 
 Page = memoryview
 ZERO_PAGE: Page = memoryview(bytes(PAGE_SIZE)).cast("Q")
@@ -34,7 +35,8 @@ class PagePool:
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
         self.capacity = capacity
-        self._memory = mmap.mmap(-1, _RESERVED * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = reserve(_RESERVED, 2 * capacity * PAGE_SIZE)
+        self._slots = len(self._memory) // PAGE_SIZE
         self._whole = memoryview(self._memory)
         self._free: list[int] = []
         self._used = 0  # slots ever handed out
@@ -54,7 +56,7 @@ class PagePool:
             owner.drop(index)
         if self._free:
             return self._free.pop()
-        if self._used >= _RESERVED:
+        if self._used >= self._slots:
             raise MemoryError("all table pages are waiting to be written")
         self._used += 1
         return self._used - 1

@@ -174,18 +174,6 @@ def test_a_killed_daemon_leaves_a_mount_that_umount_removes(image: Path, raw: Pa
     assert_clean(image, 0x44)
 
 
-def test_a_killed_daemons_helper_ends(image: Path, raw: Path) -> None:
-    with mounted(image, raw) as mount:
-        pid = mount.pid()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        kill(pid, signal.SIGKILL)
-        wait_for_exit(pid)
-        assert children
-        for child in children:
-            wait_for_exit(int(child))
-        subprocess.run(["umount", str(raw)], check=True)
-
-
 def test_mounting_again_at_once(image: Path, raw: Path) -> None:
     """Each mount tells its own daemon from the last one's, though the kernel gives it the same device number."""
     for number in range(1, 8):

@@ -19,6 +19,7 @@ import click
 
 from qedfuse import __version__
 from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, QedfuseError, describe, printable
+from qedfuse.limits import out_of_memory
 
 
 class _Entry(NamedTuple):
@@ -144,7 +145,7 @@ def _explain(error: BaseException) -> int:
         return _explain_os_error(cause)
     if isinstance(cause, click.UsageError):
         return _explain_usage(cause)
-    _say(cause.format_message() if isinstance(cause, click.ClickException) else "out of memory")
+    _say(cause.format_message() if isinstance(cause, click.ClickException) else out_of_memory())
     return EXIT_FAILED
 
 
@@ -160,7 +161,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 def _explain_os_error(error: OSError) -> int:
     if error.errno == errno.EPIPE and _reader_is_gone():
         return EXIT_FAILED  # `qedfuse map ... | head`: nobody is interested in more
-    _say(describe(error))
+    _say(out_of_memory() if error.errno == errno.ENOMEM else describe(error))
     return error.exit_code if isinstance(error, QedfuseError) else EXIT_FAILED
 
 

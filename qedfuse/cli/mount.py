@@ -79,13 +79,14 @@ def mount(
             import qedfuse.fastpath  # noqa: F401
 
     from qedfuse.daemon import MountConfig, serve
-    from qedfuse.launch import open_standard_files, run_in_background
+    from qedfuse.launch import inherited_descriptors, open_standard_files, run_in_background
     from qedfuse.logs import start_logging
 
+    inherited = [] if foreground else inherited_descriptors(images)
     open_standard_files()
     config = MountConfig(images, directories, mountpoint, over_file, parsed, fastpath)
     start_logging(foreground=foreground, log_file=log_file)
-    return serve(config) if foreground else run_in_background(functools.partial(serve, config))
+    return serve(config) if foreground else run_in_background(functools.partial(serve, config), inherited)
 
 
 def _check_mountpoint(mountpoint: str) -> tuple[bool, str]:

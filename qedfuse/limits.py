@@ -1,0 +1,43 @@
+"""What the process may have at most (ulimit), and what that means for it.
+
+Source: getrlimit(2); Linux Documentation/mm/overcommit-accounting.rst (vm.overcommit_memory=2 counts address space).
+"""
+
+from __future__ import annotations
+
+import mmap
+import resource
+
+
+def raise_limits() -> None:
+    """Raise to what the caller may have: an open image takes a descriptor for each file of its chain, and an image file
+    may grow to any size."""
+    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE):
+        soft, hard = resource.getrlimit(limit)
+        if soft != hard:
+            resource.setrlimit(limit, (hard, hard))
+
+
+def reserve(most: int, least: int) -> mmap.mmap:
+    """Address space for private memory, which costs nothing as long as it is not touched: `most` bytes, or less (not
+    less than `least`) where there is little: at most a quarter of the limit. Raises MemoryError."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    size = most
+    while size > least and limit != resource.RLIM_INFINITY and size > limit // 4:
+        size //= 2
+    while True:
+        size = max(size, least)
+        try:
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            if size == least:
+                raise MemoryError from None
+            size //= 2
+
+
+def out_of_memory() -> str:
+    """What to tell a person."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return "out of memory"
+    return f"out of memory: address space is limited to {limit >> 10} KiB (ulimit -v)"
