@@ -239,13 +239,17 @@ class Daemon:
         )
         await self.flush()
 
-    async def _try_unmount(self, *, lazy: bool) -> bool:
-        """Take our mount away, if it is still there and on top. False: it is in use, or that cannot be found out."""
+    async def _try_unmount(self, *, lazy: bool, serving: bool = True) -> bool:
+        """Take our mount away, if it is still there and on top. False: it is in use, or that cannot be found out.
+        `serving`: the kernel may wait for us meanwhile, so that it takes a thread."""
         try:
             here = find_mount(self._config.mountpoint)
             if here is None or self._mount is None or here.device != self._mount.device:
                 return False
-            await trio.to_thread.run_sync(lambda: unmount(self._config.mountpoint, lazy=lazy))
+            if serving:
+                await trio.to_thread.run_sync(lambda: unmount(self._config.mountpoint, lazy=lazy))
+            else:
+                unmount(self._config.mountpoint, lazy=lazy)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 _log.error("%s", describe(error))
@@ -272,7 +276,8 @@ class Daemon:
             if node.mounted.failure is not None:
                 problems.append(describe(node.mounted.failure, node.mounted.path))
         if self._session:
-            await self._try_unmount(lazy=True)  # if there were no descriptors left to find it
+            # If there were no descriptors left to find it, or no thread.
+            await self._try_unmount(lazy=True, serving=False)
         error = "; ".join(problems) or None
         if self._mount is not None:
             _log.info("%s: closed%s", self._config.mountpoint, f", but {error}" if error else "")

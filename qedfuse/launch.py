@@ -19,10 +19,9 @@ import signal
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from errno import ENOMEM
 
 from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, QedfuseError, describe
-from qedfuse.limits import out_of_memory
+from qedfuse.limits import explain_shortage
 
 _log = logging.getLogger("qedfuse")
 
@@ -140,8 +139,8 @@ def _explain(error: BaseException) -> tuple[str, int | None]:
     """One line, and the exit code; None for a bug."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == ENOMEM):
-        return out_of_memory(), EXIT_FAILED
+    if (shortage := explain_shortage(error)) is not None:
+        return shortage, EXIT_FAILED
     if isinstance(error, QedfuseError):
         return describe(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):

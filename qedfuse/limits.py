@@ -5,6 +5,7 @@ Source: getrlimit(2); Linux Documentation/mm/overcommit-accounting.rst (vm.overc
 
 from __future__ import annotations
 
+import errno
 import mmap
 import resource
 
@@ -35,9 +36,17 @@ def reserve(most: int, least: int) -> mmap.mmap:
             size //= 2
 
 
-def out_of_memory() -> str:
-    """What to tell a person."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
-        return "out of memory"
-    return f"out of memory: address space is limited to {limit >> 10} KiB (ulimit -v)"
+def explain_shortage(error: BaseException) -> str | None:
+    """One line for an error that says that there is no memory or no thread to be had; None for any other."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        what = "out of memory"
+    elif isinstance(error, ImportError) and "failed to map segment" in str(error):
+        what = "out of memory"
+    elif isinstance(error, RuntimeError) and "start new thread" in str(error):
+        what = "cannot start a thread"
+    else:
+        return None
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if space != resource.RLIM_INFINITY:
+        return f"{what}: address space is limited to {space >> 10} KiB (ulimit -v)"
+    return what

@@ -19,7 +19,7 @@ import click
 
 from qedfuse import __version__
 from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, QedfuseError, describe, printable
-from qedfuse.limits import out_of_memory
+from qedfuse.limits import explain_shortage
 
 
 class _Entry(NamedTuple):
@@ -137,7 +137,11 @@ def _explain(error: BaseException) -> int:
     causes = list(_leaves(error))
     if any(isinstance(cause, (KeyboardInterrupt, click.Abort)) for cause in causes):
         return EXIT_INTERRUPTED
-    bugs = [cause for cause in causes if not isinstance(cause, (OSError, click.ClickException, MemoryError))]
+    shortages = [line for cause in causes if (line := explain_shortage(cause)) is not None]
+    if shortages:
+        _say(shortages[0])
+        return EXIT_FAILED
+    bugs = [cause for cause in causes if not isinstance(cause, (OSError, click.ClickException))]
     if bugs:
         return _explain_bug(bugs[0], error)
     cause = next((cause for cause in causes if isinstance(cause, QedfuseError)), causes[0])
@@ -145,7 +149,8 @@ def _explain(error: BaseException) -> int:
         return _explain_os_error(cause)
     if isinstance(cause, click.UsageError):
         return _explain_usage(cause)
-    _say(cause.format_message() if isinstance(cause, click.ClickException) else out_of_memory())
+    assert isinstance(cause, click.ClickException)
+    _say(cause.format_message())
     return EXIT_FAILED
 
 
@@ -161,7 +166,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 def _explain_os_error(error: OSError) -> int:
     if error.errno == errno.EPIPE and _reader_is_gone():
         return EXIT_FAILED  # `qedfuse map ... | head`: nobody is interested in more
-    _say(out_of_memory() if error.errno == errno.ENOMEM else describe(error))
+    _say(describe(error))
     return error.exit_code if isinstance(error, QedfuseError) else EXIT_FAILED
 
 
