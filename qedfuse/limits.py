@@ -42,7 +42,9 @@ def explain_shortage(error: BaseException) -> str | None:
         what = "out of memory"
     elif isinstance(error, ImportError) and "failed to map segment" in str(error):
         what = "out of memory"
-    elif isinstance(error, RuntimeError) and "start new thread" in str(error):
+    elif (isinstance(error, RuntimeError) and "start new thread" in str(error)) or (
+        type(error) is BlockingIOError and error.filename is None  # pthread_create(3): EAGAIN
+    ):
         what = "cannot start a thread"
     else:
         return None
