@@ -2,6 +2,7 @@
 
 Invariant: *every cluster handed out reads as zeroes on the disk, durably*. Fresh clusters lie past the end of the file
 as it was found (rounded up: a partial last cluster keeps its stale bytes to itself), and the file grows by truncate.
+On a block device there are none: all that is handed out is free, for `commit.py` has zeroed it, or was freed.
 A freed cluster comes back only after the four steps of its life:
 
     released   no table in memory refers to it
@@ -12,6 +13,8 @@ A freed cluster comes back only after the four steps of its life:
 
 from __future__ import annotations
 
+import errno
+import os
 from bisect import bisect_right
 from collections.abc import Iterator
 
@@ -66,6 +69,10 @@ class Runs:
                 return start, taken
         return None
 
+    def has(self, size: int) -> bool:
+        """Whether a run has `size` bytes."""
+        return any(have >= size for have in self._sizes.values())
+
     def take_last(self, end: int) -> int:
         """Remove the run that ends at `end`, if any. Returns where the remaining space ends."""
         if self._starts and self._starts[-1] + self._sizes[self._starts[-1]] == end:
@@ -79,11 +86,16 @@ class Runs:
 
 
 class Allocator:
-    """Clusters of one file. Offsets and sizes in bytes, multiples of the cluster size."""
+    """Clusters of one file. Offsets and sizes in bytes, multiples of the cluster size.
 
-    def __init__(self, geometry: Geometry, file_size: int) -> None:
+    `fixed`: the file is a block device, whose end stays where it is. Handing out what is not there is ENOSPC then.
+    """
+
+    def __init__(self, geometry: Geometry, file_size: int, *, fixed: bool = False) -> None:
         self._geometry = geometry
-        self.end = round_up(file_size, geometry.cluster_size)  # where fresh clusters begin
+        self._fixed = fixed
+        #: Where fresh clusters begin; a part of a cluster at a device's end is no cluster.
+        self.end = (round_down if fixed else round_up)(file_size, geometry.cluster_size)
         self._released = Runs()
         self._punched = Runs()
         self._free = Runs()
@@ -113,7 +125,13 @@ class Allocator:
                 f"{size} bytes of clusters at {offset:#x} were taken, which are not the next free ones"
             )
 
+    def has_free(self, size: int) -> bool:
+        """Whether a run of `size` bytes is free."""
+        return self._free.has(size)
+
     def _fresh(self, size: int) -> int:
+        if self._fixed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         offset = self.end
         self.end += size
         return offset
@@ -124,7 +142,8 @@ class Allocator:
         What is free at the end is not handed out any more, so that the file need not cover it (it may not be able to).
         """
         self._free.add(offset, size)
-        self.end = self._free.take_last(self.end)
+        if not self._fixed:
+            self.end = self._free.take_last(self.end)
 
     def release(self, offset: int, size: int) -> None:
         """No table in memory refers to this run any more (or none ever did: its data could not be written)."""
@@ -159,6 +178,10 @@ class Allocator:
     def add_free(self, runs: Runs) -> None:
         self._free.update(runs)
 
+    def put_free(self, offset: int, size: int) -> None:
+        """A run of a device that reads as zeroes, durably."""
+        self._free.add(offset, size)
+
     def trim(self) -> int:
         """Give up the free clusters at the end (all that are released count: nothing refers to them durably).
 
@@ -167,5 +190,6 @@ class Allocator:
         for runs in (self._released, self._punched):
             self._free.update(runs)
         self._released, self._punched = Runs(), Runs()
-        self.end = self._free.take_last(self.end)
+        if not self._fixed:
+            self.end = self._free.take_last(self.end)
         return self.end

@@ -226,6 +226,8 @@ class ClusterWriter:
 
     async def _allocate(self, clusters: int) -> tuple[int, int]:
         """(offset, bytes) of new clusters that the file covers, at most `clusters`. Raises OSError."""
+        while self._storage.fixed and not self._allocator.has_free(self._cluster_size):
+            await self._committer.extend(self._cluster_size)
         run = self._allocator.allocate(clusters)
         self._tables.file_end = self._allocator.end
         try:

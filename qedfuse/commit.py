@@ -7,7 +7,8 @@ The engine writes guest data at once and changes tables in memory only. A *commi
 instant (the group: copies of the dirty pages, so that later changes stay out) and brings it to the file:
 
     - header   after a failed write of the header, which may have happened: the header is written again; sync
-    0 extend   the file covers every cluster handed out (truncate)
+    0 extend   the file covers every cluster handed out (truncate). On a block device: before a cluster is handed out,
+               it is zeroed; sync
     1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet. (The background task
                does it before that, right after the first change, while there is little to sync.)
     2 new      pages of L2 tables to which the file's L1 table does not refer yet
@@ -22,6 +23,7 @@ What a crash leaves (power loss: any subset of what was written since the last c
 
     crash in   with a backing file                         without
     0          a longer file: leaked clusters              the same
+               a device: zeroes that nothing refers to
     1          -                                           NEED_CHECK on or off; tables unchanged
     2, 3       new tables that nothing refers to: leaks    NEED_CHECK is on. An entry may point at a cluster whose
     4          an entry is old or new; a new one's data    data is missing (it reads as zeroes, as it did before) or
@@ -34,6 +36,11 @@ What a crash leaves (power loss: any subset of what was written since the last c
 Reads of "missing" data as zeroes hold because a cluster handed out reads as zeroes durably (`allocator.py`), so a
 freed cluster must not come back before step 7 of one commit and step 5 of a later one. Guest data needs no step of its
 own: it was written before the group was taken, so the syncs of 3 and 5 cover it.
+
+A block device has stale bytes everywhere, and any of them could pass for a table or for data. What is free there was
+found by reading the tables (`reserve.py`) before any of them changed. It is synced once before the first of it is
+zeroed: what was read may be younger than what is on the disk, where an entry may still lead to it. Then it is zeroed in
+large steps, each followed by a sync, and only then handed out. From there on a device is like a file.
 
 Shrinking goes the other way round: the smaller size is durable before the first entry behind it is dropped.
 
@@ -65,6 +72,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
@@ -74,6 +82,7 @@ from qedfuse.allocator import Allocator
 from qedfuse.errors import QedfuseError
 from qedfuse.header import FEATURE_NEED_CHECK, Header
 from qedfuse.pages import PageMap
+from qedfuse.reserve import Reserve
 from qedfuse.storage import Storage
 from qedfuse.tables import Tables
 
@@ -90,6 +99,9 @@ _MAX_RELEASED_RUNS = 128 << 10
 #: The file grows by this many clusters at a time, but not by more than the bytes below: one truncate for many.
 _GROW_CLUSTERS = 1024
 _GROW_BYTES = 64 << 20
+#: Bytes of a device that are zeroed ahead at a time: at first, and at most.
+_ZERO_MIN = 1 << 20
+_ZERO_MAX = 64 << 20
 
 _Group = list[tuple[PageMap, int, int, bytes]]
 
@@ -112,6 +124,8 @@ class Committer:
         self._closed = False
         self._header_known = True  # the file's header is `header`: no write of another one has failed
         self.file_size = storage.size()  # bytes; clusters handed out may lie beyond until `extend`
+        self._reserve = Reserve(storage, header) if storage.fixed else None
+        self._zeroed = 0  # bytes of a device that were zeroed, to be handed out
         self._growing = trio.Lock()
         self._size = header.image_size  # what the header shall say after the next commit with sync
         self._running = trio.Semaphore(1, max_value=1)  # a lock that belongs to no task
@@ -139,15 +153,24 @@ class Committer:
         if header != self.header:
             await self._write_header(header)
 
-    def covers(self, room: int) -> bool:
-        """Whether the file covers every cluster handed out, and `room` bytes more."""
-        return self.file_size >= self._allocator.end + room
+    async def prepare(self) -> None:
+        """To be called before anything changes. Raises OSError, and can be called again, also when cancelled."""
+        if self._reserve is not None and not self._reserve.known:
+            await self._reserve.find()
+
+    def covers(self, room: int = 0) -> bool:
+        """Whether the file covers every cluster handed out, and a run of `room` bytes that can be."""
+        return self.file_size >= self._allocator.end + (room if room and not self._allocator.has_free(room) else 0)
 
     async def extend(self, room: int = 0) -> None:
-        """Step 0: let the file cover every cluster handed out, and `room` bytes more. Raises OSError."""
+        """Step 0: let the file cover every cluster handed out, and a run of `room` bytes that can be. Raises OSError,
+        ENOSPC if a device has none."""
         if self.covers(room):
             return
         async with self._growing:
+            if self._reserve is not None:
+                await self._zero_more(self._reserve, room)
+                return
             end = self._allocator.end + room
             if self.file_size < end:
                 cluster_size = self.header.cluster_size
@@ -161,6 +184,31 @@ class Committer:
                     await self._storage.truncate(size)
                 self.file_size = size
                 self.unsynced = True
+
+    async def _zero_more(self, reserve: Reserve, room: int) -> None:
+        """Step 0 on a device. A device is full when nothing is on its way back either."""
+        while not self._allocator.has_free(room):
+            runs = await reserve.take(room, min(max(self._zeroed, _ZERO_MIN), _ZERO_MAX))
+            if runs:
+                await self._zero(reserve, runs)
+            elif self._allocator.recycling:
+                await self.flush()
+            else:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.path)
+
+    async def _zero(self, reserve: Reserve, runs: list[tuple[int, int]]) -> None:
+        try:
+            if not self._zeroed:
+                await self._sync(alone=True)
+            for offset, size in runs:
+                await self._storage.punch(offset, size)
+            await self._sync(alone=True)
+        except BaseException:
+            reserve.put_back(runs)
+            raise
+        for run in runs:
+            self._allocator.put_free(*run)
+            self._zeroed += run[1]
 
     # -- durability -------------------------------------------------------------------------------------------------
 
@@ -341,14 +389,21 @@ class Committer:
             await self._write_header(self.header.with_feature(FEATURE_NEED_CHECK, True))
 
     async def _write_header(self, header: Header) -> None:
+        self.check()
         self._header_known = False
         await self._storage.write(0, [header.encode()])
         await self._sync()
         self.header = header
         self._header_known = True
 
-    async def _sync(self) -> None:
-        self.unsynced = self._unsynced_tables = False
+    async def _sync(self, *, alone: bool = False) -> None:
+        """`alone`: it is for what this task has written and for nothing else, while a commit may be running.
+
+        Before and after, another task's may have failed: the kernel tells that once, to whichever comes first.
+        """
+        self.check()
+        if not alone:
+            self.unsynced = self._unsynced_tables = False
         try:
             await self._storage.sync()
         except OSError as error:
@@ -356,8 +411,10 @@ class Committer:
             log.error("%s: sync failed: %s; the image is read-only from now on", self._storage.path, error.strerror)
             raise
         except BaseException:  # it may not have been made at all: the next flush has as much to do as this one
-            self.unsynced = self._unsynced_tables = True
+            if not alone:
+                self.unsynced = self._unsynced_tables = True
             raise
+        self.check()
 
     async def _punch(self, released: Iterable[tuple[int, int]]) -> None:
         """Step 7. A cluster that cannot be punched stays unused: a leak, which check gives back."""
@@ -425,7 +482,7 @@ class Committer:
         try:
             await self.flush()
             end = self._allocator.trim()
-            if end < self.file_size:
+            if end < self.file_size and self._reserve is None:
                 self.unsynced = True
                 await self._storage.truncate(end)
                 self.file_size = end

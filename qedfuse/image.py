@@ -74,7 +74,7 @@ class Image:
         self._closed = False
         self._committer: Committer | None = None
         if writable:
-            allocator = Allocator(self.geometry, storage.size())
+            allocator = Allocator(self.geometry, storage.size(), fixed=storage.fixed)
             self._committer = Committer(storage, header, self._tables, allocator, barrier=backing is not None)
             self._writer = ClusterWriter(storage, self._tables, allocator, self._committer, backing)
 
@@ -373,6 +373,7 @@ class Image:
         """What every change begins with: may it be, and is there memory for more dirty pages?"""
         committer = self._committer_of()
         committer.check()
+        await committer.prepare()
         if committer.crowded:
             await committer.write_back()
         return self._writer

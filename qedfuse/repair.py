@@ -5,11 +5,14 @@ The rulebook
 
     1 autoclear   unknown autoclear bits are cleared; sync
     2 fence       if the file must grow: entries that point where it is going to grow become misaligned; sync. (Not in
-                  a table that is going to be copied: its place may be somebody's data.)
-    3 copies      the file grows, and what is referenced a second time is copied to its end; sync
+                  a table that is going to be copied: its place may be somebody's data.) A block device does not grow:
+                  what lies behind the last cluster that is referred to becomes zeroes; sync
+    3 copies      the file grows, and what is referenced a second time is copied to its end (on a device, to where the
+                  zeroes are); sync
     4 entries     the second reference gets its copy; entries that are invalid or past the image's end become 0; sync
     5 verify      the whole check again, on the repaired tables. Anything wrong: stop here
-    6 release     sync; unreferenced clusters in the middle are punched, those at the end truncated; sync
+    6 release     sync; unreferenced clusters in the middle are punched, those at the end truncated; sync (a device
+                  keeps them)
     7 clean       NEED_CHECK is cleared; sync
 
 What is done twice keeps its place the first time it is met, in the order of the L1 table: the L1 table itself, then for
@@ -38,6 +41,8 @@ written.
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from array import array
 from collections.abc import Callable, Iterator
@@ -85,8 +90,9 @@ async def repair_tables(storage: Storage, header: Header, *, overlaps: bool, pro
         try:
             await work.copy()
         except OSError:
-            with suppress(OSError):
-                await storage.truncate(bounds.end)
+            if not storage.fixed:
+                with suppress(OSError):
+                    await storage.truncate(bounds.end)
             raise
     await work.fix_entries()
     await storage.sync()
@@ -101,7 +107,7 @@ class _TableRepair:
 
     `_tables`: L1 entries whose L2 table gets a copy, and where it goes. `_slots`, `_targets`: file offsets of entries
     in the other L2 tables whose cluster gets a copy, in the order of the walk, and where it goes. `_staying`: offsets
-    of the tables that are not copied.
+    of the tables that are not copied. `_start`: where copies begin.
     """
 
     def __init__(self, storage: Storage, bounds: Bounds, progress: Progress) -> None:
@@ -111,7 +117,7 @@ class _TableRepair:
         self._bounds = bounds
         self._header = bounds.header
         self._geometry = bounds.header.geometry
-        self._next = bounds.end
+        self._start = self._next = bounds.end
         self._copies = 0
         self._end_of_copies = 0
         self._limit = max(held_bytes(storage), MIN_COPY_LIMIT)
@@ -121,11 +127,26 @@ class _TableRepair:
         self._staying = {self._header.l1_table_offset}
 
     async def plan(self) -> None:
-        """Find out what must be copied, and where to. Raises CorruptError if it is too much."""
-        await self._walk(copying=False)
+        """Find out what must be copied, and where to. Raises CorruptError if it is too much, ENOSPC on a device that
+        has no room for it behind all that is referred to."""
+        used = await self._walk(copying=False)
+        if not self._storage.fixed:
+            return
+        move = self._bounds.end - (used.end_of_marked() << self._geometry.cluster_bits)
+        if self._next - move > self._bounds.end:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.path)
+        self._start -= move
+        self._next -= move
+        self._tables = {index: target - move for index, target in self._tables.items()}
+        self._targets = array("Q", (target - move for target in self._targets))
 
     async def fence(self) -> None:
         """Step 2: what would become a valid reference when the file has grown must not."""
+        if self._storage.fixed:
+            await self._storage.sync()  # or an entry may be on the disk that still leads there
+            await self._storage.punch(self._start, self._next - self._start)
+            await self._storage.sync()
+            return
         grown = Bounds(self._header, self._next)
 
         def fate(value: int, size: int) -> int:
@@ -137,8 +158,9 @@ class _TableRepair:
 
     async def copy(self) -> None:
         """Step 3, by the same walk as `plan`."""
-        await self._storage.truncate(self._next)
-        self._end_of_copies, self._next, self._copies = self._next, self._bounds.end, 0
+        if not self._storage.fixed:
+            await self._storage.truncate(self._next)
+        self._end_of_copies, self._next, self._copies = self._next, self._start, 0
         await self._walk(copying=True)
         await self._storage.sync()
 
@@ -150,7 +172,7 @@ class _TableRepair:
         offset = self._next
         self._next += clusters * self._header.cluster_size
         self._copies += 1
-        if self._next - self._bounds.end > self._limit or self._copies > MAX_COPIES:
+        if self._next - self._start > self._limit or self._copies > MAX_COPIES:
             raise CorruptError(
                 self._storage.path,
                 f"too much is referenced more than once: a repair would copy over {self._limit >> 20} MiB or "
@@ -158,8 +180,9 @@ class _TableRepair:
             )
         return offset
 
-    async def _walk(self, *, copying: bool) -> None:
-        """Visit everything reachable, and take a new place for each second reference. `copying`: and copy it there."""
+    async def _walk(self, *, copying: bool) -> ClusterMap:
+        """Visit everything reachable, and take a new place for each second reference. `copying`: and copy it there.
+        Returns what was there before."""
         storage, bounds, bits = self._storage, self._bounds, self._geometry.cluster_bits
         used = ClusterMap(storage, bounds)
         used.mark(self._header.l1_table_offset >> bits, self._header.table_size)
@@ -187,12 +210,14 @@ class _TableRepair:
                     for entry in marks.invalid:
                         _ENTRY.pack_into(chunk, entry * ENTRY_SIZE, 0)
                     await storage.write(target + position, [chunk])
+        return used
 
     async def _copy_cluster(self, source: int, target: int) -> None:
         """A table is copied as it was before step 2. The target reads as zeroes, so those need no writing."""
         first = self._bounds.end - self._geometry.table_bytes
         size = self._header.cluster_size
-        fenced = any(source - number * size in self._staying for number in range(self._header.table_size))
+        nearby = (source - number * size for number in range(self._header.table_size))
+        fenced = not self._storage.fixed and any(offset in self._staying for offset in nearby)
         async for position, piece in TableChunks(self._storage, source, size, self._breathe):
             if fenced:
                 for number, value in enumerate(unpack_entries(piece)):

@@ -4,21 +4,24 @@ Everything above speaks `Storage`; tests plug in RAM, faults and a crash log. Wh
 (`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a thread (`offload.py`). EINTR is
 retried by Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
 
-Source: preadv2(2), fallocate(2), fdatasync(2), sync_file_range(2).
+Source: preadv2(2), fallocate(2), fdatasync(2), sync_file_range(2), linux/fs.h.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import functools
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from qedfuse.blocking import in_background, in_thread
 from qedfuse.errors import QedfuseError
+from qedfuse.geometry import round_down, round_up
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -28,8 +31,12 @@ INLINE_WRITE_LIMIT = 1 << 20
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_FALLOC_FL_ZERO_RANGE = 16
 _SYNC_FILE_RANGE_WRITE = 2
+_BLKROGET = 0x125E
 _IOV_MAX = 1024
+#: A page, and no less than the blocks of nearly every device.
+_DEVICE_BLOCK = 4096
 _MAX_SIZE = (1 << 63) - 1
 
 
@@ -137,8 +144,8 @@ class FileStorage:
                 raise QedfuseError(name, "is a directory, not an image", errno.EISDIR)
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                 raise QedfuseError(name, "is not a regular file or a block device", errno.EINVAL)
-            if writable and stat.S_ISBLK(mode):
-                raise QedfuseError(name, "is a block device, and cannot be written yet", errno.EINVAL)
+            if writable and stat.S_ISBLK(mode) and _is_read_only(fd):  # opening it has worked, writing would not
+                raise QedfuseError(name, "is a read-only block device", errno.EROFS)
         except BaseException:
             os.close(fd)
             raise
@@ -220,14 +227,35 @@ class FileStorage:
         await self._in_thread(self._punch, offset, size)
 
     def _punch(self, offset: int, size: int) -> None:
+        if not self.fixed:
+            if not self._deallocate(_FALLOC_FL_PUNCH_HOLE, offset, size):
+                self._write_zeroes(offset, size)
+            return
+        # A device takes whole blocks only. What it cannot discard the kernel can overwrite, unless its pages are busy.
+        start, end = round_up(offset, _DEVICE_BLOCK), round_down(offset + size, _DEVICE_BLOCK)
+        modes = (_FALLOC_FL_PUNCH_HOLE, _FALLOC_FL_ZERO_RANGE)
+        if start < end and any(self._deallocate(mode, start, end - start) for mode in modes):
+            self._write_zeroes(offset, start - offset)
+            self._write_zeroes(end, offset + size - end)
+        else:
+            self._write_zeroes(offset, size)
+
+    def _deallocate(self, mode: int, offset: int, size: int) -> bool:
+        """Zeroes without writing them. False: the file system, or the device, can't."""
         try:
-            _fallocate(self._fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size)
+            _fallocate(self._fd, mode | _FALLOC_FL_KEEP_SIZE, offset, size)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            zeroes = bytes(min(size, 1 << 20))
-            for start in range(offset, offset + size, len(zeroes)):
-                self._write_all(start, [zeroes[: offset + size - start]])
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                return False
+            if self.fixed and error.errno in (errno.EINVAL, errno.EBUSY):  # larger blocks; mounted, or open exclusively
+                return False
+            raise
+        return True
+
+    def _write_zeroes(self, offset: int, size: int) -> None:
+        zeroes = bytes(min(size, 1 << 20))
+        for start in range(offset, offset + size, len(zeroes) or 1):
+            self._write_all(start, [zeroes[: offset + size - start]])
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         try:
@@ -274,6 +302,14 @@ class FileStorage:
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+def _is_read_only(fd: int) -> bool:
+    """Whether a block device refuses writes."""
+    answer = bytearray(4)
+    with suppress(OSError):
+        fcntl.ioctl(fd, _BLKROGET, answer)
+    return any(answer)
 
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:

@@ -14,7 +14,7 @@ import trio
 from qedfuse.opening import open_image
 from qedfuse.storage import FileStorage
 from tests.helpers.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
-from tests.helpers.devices import device_with
+from tests.helpers.devices import device_with, qemu_is_refused
 from tests.helpers.expect import raises_errno
 from tests.helpers.mounts import mounted
 
@@ -153,13 +153,6 @@ def test_device_storage(tmp_path: Path) -> None:
 
     with device_with(make_image(tmp_path / "a.qed"), SIZES["odd"]) as device:
         trio.run(main, device)
-
-
-def qemu_is_refused(path: Path) -> bool:
-    """Whether QEMU may not open an image for writing."""
-    command = ["qemu-io", "-f", "qed", "-c", "read 0 512", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return done.returncode != 0 and "lock" in done.stderr
 
 
 def test_locks_of_a_reader(tmp_path: Path) -> None:

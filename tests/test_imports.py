@@ -24,7 +24,7 @@ ORDER = """
     storage filelock
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
-    qcow2 tables attributes changes
+    qcow2 tables attributes changes reserve
     commit repair
     clusters check
     image

@@ -31,3 +31,10 @@ def device_with(image: Path, size: int, *, read_only: bool = False, sector: int 
         yield device
     finally:
         detach(device)
+
+
+def qemu_is_refused(path: Path) -> bool:
+    """Whether QEMU may not open an image for writing."""
+    command = ["qemu-io", "-f", "qed", "-c", "read 0 512", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode != 0 and "lock" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,15 @@ def raw_file(content: bytes) -> RamFile:
     file = RamFile()
     file.write(0, content)
     return file
+
+
+def on_device(file: RamFile, size: int, *, stale: bytes = b"") -> RamFile:
+    """An image's file on a block device of `size` bytes, behind which it holds what could pass for a table or data."""
+    stale = stale or struct.pack("<Q", 5 * 4096)
+    device = RamFile(size=size, fixed=True)
+    device.write(0, (stale * (size // len(stale) + 1))[:size])
+    device.write(0, file.read(0, file.size))
+    return device
 
 
 async def open_chain(

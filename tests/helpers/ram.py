@@ -22,14 +22,18 @@ _ZEROES = bytes(PAGE)
 
 
 class RamFile:
-    """Sparse bytes: pages of 4 KiB that exist once written, and a size. No I/O, no awaiting."""
+    """Sparse bytes: pages of 4 KiB that exist once written, and a size. No I/O, no awaiting.
 
-    def __init__(self, pages: dict[int, bytes] | None = None, size: int = 0) -> None:
+    `fixed`: it is a block device's.
+    """
+
+    def __init__(self, pages: dict[int, bytes] | None = None, size: int = 0, *, fixed: bool = False) -> None:
         self.pages: dict[int, bytes] = pages if pages is not None else {}
         self.size = size
+        self.fixed = fixed
 
     def fork(self) -> RamFile:
-        return RamFile(self.pages.copy(), self.size)
+        return RamFile(self.pages.copy(), self.size, fixed=self.fixed)
 
     def key(self) -> tuple[int, frozenset[tuple[int, bytes]]]:
         """Equal for files of equal layout and content (bytes objects remember their hash)."""
@@ -123,8 +127,8 @@ class RamStorage:
     ) -> None:
         self.path = path
         self.writable = writable
-        self.fixed = False
         self.file = file if file is not None else RamFile()
+        self.fixed = self.file.fixed
         self.chaos = chaos
         self.punches = punches
         self.closed = False
@@ -170,8 +174,13 @@ class RamStorage:
         if self.chaos:
             await self.chaos.pause(self.chaos.read_yields)
 
+    def _check_end(self, end: int) -> None:
+        if self.fixed and end > self.file.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         self._check(True)
+        self._check_end(offset + len(data))
         if self.chaos and self.chaos.refuses():
             return False
         self.apply_write(offset, bytes(data))
@@ -180,6 +189,7 @@ class RamStorage:
     async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._check(True)
         data = b"".join(buffers)
+        self._check_end(offset + len(data))
         if self.chaos is None:
             self.apply_write(offset, data)
             return
@@ -205,6 +215,8 @@ class RamStorage:
 
     async def truncate(self, size: int) -> None:
         self._check(True)
+        if self.fixed:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if self.chaos:
             await self.chaos.pause()
         self.apply_truncate(size)
@@ -226,12 +238,16 @@ class RamStorage:
     def stat(self) -> os.stat_result:
         self._check()
         fields = (stat.S_IFREG | 0o644, 1, 1, 1, 0, 0, self.file.size, 0, 0, 0)
+        if self.fixed:
+            return os.stat_result((stat.S_IFBLK | 0o644, 1, 1, 1, 0, 0, 0, 0, 0, 0), {"st_blocks": 0, "st_rdev": 1792})
         return os.stat_result(fields, {"st_blocks": len(self.file.pages) * PAGE // 512, "st_blksize": PAGE})
 
     def next_data(self, offset: int) -> int | None:
         self._check()
         if offset >= self.file.size:
             return None
+        if self.fixed:
+            return offset
         indices = sorted(self.file.pages)
         position = bisect_left(indices, offset // PAGE)
         if position == len(indices) or indices[position] * PAGE >= self.file.size:
@@ -242,6 +258,8 @@ class RamStorage:
         self._check()
         if offset >= self.file.size:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        if self.fixed:
+            return self.file.size
         index = offset // PAGE
         while index in self.file.pages:
             index += 1

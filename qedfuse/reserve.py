@@ -1,0 +1,112 @@
+"""The free clusters of a block device: what no table refers to.
+
+A file's new clusters come from its end, which moves. A device has none that could move: its size is fixed, nothing says
+how far an image on it reaches, and everywhere there may be stale bytes. So the tables are read once, before the first
+change to them, and what they do not refer to is free: first what lies behind all the rest, then the gaps (clusters that
+leaked, or that were discarded when the device was in use before). `commit.py` zeroes it before it is handed out.
+
+QEMU takes the device's end for the image's: it never allocates anything on a device.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from qedfuse.clustermap import ClusterMap
+from qedfuse.errors import CorruptError
+from qedfuse.header import Header
+from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks
+from qedfuse.storage import Storage
+
+#: Runs that are taken at a time.
+_MAX_RUNS = 256
+
+
+class Reserve:
+    """Free clusters of one image on a device; offsets and sizes in bytes, multiples of the cluster size."""
+
+    def __init__(self, storage: Storage, header: Header) -> None:
+        self._storage = storage
+        self._header = header
+        self._bits = header.geometry.cluster_bits
+        self._used: ClusterMap | None = None  # also what has been taken
+        self._next = 0  # the cluster at which to look for the next run
+        self._returned: list[tuple[int, int]] = []
+        self._exhausted = 1 << 63  # no run has so many clusters
+        self._failure: str | None = None
+        self._finding = trio.Lock()
+
+    @property
+    def known(self) -> bool:
+        """Whether `find` has been there."""
+        return self._used is not None or self._failure is not None
+
+    async def find(self) -> None:
+        """Read the tables. Until then none may change. Raises OSError, and can be called again, also when cancelled.
+        That the tables are corrupt `take` says: what allocates nothing goes on."""
+        async with self._finding:
+            if self.known:
+                return
+            try:
+                used = await self._read_tables()
+            except CorruptError as error:
+                self._failure = f"cannot tell which clusters are free: {error.message}"
+                return
+            self._used = used
+            self._next = used.end_of_marked()
+
+    async def _read_tables(self) -> ClusterMap:
+        storage, header, geometry = self._storage, self._header, self._header.geometry
+        bounds = Bounds.of(header, storage.size())
+        used = ClusterMap(storage, bounds)
+        used.mark(header.l1_table_offset >> self._bits, header.table_size)
+        breathe = Breather()
+        async for _index, offset in L1Entries(storage, header, breathe):
+            if not bounds.holds(offset, geometry.table_bytes):
+                continue
+            if used.mark(offset >> self._bits, header.table_size):  # following it might take for ever
+                raise CorruptError(storage.path, "its tables overlap; see qedfuse check")
+            async for _position, chunk in TableChunks(storage, offset, geometry.table_bytes, breathe):
+                used.mark_entries(chunk)
+        return used
+
+    async def take(self, least: int, most: int) -> list[tuple[int, int]]:
+        """Runs (offset, size) of at least `least` bytes each, `most` together if there are so many; none: there are
+        none left. They hold stale bytes. Raises OSError if the tables could not be read. Not for two tasks at once."""
+        if self._failure is not None:
+            raise CorruptError(self._storage.path, self._failure)
+        assert self._used is not None
+        if self._returned:
+            taken, self._returned = self._returned, []
+            return taken
+        found: list[tuple[int, int]] = []
+        breathe = Breather()
+        wanted = least >> self._bits
+        rest = max(most, least) >> self._bits
+        while rest >= wanted and len(found) < _MAX_RUNS and wanted < self._exhausted:
+            run = await self._find_run(self._used, wanted, rest, breathe)
+            if run is None:
+                self._exhausted = wanted
+                break
+            first, number = run
+            self._used.mark(first, number)
+            self._next = first + number
+            found.append((first << self._bits, number << self._bits))
+            rest -= number
+        return found
+
+    async def _find_run(self, used: ClusterMap, least: int, most: int, breathe: Breather) -> tuple[int, int] | None:
+        """(first, number) of a free run, all in clusters, from `_next` on and then from the beginning."""
+        for start, stop in ((self._next, used.clusters), (self._header.header_size, self._next)):
+            first = used.next_free(start)
+            while first < stop:
+                await breathe()
+                end = min(used.next_marked(first), used.clusters, first + most)
+                if end - first >= least:
+                    return first, end - first
+                first = used.next_free(end)
+        return None
+
+    def put_back(self, runs: list[tuple[int, int]]) -> None:
+        """Runs that could not be zeroed."""
+        self._returned += runs
