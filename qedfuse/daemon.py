@@ -23,11 +23,13 @@ import pyfuse3
 import trio
 
 from qedfuse.control_server import ControlServer
+from qedfuse.dirty_limit import become_flusher, fit_options, set_dirty_limit
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
 from qedfuse.image import Image
-from qedfuse.kernel_mount import become_flusher, mount, tell_root_size, trust_write_cache
+from qedfuse.kernel_mount import mount, tell_root_size
 from qedfuse.launch import Link
 from qedfuse.limits import raise_limits
+from qedfuse.memory_limit import memory_limit
 from qedfuse.mount_options import MountOptions
 from qedfuse.mounted import MountedImage
 from qedfuse.mounts import Mount, find_mount, unmount
@@ -72,9 +74,12 @@ class MountConfig:
 
 
 class Daemon:
-    """One mount, from its first image opened to its last one closed. `link`, if any, is told when it is usable."""
+    """One mount, from its first image opened to its last one closed. `link`, if any, is told when it is usable;
+    `flusher`: see `become_flusher`."""
 
-    def __init__(self, config: MountConfig, link: Link | None) -> None:
+    def __init__(self, config: MountConfig, link: Link | None, *, flusher: bool) -> None:
+        self._flusher = flusher
+        self._memory_limit = memory_limit()
         self._config = config
         self._options = config.options
         self._link = link
@@ -151,6 +156,7 @@ class Daemon:
 
     async def _mount_tree(self, nursery: trio.Nursery) -> None:
         mountpoint = self._config.mountpoint
+        self._options = fit_options(self._options, self._memory_limit, flusher=self._flusher)
         self._fastpath = self._load_fastpath()
         self._operations = Operations(self._tree, self._options, os.stat(mountpoint), self._fastpath)
         mount(self._operations, mountpoint, self._config.sources[0], self._options)
@@ -160,7 +166,7 @@ class Daemon:
         self._mount = find_mount(mountpoint)
         if self._mount is None:
             raise QedfuseError(mountpoint, "mounted, but not to be seen here")
-        trust_write_cache(self._mount.device)
+        set_dirty_limit(self._mount.device, self._memory_limit)
         await self._control.listen(self._mount.device)
         nursery.start_soon(self._control.serve)
         await self._settle(self._operations, self._mount)
@@ -347,6 +353,6 @@ class Daemon:
 def serve(config: MountConfig, link: Link | None = None) -> int:
     """Mount and serve until the end, in this process. `link`: to whoever waits for the mount, if it is not in the
     foreground. Returns the exit code; raises what `Daemon.run` raises."""
-    become_flusher()
+    flusher = become_flusher()  # before there is another thread
     raise_limits()
-    return trio.run(Daemon(config, link).run)
+    return trio.run(Daemon(config, link, flusher=flusher).run)

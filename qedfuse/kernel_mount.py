@@ -1,11 +1,10 @@
 """Mounting by libfuse: which options it is given, and its complaints as errors.
 
-Source: fuse(8), libfuse lib/mount.c; prctl(2) PR_SET_IO_FLUSHER.
+Source: fuse(8), libfuse lib/mount.c.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +17,6 @@ from qedfuse.mount_options import MountOptions
 from qedfuse.offload import watch
 
 SUBTYPE = "qedfuse"
-
-_PR_SET_IO_FLUSHER = 57
 
 
 class _Option(str):
@@ -92,21 +89,3 @@ def _captured_stderr() -> Iterator[Callable[[], bytes]]:
         os.dup2(saved, 2)
         for fd in (saved, reader, writer):
             os.close(fd)
-
-
-def trust_write_cache(device: str) -> None:
-    """Let the kernel keep as much unwritten data of this mount (its device is "MAJOR:MINOR") as of a local disk.
-
-    By default it begins to slow writers down at 1% of what it would allow a disk, so that the daemon of an untrusted
-    user cannot hold its memory. Only root can change that, and root's daemon may. What fsync promises is not touched.
-    Source: Linux Documentation/ABI/testing/sysfs-class-bdi.
-    """
-    for name, value in (("strict_limit", "0"), ("max_ratio", "100")):
-        with suppress(OSError), open(f"/sys/class/bdi/{device}/{name}", "w") as file:
-            file.write(value)
-
-
-def become_flusher() -> None:
-    """Ask the kernel not to wait for this process's I/O while this process is asked for memory: writing back a loop
-    device's pages needs us. Only with CAP_SYS_RESOURCE; threads that are started later inherit it."""
-    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)

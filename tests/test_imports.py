@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "qedfuse"
 ORDER = """
     errors geometry rangelock offload blocks limits
     blocking
-    header allocator pages complaints launch logs mounts
+    header allocator pages complaints launch logs mounts memory_limit
     mount_table threads
     walk
     qcow2_header
@@ -24,7 +24,7 @@ ORDER = """
     storage filelock
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
-    qcow2 tables attributes changes reserve
+    qcow2 tables attributes changes reserve dirty_limit
     commit repair
     clusters check
     image
