@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, SupportsIndex
 
 import trio
+from trio.lowlevel import checkpoint, enable_ki_protection
 
 from qedfuse.backing import ANY_BACKING, BackingPolicy
 from qedfuse.errors import QedfuseError, ReadOnlyError
@@ -34,6 +35,7 @@ _WRITE_STEP = 4 << 20
 
 
 @asynccontextmanager
+@enable_ki_protection
 async def open_image(
     path: str | os.PathLike[str],
     *,
@@ -51,7 +53,8 @@ async def open_image(
 
     On leaving, calls in progress are waited for, later ones raise EBADF, and the image is flushed and closed, also when
     the block fails or is cancelled. If closing fails, its error is raised, unless the block has failed, in which case
-    it goes to the log.
+    it goes to the log; what was not flushed before may be lost then. A `flush` that has failed for want of space can be
+    tried again before that.
 
     Raises OSError: QedfuseError with a plain message (not QED, in use, corrupt, backing file missing or refused), or
     the host's errors. Cancelled while it opens, it leaves nothing open.
@@ -77,7 +80,8 @@ class Image:
 
     Every call is a checkpoint of trio's, before its work and again between the steps of a large one (a few MiB). Calls
     of other tasks may come in between two steps. A change that was cancelled may have happened in part, as after a
-    crash, and the image stays consistent; one that has done its work returns, whoever is cancelled.
+    crash, and the image stays consistent; one that has done its work returns, whoever is cancelled. So it is with a
+    KeyboardInterrupt.
 
     Any number of tasks may call at the same time, but only in the `trio.run` in which the image was opened
     (RuntimeError): other threads call by way of `trio.from_thread`.
@@ -122,10 +126,11 @@ class Image:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
+    @enable_ki_protection
     async def read(self, offset: SupportsIndex, size: SupportsIndex) -> bytes | bytearray:
         """`size` bytes at `offset`; fewer, or none, at the end of the image."""
         start, wanted = _number("offset", offset), _number("size", size)
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         wanted = max(0, min(wanted, self.size - start))
         if wanted <= _READ_STEP:
             with self._gate:
@@ -137,9 +142,10 @@ class Image:
             result += part
             if len(part) < length:  # the image has shrunk meanwhile
                 break
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
         return result
 
+    @enable_ki_protection
     async def map(self, offset: SupportsIndex, size: SupportsIndex) -> list[Run]:
         """What the image itself, without its backing file, has for a range: see `Run`.
 
@@ -147,13 +153,14 @@ class Image:
         the end of the image.
         """
         start, wanted = _number("offset", offset), _number("size", size)
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         with self._gate:
             wanted = min(wanted, self.size - start)
             return await self._engine.map(start, wanted) if wanted > 0 else []
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
+    @enable_ki_protection
     async def write(self, offset: SupportsIndex, data: Buffer) -> None:
         """Write all of `data` at `offset`: anything that lies in memory in one piece (else BufferError), and does not
         change meanwhile.
@@ -164,42 +171,46 @@ class Image:
         start = _number("offset", offset)
         with _bytes_of(data) as view:
             for position, length in _steps(start, len(view), _WRITE_STEP):
-                await trio.lowlevel.checkpoint()
+                await checkpoint()
                 with self._writing(), view[position - start : position - start + length] as part:
                     await self._engine.write(position, part)
 
+    @enable_ki_protection
     async def zero(self, offset: SupportsIndex, size: SupportsIndex) -> None:
         """Make a range read as zeroes, as far as it lies inside the image; whole clusters give their space back."""
         start, wanted = _number("offset", offset), _number("size", size)
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         with self._writing():
             await self._engine.zero(start, wanted)
 
+    @enable_ki_protection
     async def discard(self, offset: SupportsIndex, size: SupportsIndex) -> None:
         """Give the clusters that lie wholly inside the range back; they read as zeroes. The edges stay as they are."""
         start, wanted = _number("offset", offset), _number("size", size)
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         with self._writing():
             await self._engine.discard(start, wanted)
 
     # -- size and durability ------------------------------------------------------------------------------------------
 
+    @enable_ki_protection
     async def resize(self, size: SupportsIndex) -> None:
         """Set the image's size in bytes, rounded up to 512. What is added reads as zeroes, what is cut off is given
         back. A smaller size is durable on return, a larger one after `flush`. Raises EFBIG past the geometry's maximum,
         EPERM if the size is fixed. Cancelled: `size` tells whether it has happened.
         """
         wanted = _number("size", size)
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         with self._writing():
             await self._engine.resize(wanted)
 
+    @enable_ki_protection
     async def flush(self) -> None:
         """Everything completed before this call is durable when it returns. Nothing to do on a read-only image.
 
         Raises OSError, EIO ever after a failed sync. Once its commit has begun it is carried out, whoever is cancelled.
         """
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         with self._gate:
             await self._engine.flush()
 

@@ -213,15 +213,26 @@ def idle_worker(call: Call) -> Worker | None:
 
 @trio.lowlevel.enable_ki_protection
 async def offload(call: Callable[[], T]) -> T:
-    """`call()` in a thread. Cancellation waits for it: its buffers are in use until it ends. Raises what it raises."""
+    """`call()` in a thread. Cancellation waits for it, and so does a KeyboardInterrupt: its buffers are in use until it
+    ends. Raises what it raises."""
     if time.monotonic() > _offload.due:  # a turn for the others now and then, not with each call
         await trio.lowlevel.cancel_shielded_checkpoint()
         _offload.due = time.monotonic() + PATIENCE_MS / 1000
     worker = idle_worker(call)
     if worker is not None:
-        if not worker.attempt(call):
-            await worker.wait_long()
-        return cast(T, worker.finish())
+        interrupt: KeyboardInterrupt | None = None
+        done = worker.attempt(call)
+        while not done:
+            try:
+                await worker.wait_long()
+                done = True
+            except KeyboardInterrupt as error:  # which no scope shields from
+                interrupt = error
+        try:
+            return cast(T, worker.finish())
+        finally:
+            if interrupt is not None:
+                raise interrupt
     with trio.CancelScope(shield=True):
         try:
             return await trio.to_thread.run_sync(call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -32,6 +32,7 @@ _log = logging.getLogger("qedfuse")
 
 
 @asynccontextmanager
+@trio.lowlevel.enable_ki_protection  # not of the block
 async def open_image(
     path: str | os.PathLike[str],
     *,
@@ -61,8 +62,8 @@ async def open_image(
     failure: BaseException | None = None
     unwinding = True
     async with trio.open_nursery() as nursery:
-        background = trio.CancelScope(shield=True)  # a caller's cancellation ends the timer after the close, not before
-        nursery.start_soon(_run_background, image, background)
+        background = _Background(image)
+        nursery.start_soon(background.run)
         try:
             yield image
             unwinding = False
@@ -72,22 +73,66 @@ async def open_image(
             failure = error
         finally:
             try:
-                with trio.CancelScope(shield=True):
-                    await image.close()
+                await _to_its_end(background.close)
+            except KeyboardInterrupt as error:
+                failure = error
             except OSError as error:
                 if unwinding:
                     _log.error("%s: closing failed: %s", image.path, error)
                 else:
                     failure = error
-            finally:
-                background.cancel()
     if failure is not None:
         raise failure
 
 
-async def _run_background(image: Image, scope: trio.CancelScope) -> None:
-    with scope:
-        await image.run_background()
+class _Background:
+    """An image's timer. A caller's cancellation ends it after the close, not before."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._scope = trio.CancelScope(shield=True)
+        self._ended = trio.Event()
+
+    @trio.lowlevel.enable_ki_protection
+    async def run(self) -> None:
+        try:
+            with self._scope:
+                await self._image.run_background()
+        finally:
+            self._ended.set()
+
+    async def close(self) -> None:
+        """Close the image, and end the timer."""
+        try:
+            await self._image.close()
+        finally:
+            self._scope.cancel()
+            await self._ended.wait()
+
+
+async def _to_its_end(function: Callable[[], Awaitable[None]]) -> None:
+    """Await `function()`, whoever is cancelled. A KeyboardInterrupt, which finds trio's main task behind every shield,
+    is raised when it has ended."""
+    errors: list[BaseException] = []
+    done = trio.Event()
+
+    async def run() -> None:
+        try:
+            await function()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    trio.lowlevel.spawn_system_task(run)
+    with trio.CancelScope(shield=True):
+        while not done.is_set():
+            try:
+                await done.wait()
+            except KeyboardInterrupt as error:
+                errors.insert(0, error)
+    if errors:
+        raise errors[0]
 
 
 async def _open(
