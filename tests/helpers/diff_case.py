@@ -82,6 +82,7 @@ class DiffCase(Killable):
         native = mode == "native"
         self.able = ["holes"] * native + ["map"] * (self.options != "direct_io")
         self.able += ["size"] * (self.options != "fixed_size")
+        self.able += ["sync"] * (self.options == "sync")
         self.able += ["rwf"] * (native or self.options != "direct_io")
         self.workers = rnd.choice((2, 3, 4))
         self.may_loop = os.geteuid() == 0 and Path("/dev/loop-control").exists() and bool(shutil.which("losetup"))

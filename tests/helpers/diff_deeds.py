@@ -70,6 +70,11 @@ class Deeds:
         self._shadow.change(offset, data, cached=cached)
         return data
 
+    def _written(self, offset: int, size: int) -> None:
+        """A write has returned."""
+        if "sync" in self._able:  # the mount's option
+            self._shadow.synced(offset, size)
+
     def _differs(self, offset: int, size: int, found: bytes, how: str) -> list[str]:
         """What lies behind the file's end may be had up to a sector's, as zeroes, or not."""
         self._sectors += len(found) // SECTOR
@@ -132,10 +137,12 @@ class Deeds:
     def write(self) -> None:
         offset, size = self._range()
         self._open.pwrite("plain", offset, self._write("write", offset, size, cached=True))
+        self._written(offset, size)
 
     def direct_write(self) -> None:
         offset, size = self._range(self._random.choice((SECTOR, PAGE)))
         self._open.pwrite("direct", offset, self._write("direct write", offset, size, cached=False))
+        self._written(offset, size)
 
     def dsync_write(self) -> None:
         offset, size = self._range()
@@ -156,6 +163,7 @@ class Deeds:
     def send(self) -> None:
         offset, size = self._range()
         self._open.send(offset, self._write("sendfile in", offset, size, cached=True))
+        self._written(offset, size)
 
     def copy(self) -> None:
         source, size = self._range()
@@ -165,6 +173,7 @@ class Deeds:
             data = bytes(self._shadow.model[source : source + size])
             self._write(f"copy from {source}", target, size, cached=True, data=data)
             self._open.copy(source, target, size)
+            self._written(target, size)
 
     def copy_from(self) -> None:
         """copy_file_range(2) or sendfile(2) from another raw file of the mount."""
@@ -176,6 +185,7 @@ class Deeds:
             f"copy from the other's {place}", offset, size, cached=True, data=self._source[place : place + size]
         )
         self._open.copy(place, offset, size, other=True, sendfile=self._random.random() < 0.5)
+        self._written(offset, size)
 
     def punch(self) -> None:
         self._zero("punch", PUNCH_HOLE | KEEP_SIZE)

@@ -34,6 +34,7 @@ class SizeDeeds(Deeds):
         if size and self._size < offset + size <= self._capacity:
             self._sizes |= {rounded(offset + size)}
             self._open.pwrite(kind, offset, self._write(f"{kind} write", offset, size, cached=True))
+            self._written(offset, size)
             self._size = offset + size
             self._check_size()
 
