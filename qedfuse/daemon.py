@@ -180,7 +180,7 @@ class Daemon:
         try:
             from qedfuse.fastpath import FastPath
 
-            return FastPath(pyfuse3.__file__, writeback=self._options.writeback)
+            return FastPath(pyfuse3.__file__, cached=not self._options.direct_io)
         except (ImportError, OSError) as error:
             _log.warning("no native fast path (%s): all is answered in Python", error)
             return None

@@ -38,14 +38,15 @@ MODE_VARIABLE = "QEDFUSE_FASTPATH"
 class FastPath:
     """The filter of this process's mount. `pyfuse3_file`: pyfuse3's library. Raises OSError if libfuse is not there.
 
-    `writeback`: the kernel has the writeback cache on, and may hold data that we do not know of.
+    `cached`: the kernel has a page cache, and may hold data that we do not know of: written ones if its writeback cache
+    is on, stores into shared maps in any case.
     """
 
-    def __init__(self, pyfuse3_file: str, *, writeback: bool) -> None:
+    def __init__(self, pyfuse3_file: str, *, cached: bool) -> None:
         mode = os.environ.get(MODE_VARIABLE)
         self.answers = mode != "pass"
         self._spin = mode != "nospin"
-        self._writeback = writeback
+        self._cached = cached
         self._images: dict[int, _Attached] = {}
         self._handles: dict[int, Image] = {}
         self._answering: HandOver | None = None
@@ -109,7 +110,7 @@ class FastPath:
     async def serving(self) -> AsyncIterator[None]:
         """Filter requests, and answer those that are handed over, during the block, in which pyfuse3.main runs."""
         async with trio.open_nursery() as nursery:
-            has_writers = self._has_writers if self._writeback else None
+            has_writers = self._has_writers if self._cached else None
             self._answering = HandOver(nursery, self._handles, has_writers, self.in_python)
             native.configure(self.answers, spin=self._spin, hand_over=self._answering.answer)
             try:
