@@ -85,8 +85,11 @@ class UsageError(QedfuseError):
 
 
 def printable(text: str) -> str:
-    """`text` on one line and harmless to a terminal: names in images are whatever somebody put there."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """`text` on one line and harmless to a terminal: names in images are whatever somebody put there.
+
+    A byte that is no character in this locale stays as it is (as `os.fsdecode` has it): the name can be used again.
+    """
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text)
 
 
 def describe(error: OSError, path: str | os.PathLike[str] = "") -> str:

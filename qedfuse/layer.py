@@ -23,7 +23,8 @@ class Kind(IntEnum):
 
 
 class Run(NamedTuple):
-    """A range of one layer, in guest order. `length` in bytes; `host` is a byte offset, meaningful for DATA only."""
+    """A range of one layer, in guest order. `length` in bytes; `host` is a byte offset: of DATA, and of a ZERO that has
+    a place in the file all the same (otherwise 0)."""
 
     kind: Kind
     length: int

@@ -42,6 +42,7 @@ def _log_unraisable(what: sys.UnraisableHookArgs) -> None:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """A message is one line, and harmless to a terminal; only the traceback of a bug has more."""
-    record.msg, record.args = printable(record.getMessage()), None
+    """A message is one line, and harmless to a terminal; only the traceback of a bug has more. It is characters."""
+    text = printable(record.getMessage())
+    record.msg, record.args = text.encode("utf-8", "backslashreplace").decode(), None
     return True

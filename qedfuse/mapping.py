@@ -9,7 +9,7 @@ Source: qemu-img(1), "map"; QAPI `MapEntry`; QEMU's block-status semantics, as o
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Container, Iterable, Iterator
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -62,14 +62,17 @@ class MapEntry(NamedTuple):
         return self.offset is None or self.offset - self.start == (before.offset or 0) - before.start
 
 
-async def map_image(top: Layer, start: int = 0, length: int | None = None) -> AsyncGenerator[MapEntry, None]:
+async def map_image(
+    top: Layer, start: int = 0, length: int | None = None, *, sparse: Container[Layer] = ()
+) -> AsyncGenerator[MapEntry, None]:
     """The entries of [start, start+length) (default: to the end of the image), in order, merged, without gaps.
 
-    Raises OSError, CorruptError as the layers do.
+    `sparse`: layers (other than raw ones) of which what is stored may be holes of the host, and is told to be zeroes
+    then. Raises OSError, CorruptError as the layers do.
     """
     end = top.size if length is None else min(top.size, start + length)
     pending: MapEntry | None = None
-    async with aclosing(walk(top, start, end)) as entries:
+    async with aclosing(walk(top, start, end, sparse=sparse)) as entries:
         async for entry in entries:
             if pending is not None and entry.continues(pending):
                 pending = pending._replace(length=pending.length + entry.length)
@@ -101,7 +104,7 @@ class _Known(NamedTuple):
     host: int
 
 
-async def walk(top: Layer, start: int, end: int) -> AsyncGenerator[MapEntry, None]:
+async def walk(top: Layer, start: int, end: int, *, sparse: Container[Layer] = ()) -> AsyncGenerator[MapEntry, None]:
     """As `map_image`, but not merged: for who looks for something, and reads no more of the tables than it takes."""
     todo: list[_Ask | _Known] = [_Ask(top, start, end, 0)]  # the ranges still to come, the nearest on top
     breathe = Breather()
@@ -115,7 +118,7 @@ async def walk(top: Layer, start: int, end: int) -> AsyncGenerator[MapEntry, Non
         elif item.kind is Kind.UNALLOCATED:
             todo += reversed(_below(item))
         else:
-            for entry in _entries(item):
+            for entry in _entries(item, sparse):
                 yield entry
 
 
@@ -143,21 +146,34 @@ def _below(item: _Known) -> list[_Ask | _Known]:
     return [rest] if below is None else [_Ask(below, item.start, covered, item.depth + 1), rest]
 
 
-def _entries(item: _Known) -> Iterator[MapEntry]:
-    """The entries of a range that is settled. Stored data of a raw file may be holes after all."""
+def _entries(item: _Known, sparse: Container[Layer]) -> Iterator[MapEntry]:
+    """The entries of a range that is settled. What is stored of a raw file may be holes after all."""
     layer, start, end, depth, kind, host = item
-    if kind is Kind.ZERO:
+    if kind is Kind.ZERO and host > 0:
+        yield MapEntry(start, end - start, depth, present=True, zero=True, data=False, offset=host, filename=layer.path)
+    elif kind is Kind.ZERO:
         yield MapEntry(start, end - start, depth, present=host != _NOWHERE, zero=True, data=False)
     elif kind is Kind.INDIRECT:
         yield MapEntry(
             start, end - start, depth, present=True, zero=False, data=True, compressed=True, filename=layer.path
         )
     else:
-        parts = _data_and_holes(layer.storage, start, end) if layer.format == "raw" else [(True, start, end)]
-        for data, first, stop in parts:
-            offset = host + first - start
+        is_raw = layer.format == "raw"
+        parts: Iterable[tuple[bool, int, int]] = [(True, host, host + end - start)]
+        if is_raw or layer in sparse:
+            parts = _data_and_holes(layer.storage, host, host + end - start)
+        for data, offset, stop in parts:
+            stored = data or not is_raw
+            first = start + offset - host
             yield MapEntry(
-                first, stop - first, depth, present=True, zero=not data, data=data, offset=offset, filename=layer.path
+                first,
+                stop - offset,
+                depth,
+                present=True,
+                zero=not data,
+                data=stored,
+                offset=offset,
+                filename=layer.path,
             )
 
 

@@ -46,7 +46,8 @@ class EntryMapper:
             entry = last = entries[index]
             kind = self._kind(entry, position)
             # Most neighbours continue each other: count them without making runs.
-            step = cluster_size if kind is Kind.DATA else 0
+            place = self._place_of_zeroes(entry) if kind is Kind.ZERO else 0
+            step = cluster_size if kind is Kind.DATA or place else 0
             index += 1
             while index < past and entries[index] == last + step:
                 last += step
@@ -55,7 +56,7 @@ class EntryMapper:
             if kind is Kind.DATA:
                 self._append_data(runs, entry & ENTRY_OFFSET, position, until - position, file_size)
             else:
-                append_run(runs, kind, until - position)
+                append_run(runs, kind, until - position, place and place + (position & (cluster_size - 1)))
             position = until
 
     def _kind(self, entry: int, position: int) -> Kind:
@@ -66,6 +67,11 @@ class EntryMapper:
                 raise CorruptError(self._path, f"the l2 entry of guest offset {position} has a flag of version 3")
             return Kind.ZERO
         return Kind.DATA if entry & ENTRY_OFFSET else Kind.UNALLOCATED
+
+    def _place_of_zeroes(self, entry: int) -> int:
+        """Where a cluster of zeroes has its place in the file; 0: it has none."""
+        place = entry & ENTRY_OFFSET
+        return 0 if place & (self._cluster_size - 1) else place
 
     def _append_data(self, runs: list[Run], cluster: int, position: int, length: int, file_size: int) -> None:
         """Append clusters that follow each other in the file from `cluster` on; `position` lies in the first one."""
@@ -93,7 +99,7 @@ def append_run(runs: list[Run], kind: Kind, length: int, host: int = 0) -> None:
     """Append a run, or make the last one longer if the new one continues it."""
     if runs:
         last = runs[-1]
-        if last.kind is kind and (kind is not Kind.DATA or last.host + last.length == host):
+        if last.kind is kind and (last.host + last.length if last.host or kind is Kind.DATA else 0) == host:
             runs[-1] = Run(kind, last.length + length, last.host)
             return
     runs.append(Run(kind, length, host))

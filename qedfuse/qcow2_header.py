@@ -1,6 +1,6 @@
 """The qcow2 header and its table entries: decode and validate, read-only. Pure: no I/O.
 
-Only what reading the active disk needs: snapshots, refcounts, bitmaps and compatible features are ignored. All numbers
+Only what reading the active disk and `map` need: snapshots, bitmaps and compatible features are ignored. All numbers
 are big-endian. Source: QEMU docs/interop/qcow2, "Header", "Header extensions", "Cluster mapping"; limits that the
 format leaves open are QEMU's.
 """
@@ -58,6 +58,8 @@ class Qcow2Header:
     l1_table_offset: int
     backing_name: str | None
     backing_format: str | None
+    refcount_table_offset: int = 0
+    refcount_table_clusters: int = 0
     refcount_bits: int = 16
     lazy_refcounts: bool = False
 
@@ -83,6 +85,7 @@ class Qcow2Header:
             l1_table_offset,
             _decode_name(raw, name_offset, name_size, 1 << cluster_bits, path),
             _decode_format(raw, header_bytes, name_offset, path) if name_offset else None,
+            *fields[9:11],
             *(_decode_refcounts(raw) if version >= 3 else ()),
         )
         header._validate(path)

@@ -24,7 +24,7 @@ ORDER = """
     storage filelock
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
-    qcow2 tables attributes changes reserve dirty_limit
+    qcow2 tables attributes changes reserve qcow2_refcounts dirty_limit
     commit repair
     clusters check
     image

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from qedfuse.cli.params import format_option, output_option, share_hint
+from qedfuse.cli.params import format_option, output_option, share_hint, to_json
 from qedfuse.cli.progress import Bar
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
 
@@ -74,7 +73,7 @@ def check(output: str, repair: str | None, share: bool, quiet: bool, image: str)
         click.echo(f"qedfuse: {printable(image)}: not a qed image; only those can be checked", err=True)
         return EXIT_UNSUPPORTED
     if output == "json":
-        click.echo(json.dumps(result.to_json(), indent=4))
+        click.echo(to_json(result.to_json(), indent=4))
     elif not quiet:
         click.echo("\n".join(_describe(result)))
     return exit_code(result)

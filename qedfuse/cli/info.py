@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from qedfuse.cli.params import (
@@ -15,6 +13,7 @@ from qedfuse.cli.params import (
     share_option,
     show_size,
     size_param,
+    to_json,
 )
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
 from qedfuse.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, read_untrusted
@@ -71,7 +70,7 @@ def info(
             chain = [read_info(image, share=share)]
     if output == "json":
         items = [item.to_json() for item in chain]
-        click.echo(json.dumps(items if backing_chain else items[0], indent=4))
+        click.echo(to_json(items if backing_chain else items[0], indent=4))
     else:
         click.echo("\n\n".join(_describe(item) for item in (chain if backing_chain else chain[:1])))
 

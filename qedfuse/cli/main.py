@@ -6,6 +6,7 @@ itself. Only the module of the command that runs is imported: pyfuse3 and trio t
 
 from __future__ import annotations
 
+import codecs
 import errno
 import importlib
 import io
@@ -109,8 +110,10 @@ def main(args: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files in any locale; stderr is so anyway
-        sys.stdout.reconfigure(errors="backslashreplace")
+    codecs.register_error("names", _encode_names)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files in any locale
+            stream.reconfigure(errors="names")
     try:
         code = _run(sys.argv[1:] if args is None else list(args))
         sys.stdout.flush()
@@ -118,6 +121,18 @@ def main(args: Sequence[str] | None = None) -> int:
         code = _explain(error)
         _drop_output()
     return code
+
+
+def _encode_names(error: UnicodeError) -> tuple[bytes, int]:
+    """What a stream's encoding lacks: bytes of names as they are (see `printable`), other characters as text."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    found = [
+        bytes([ord(c) - 0xDC00]) if "\udc80" <= c <= "\udcff" else c.encode("ascii", "backslashreplace")
+        for c in lacking
+    ]
+    return b"".join(found), error.end
 
 
 def _run(args: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -18,11 +17,13 @@ from qedfuse.cli.params import (
     share_hint,
     share_option,
     size_param,
+    to_json,
 )
 from qedfuse.errors import printable
 
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy
+    from qedfuse.layer import Layer
     from qedfuse.mapping import MapEntry
 
 
@@ -60,17 +61,32 @@ async def _map(as_json: bool, share: bool, policy: BackingPolicy, start: int, le
 
     top = await open_layer(path, "qed", share=share, policy=policy)
     try:
-        async with aclosing(map_image(top, start, length)) as entries:
+        sparse = await _sparse_layers(top)
+        async with aclosing(map_image(top, start, length, sparse=sparse)) as entries:
             await (_print_json(entries) if as_json else _print_table(entries))
     finally:
         await top.close()
+
+
+async def _sparse_layers(top: Layer) -> list[Layer]:
+    """The qcow2 images of a chain that QEMU takes for preallocated."""
+    from qedfuse.qcow2 import Qcow2Layer
+    from qedfuse.qcow2_refcounts import is_preallocated
+
+    found: list[Layer] = []
+    layer: Layer | None = top
+    while layer is not None:
+        if isinstance(layer, Qcow2Layer) and await is_preallocated(layer.storage, layer.header):
+            found.append(layer)
+        layer = layer.backing
+    return found
 
 
 async def _print_json(entries: AsyncIterator[MapEntry]) -> None:
     out = sys.stdout
     separator = "["
     async for entry in entries:
-        out.write(separator + json.dumps(entry.to_json()))
+        out.write(separator + to_json(entry.to_json()))
         separator = ",\n"
     out.write("[]\n" if separator == "[" else "]\n")
 
@@ -79,7 +95,7 @@ async def _print_table(entries: AsyncIterator[MapEntry]) -> None:
     out = sys.stdout
     out.write(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n")
     async for entry in entries:
-        if entry.data:
+        if entry.data and not entry.zero:
             where = "compressed" if entry.offset is None else _hex(entry.offset)
             name = printable(entry.filename or "")
             out.write(f"{_hex(entry.start):<16}{_hex(entry.length):<16}{where:<16}{name}\n")

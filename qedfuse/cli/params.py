@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -63,6 +64,21 @@ def size_param(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """JSON that any parser takes: what is no character in a file's name is U+FFFD in it, as in qemu-img's."""
+    return json.dumps(_characters(value), indent=indent)
+
+
+def _characters(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {key: _characters(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_characters(item) for item in value]
+    return value
 
 
 output_option = click.option(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
-from qedfuse.cli.params import output_option, show_size
+from qedfuse.cli.params import output_option, show_size, to_json
 from qedfuse.cli.umount import find_qedfuse_mount
 from qedfuse.control import Client
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
@@ -20,7 +19,7 @@ def status(output: str, mountpoint: str) -> int:
     """Show what the daemon of MOUNTPOINT is doing: its images, and how many requests it has answered."""
     with Client(find_qedfuse_mount(mountpoint)) as client:
         answer = client.ask("status")
-    click.echo(json.dumps(answer, indent=4) if output == "json" else _describe(answer))
+    click.echo(to_json(answer, indent=4) if output == "json" else _describe(answer))
     return EXIT_OK
 
 

@@ -36,6 +36,7 @@ def qedfuse(
         env=environment(env),
         capture_output=True,
         text=True,
+        errors="surrogateescape",
         timeout=TIMEOUT,
         check=False,
         preexec_fn=preexec,
