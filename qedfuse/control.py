@@ -1,8 +1,8 @@
 """How a command talks to the daemon of a mount: what is said, and the commands' side. No event loop.
 
-The daemon listens on an abstract Unix socket named after the mount's device number, which every process finds in
-mountinfo. Both sides look at who the other one is: the daemon answers root and its own user, a command believes root
-and the mount's owner. Requests and answers are JSON objects, one a line:
+The daemon listens on a Unix socket that is found by the mount's owner and device number (see `rendezvous.py`), which
+every process finds in mountinfo. Both sides look at who the other one is: the daemon answers root and its own user, a
+command believes root and the mount's owner. Requests and answers are JSON objects, one a line:
 
     {"command": "status"}  ->  {"pid": ..., "mountpoint": ..., "images": [...], ...}
     {"command": "flush"}   ->  {"error": null | text, "unwritten": null | text}, when all that was completed is durable;
@@ -10,9 +10,8 @@ and the mount's owner. Requests and answers are JSON objects, one a line:
     {"command": "wait"}    ->  {"waiting": true}, and when all is closed: {"closed": true, "error": null | text};
                                if it cannot be, for some time: {"closed": false, "error": text}
 
-When the daemon has left the kernel and closes the images it stops listening, but keeps those who wait.
-
-Abstract sockets belong to a network namespace: from another one there is no answer. Source: unix(7).
+When the daemon has left the kernel and closes the images it stops listening, but keeps those who wait. A daemon with a
+/run and a /tmp of its own is found by its abstract socket, which there is for that. Source: unix(7).
 """
 
 from __future__ import annotations
@@ -21,10 +20,14 @@ import json
 import select
 import socket
 import struct
+import time
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from qedfuse.errors import QedfuseError
 from qedfuse.mounts import Mount
+from qedfuse.rendezvous import abstract_name, find
 
 if TYPE_CHECKING:
     import trio
@@ -36,11 +39,6 @@ _MAX_ANSWER = 64 << 20
 _PATIENCE = 30.0
 
 _UCRED = struct.Struct("3i")
-
-
-def socket_name(device: str) -> bytes:
-    """The abstract address for a mount's "major:minor"."""
-    return b"\0qedfuse-" + device.encode("ascii")
 
 
 def peer_uid(connection: socket.socket | trio.socket.SocketType) -> int:
@@ -58,18 +56,9 @@ class Client:
 
     def __init__(self, mount: Mount) -> None:
         self._path = mount.mountpoint
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._socket.settimeout(_PATIENCE)
-            self._socket.connect(socket_name(mount.device))
-            if peer_uid(self._socket) not in (0, mount.owner):
-                raise QedfuseError(self._path, "somebody else listens in place of its daemon")
-            self._lines = self._socket.makefile("rb")
-        except OSError as error:
-            self._socket.close()
-            if isinstance(error, QedfuseError):
-                raise
-            raise QedfuseError(self._path, "its daemon does not answer", error.errno) from None
+        self._socket = _connect(mount)
+        self._socket.settimeout(_PATIENCE)
+        self._lines = self._socket.makefile("rb")
 
     def ask(self, command: str, seconds: float | None = _PATIENCE) -> dict[str, Any]:
         """Send a command; its first answer, which must come within `seconds` if that is not None."""
@@ -112,3 +101,38 @@ class Client:
     def close(self) -> None:
         self._lines.close()
         self._socket.close()
+
+
+def _connect(mount: Mount) -> socket.socket:
+    """A connection to the daemon of `mount`. Raises QedfuseError."""
+    owner = mount.owner or 0
+    strangers = False
+    code = None
+    addresses: Iterator[str | bytes] = chain(find(owner, mount.device), (abstract_name(mount.device),))
+    for address in addresses:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _wait_for_turn(connection, address)
+            if peer_uid(connection) in (0, owner):
+                return connection
+            strangers = True
+        except OSError as error:
+            code = error.errno
+        connection.close()
+    if strangers:
+        raise QedfuseError(mount.mountpoint, "somebody else listens in place of its daemon")
+    raise QedfuseError(mount.mountpoint, "its daemon does not answer", code)
+
+
+def _wait_for_turn(connection: socket.socket, address: str | bytes) -> None:
+    """Connect, also if many others wait for the daemon. Raises OSError."""
+    deadline = time.monotonic() + _PATIENCE
+    connection.setblocking(False)
+    while True:
+        try:
+            connection.connect(address)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)

@@ -13,11 +13,15 @@ from typing import Any
 
 import trio
 
-from qedfuse.control import MAX_REQUEST, encode, peer_uid, socket_name
+from qedfuse.control import MAX_REQUEST, encode, peer_uid
+from qedfuse.errors import describe
+from qedfuse.rendezvous import Address, abstract_name, bind
 
 #: Seconds: for a client to ask, to take an answer, and for a predecessor with our device number to vanish.
 _PATIENCE = 10.0
 _BIND_PATIENCE = 3.0
+#: Clients that may wait to be accepted.
+_BACKLOG = 128
 
 _log = logging.getLogger("qedfuse")
 
@@ -27,50 +31,72 @@ class ControlServer:
 
     def __init__(self, commands: dict[str, Callable[[], Awaitable[dict[str, Any]]]]) -> None:
         self._commands = commands
-        self._listener: trio.SocketListener | None = None
+        self._address: Address | None = None
+        self._listeners: list[trio.SocketListener] = []
         self._scope = trio.CancelScope()
         self._spare: int | None = None
         self._waiting: set[trio.SocketStream] = set()
 
     async def listen(self, device: str) -> None:
-        """Take the address. The kernel gives a device number to the next mount while the daemon of the last one may be
-        closing its images still, so the address may be taken for a moment."""
+        """Take the addresses of the mount with this device number: the one that is its owner's alone, and the abstract
+        one for commands that do not see our directories."""
+        try:
+            self._listen_in_directory(device)
+        except OSError as error:
+            _log.warning("no directory for the control socket (%s)", describe(error))
+        if not await self._listen_abstract(device) and self._address is None:
+            _log.warning("no control socket: qedfuse umount and status will not work")
+
+    def _listen_in_directory(self, device: str) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._address = bind(listener, device, _BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        self._listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(listener)))
+
+    async def _listen_abstract(self, device: str) -> bool:
+        """Whether the address could be had. The kernel gives a device number to the next mount while the daemon of the
+        last one may be closing its images still, so it may be taken for a moment; or somebody has taken it."""
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        deadline = trio.current_time() + _BIND_PATIENCE
+        deadline = trio.current_time() + (_BIND_PATIENCE if self._address is None else 0)
         while True:
             try:
-                await listener.bind(socket_name(device))
+                await listener.bind(abstract_name(device))
                 break
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or trio.current_time() > deadline:
-                    _log.warning("no control socket (%s): qedfuse umount and status will not work", error)
                     listener.close()
-                    return
+                    return False
                 await trio.sleep(0.02)
-        listener.listen(16)
-        self._listener = trio.SocketListener(listener)
+        listener.listen(_BACKLOG)
+        self._listeners.append(trio.SocketListener(listener))
+        return True
 
     async def serve(self) -> None:
         """Answer until `stop_listening`."""
-        if self._listener is None:
-            return
         self._keep_spare()
         with self._scope:
             async with trio.open_nursery() as nursery:
-                while True:
-                    try:
-                        stream = await self._listener.accept()
-                    except trio.ClosedResourceError:
-                        return
-                    except OSError as error:
-                        if self._spare is not None:
-                            os.close(self._spare)
-                            self._spare = None
-                            continue
-                        _log.warning("control socket: %s", error)
-                        await trio.sleep(1)
-                        continue
-                    nursery.start_soon(self._answer, stream)
+                for listener in self._listeners:
+                    nursery.start_soon(self._accept, listener, nursery)
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+            except trio.ClosedResourceError:
+                return
+            except OSError as error:
+                if self._spare is not None:
+                    os.close(self._spare)
+                    self._spare = None
+                    continue
+                _log.warning("control socket: %s", error)
+                await trio.sleep(1)
+                continue
+            nursery.start_soon(self._answer, stream)
 
     def _keep_spare(self) -> None:
         """Keep a descriptor for somebody who asks when open images have taken all others."""
@@ -79,9 +105,12 @@ class ControlServer:
                 self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def stop_listening(self) -> None:
-        """Free the address; whoever waits goes on waiting."""
-        if self._listener is not None:
-            self._listener.socket.close()
+        """Free the addresses; whoever waits goes on waiting."""
+        if self._address is not None:
+            self._address.release()
+            self._address = None
+        for listener in self._listeners:
+            listener.socket.close()
         self._scope.cancel()
 
     async def dismiss(self, error: str) -> None:

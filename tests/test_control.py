@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 import trio
 
 from qedfuse import control_server
-from qedfuse.control import MAX_REQUEST, Client, socket_name
+from qedfuse.control import MAX_REQUEST, Client
 from qedfuse.control_server import ControlServer
 from qedfuse.errors import QedfuseError
 from qedfuse.mounts import Mount
+from qedfuse.rendezvous import abstract_name
 from tests.helpers.cli import environment, qemu_img
 from tests.helpers.mounts import mount_at, mounted
 
@@ -112,7 +114,7 @@ def test_nobody_else_is_believed() -> None:
             "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
             "s.bind(bytes.fromhex(sys.argv[1])); s.listen(); print(flush=True); s.accept(); sys.stdin.read()"
         )
-        command = [sys.executable, "-c", script, socket_name(DEVICE).hex()]
+        command = [sys.executable, "-c", script, abstract_name(DEVICE).hex()]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as process:
             assert process.stdin is not None and process.stdout is not None
             process.stdout.readline()
@@ -130,7 +132,7 @@ def test_nonsense_is_survived() -> None:
     def send(data: bytes) -> bytes:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(30)
-            connection.connect(socket_name(DEVICE))
+            connection.connect(abstract_name(DEVICE))
             try:
                 connection.sendall(data)
                 connection.shutdown(socket.SHUT_WR)
@@ -162,7 +164,7 @@ def test_silent_clients_do_not_keep_it_from_ending() -> None:
     async def body(server: ControlServer) -> None:
         silent = [socket.socket(socket.AF_UNIX) for _ in range(10)]
         for connection in silent:
-            connection.connect(socket_name(DEVICE))
+            connection.connect(abstract_name(DEVICE))
         await trio.sleep(0.01)
         for connection in silent:
             connection.close()
@@ -186,13 +188,18 @@ def test_the_address_of_a_predecessor_is_waited_for() -> None:
 
 
 def test_without_an_address_it_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*args: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
     monkeypatch.setattr(control_server, "_BIND_PATIENCE", 0.05)
 
     async def body(server: ControlServer) -> None:
         other = ControlServer({"status": other_status})
+        monkeypatch.setattr(control_server, "bind", bind)
         await other.listen(DEVICE)
         await other.serve()
         other.stop_listening()
+        assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
 
     with_server(body)
 
@@ -206,7 +213,7 @@ def test_a_mount_survives_nonsense(tmp_path: Path) -> None:
         assert found is not None
         for data in (b"x" * 100_000, b"", b"{}\n", b"\0\n"):
             with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(socket_name(found.device))
+                connection.connect(abstract_name(found.device))
                 try:
                     connection.sendall(data)
                 except (BrokenPipeError, ConnectionResetError):

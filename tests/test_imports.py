@@ -18,6 +18,7 @@ ORDER = """
     blocking
     header allocator pages complaints launch logs mounts memory_limit
     mount_table threads
+    rendezvous
     walk
     qcow2_header
     probe peek
