@@ -170,10 +170,10 @@ def test_a_daemon_of_a_user_cannot_be_talked_to_by_others(home: Path) -> None:
         mount = mount_at(raw)
         assert mount is not None
         script = _DROP + (
-            "from qedfuse.control import socket_name\n"
+            "from qedfuse.rendezvous import abstract_name\n"
             "s = socket.socket(socket.AF_UNIX)\n"
             "s.settimeout(20)\n"
-            "s.connect(socket_name(sys.argv[1]))\n"
+            "s.connect(abstract_name(sys.argv[1]))\n"
             "try:\n"
             '    s.sendall(b\'{"command": "status"}\\n\')\n'
             "    print(s.recv(100))\n"
