@@ -43,7 +43,7 @@ def mount(operations: pyfuse3.Operations, mountpoint: str, source: str, options:
         except RuntimeError as error:
             if "mount" in str(error):  # there is a session: pyfuse3 has no other way to tell
                 pyfuse3.close(unmount=False)
-            lines = complaints().decode(errors="replace").strip().splitlines()
+            lines = os.fsdecode(complaints()).strip().splitlines()
             reason = lines[0] if lines else "libfuse gives no reason"
             raise QedfuseError(mountpoint, f"cannot mount: {reason}") from None
     for name in os.listdir("/proc/self/fd"):

@@ -79,7 +79,7 @@ class _Table:
         mounts = {}
         for line in b"".join(pieces).split(b"\n"):
             with suppress(ValueError):
-                mount = parse_mount(os.fsdecode(line))
+                mount = parse_mount(line)
                 mounts[mount.id] = mount
         self._mounts = mounts
 

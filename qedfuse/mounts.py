@@ -35,25 +35,32 @@ class Mount(NamedTuple):
 
 def find_mount(mountpoint: str) -> Mount | None:
     """What is mounted at this path (absolute, without symbolic links); of several, the one on top."""
-    with open(_MOUNTINFO, encoding="utf-8", errors="surrogateescape") as table:
+    with open(_MOUNTINFO, "rb") as table:
         here = [mount for mount in map(parse_mount, table) if mount.mountpoint == mountpoint]
     below = {mount.parent for mount in here}
     return next((mount for mount in here if mount.id not in below), None)
 
 
-def parse_mount(line: str) -> Mount:
-    """One line of mountinfo."""
-    left, _, right = line.rstrip("\n").partition(" - ")
-    id, parent, device, _root, mountpoint, *_ = left.split(" ")
-    fstype, source, options = [*right.split(" "), "", "", ""][:3]
-    owner = re.search(r"(?:^|,)user_id=(\d+)", options)
+def parse_mount(line: bytes) -> Mount:
+    """One line of mountinfo. Its names are bytes, in whatever encoding: they are taken apart before they are decoded,
+    since in some of those a byte of a character looks like a backslash. Raises ValueError."""
+    left, _, right = line.rstrip(b"\n").partition(b" - ")
+    id, parent, device, _root, mountpoint, *_ = left.split(b" ")
+    fstype, source, options = [*right.split(b" "), b"", b"", b""][:3]
+    owner = re.search(rb"(?:^|,)user_id=(\d+)", options)
     return Mount(
-        int(id), int(parent), device, _unescape(mountpoint), fstype, _unescape(source), int(owner[1]) if owner else None
+        int(id),
+        int(parent),
+        device.decode("ascii"),
+        _unescape(mountpoint),
+        os.fsdecode(fstype),
+        _unescape(source),
+        int(owner[1]) if owner else None,
     )
 
 
-def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+def _unescape(name: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes((int(found[1], 8) & 0xFF,)), name))
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
@@ -77,7 +84,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     except FileNotFoundError:
         raise QedfuseError(mountpoint, "cannot unmount: fusermount3 is not installed", errno.ENOENT) from None
     if done.returncode:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = os.fsdecode(done.stderr).strip().splitlines()
         text = reason[-1] if reason else f"fusermount3 failed with exit code {done.returncode}"
         raise _failure(mountpoint, errno.EBUSY if "busy" in text else errno.EPERM, text)
 
@@ -93,8 +100,8 @@ def _name_loop_devices(mountpoint: str) -> str:
     devices = []
     for name in sorted(os.listdir("/sys/block")) if os.path.isdir("/sys/block") else []:
         try:
-            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
-                backing = file.read().rstrip("\n")
+            with open(f"/sys/block/{name}/loop/backing_file", "rb") as file:
+                backing = os.fsdecode(file.read().removesuffix(b"\n"))
         except OSError:
             continue
         if backing == mountpoint or backing.startswith(mountpoint.rstrip("/") + "/"):

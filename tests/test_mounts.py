@@ -16,11 +16,11 @@ from tests.helpers.expect import raises_errno
 
 def test_a_line() -> None:
     line = (
-        "36 35 0:53 / /mnt/a\\040b\\011c\\134 rw,nosuid shared:1 master:2 - "
-        "fuse.qedfuse /images/x\\040y.qed rw,user_id=1000,group_id=5\n"
+        b"36 35 0:53 / /mnt/a\\040b\\011c\\134 rw,nosuid shared:1 master:2 - "
+        b"fuse.qedfuse /images/x\\040y.qed rw,user_id=1000,group_id=5\n"
     )
     assert parse_mount(line) == Mount(36, 35, "0:53", "/mnt/a b\tc\\", "fuse.qedfuse", "/images/x y.qed", 1000)
-    line = "1 0 254:0 / / rw - ext4 /dev/root rw"
+    line = b"1 0 254:0 / / rw - ext4 /dev/root rw"
     assert parse_mount(line) == Mount(1, 0, "254:0", "/", "ext4", "/dev/root", None)
 
 

@@ -4,12 +4,13 @@
 
 static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    const char *path;
-    if (!PyArg_ParseTuple(args, "s:bind", &path))
+    PyObject *path;
+    if (!PyArg_ParseTuple(args, "O&:bind", PyUnicode_FSConverter, &path))
         return NULL;
-    find_libfuse(path);
+    find_libfuse(PyBytes_AS_STRING(path));
+    Py_DECREF(path);
     if (!libfuse.receive_buf || !memory_prepare()) {
-        PyErr_Format(PyExc_OSError, "%s: libfuse's functions were not found", path);
+        PyErr_SetString(PyExc_OSError, "libfuse's functions were not found");
         return NULL;
     }
     Py_RETURN_NONE;
