@@ -190,7 +190,7 @@ class Daemon:
         await operations.initialized.wait()
         image = self._tree.root.mounted.opened if self._tree.root else None
         if image is not None:
-            tell_root_size(image.size)
+            await trio.to_thread.run_sync(tell_root_size, image.size)  # its place may be locked by an early reader
             if self._options.writeback:
                 clock = RootClock(mount, lambda: self.requests()["write"])
                 await clock.start(image)
@@ -354,5 +354,6 @@ def serve(config: MountConfig, link: Link | None = None) -> int:
     """Mount and serve until the end, in this process. `link`: to whoever waits for the mount, if it is not in the
     foreground. Returns the exit code; raises what `Daemon.run` raises."""
     flusher = become_flusher()  # before there is another thread
-    raise_limits()
+    if (limit := raise_limits()) is not None:
+        _log.warning("no file can grow beyond %d bytes here (ulimit -Hf): writes that need more fail", limit)
     return trio.run(Daemon(config, link, flusher=flusher).run)

@@ -56,8 +56,8 @@ def tell_root_size(size: int) -> None:
     """Make the kernel believe in the size (bytes) of a file mount's root, which it takes to be 0; see `rootclock.py`.
 
     A byte that is put into its cache extends the file. The page that it is in counts as incomplete, and is read as
-    ever. To be called when the connection is initialized, and before the mount is used. Source: fuse(4),
-    FUSE_NOTIFY_STORE; Linux fs/fuse/dev.c.
+    ever. To be called when the connection is initialized, and before the mount is used, in a thread while requests are
+    answered. Source: fuse(4), FUSE_NOTIFY_STORE; Linux fs/fuse/dev.c.
     """
     if size:
         pyfuse3.notify_store(pyfuse3.ROOT_INODE, size - 1, b"\0")

@@ -10,13 +10,15 @@ import mmap
 import resource
 
 
-def raise_limits() -> None:
+def raise_limits() -> int | None:
     """Raise to what the caller may have: an open image takes a descriptor for each file of its chain, and an image file
-    may grow to any size."""
+    may grow to any size. Returns how many bytes of file are left at most, None without a limit."""
     for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE):
         soft, hard = resource.getrlimit(limit)
         if soft != hard:
             resource.setrlimit(limit, (hard, hard))
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    return None if size == resource.RLIM_INFINITY else size
 
 
 def reserve(most: int, least: int) -> mmap.mmap:

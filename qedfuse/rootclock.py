@@ -42,6 +42,7 @@ class RootClock:
         self._device = os.makedev(int(major), int(minor))
         self._count = count
         self._told = 0
+        self._complained = False
         self._lock = trio.Lock()
         self._one = trio.CapacityLimiter(1)  # still taken by a call that has lasted too long
 
@@ -51,7 +52,7 @@ class RootClock:
         try:
             size = await self._set_times(image, _START_PATIENCE)
         except OSError as error:
-            _log.warning("%s", self._explain(error))
+            self._complain(error)
             return
         if size is not None and size != image.size:
             raise QedfuseError(
@@ -71,7 +72,7 @@ class RootClock:
         except OSError as error:
             if error.errno == errno.ENODEV:
                 return True  # the mount has left its place: what has it open goes on, but not by this path
-            _log.warning("%s", self._explain(error))
+            self._complain(error)
             return False
 
     async def _set_times(self, image: Image, seconds: float) -> int | None:
@@ -88,5 +89,8 @@ class RootClock:
                 raise OSError(errno.EAGAIN, str(error)) from None
         return None
 
-    def _explain(self, error: OSError) -> str:
-        return f"{self._mountpoint}: cannot tell the kernel the time of change: {describe(error)}"
+    def _complain(self, error: OSError) -> None:
+        """Once: what it cannot do now, it can most often not do at all."""
+        if not self._complained:
+            _log.warning("%s: cannot tell the kernel the time of change: %s", self._mountpoint, describe(error))
+        self._complained = True

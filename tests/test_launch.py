@@ -247,7 +247,8 @@ def test_a_hard_limit_of_file_size_leaves_what_is_below(image: Path, tmp_path: P
         point.mkdir()
     raw = point if over_file else point / "disk.raw"
     size = image.stat().st_size
-    with started(image, point, limit(resource.RLIMIT_FSIZE, size, size)):
+    with started(image, point, limit(resource.RLIMIT_FSIZE, size, size)) as log:
+        assert f"beyond {size} bytes here (ulimit -Hf)" in log.read_text()
         assert raw.stat().st_size == 64 * MIB
         with raw.open("r+b", buffering=0) as file:
             assert file.read(3) == b"AAA"

@@ -152,8 +152,7 @@ def test_a_slow_call_is_not_waited_for_for_ever(
             fails.clear()
             await clock.update(image)
             assert len(calls) == 1 + again
-            assert ("cannot tell the kernel" in caplog.text) is again
-            caplog.clear()
+            assert caplog.text.count("cannot tell the kernel") == 1
 
     trio.run(main)
 
