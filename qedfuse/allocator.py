@@ -150,6 +150,11 @@ class Allocator:
         self._released.add(offset, size)
 
     @property
+    def unused(self) -> int:
+        """Bytes that are free, or on their way there."""
+        return self._released.total + self._punched.total + self._free.total
+
+    @property
     def recycling(self) -> bool:
         """Clusters are on their way back and want a sync."""
         return bool(self._released) or bool(self._punched)

@@ -158,6 +158,11 @@ class Committer:
         if self._reserve is not None and not self._reserve.known:
             await self._reserve.find()
 
+    @property
+    def room(self) -> int | None:
+        """Bytes that new clusters can take on a device; before `prepare`, its size. None: the file system knows."""
+        return None if self._reserve is None else self._reserve.total + self._allocator.unused
+
     def covers(self, room: int = 0) -> bool:
         """Whether the file covers every cluster handed out, and a run of `room` bytes that can be."""
         return self.file_size >= self._allocator.end + (room if room and not self._allocator.has_free(room) else 0)

@@ -22,6 +22,8 @@ What QEMU 7.2 takes (strace of qemu-io, qemu-img, qemu-nbd, qemu-storage-daemon)
 0 consistent read, 1 write, 2 write unchanged, 3 resize. qedfuse takes the first row for a writable image, the second
 for everything it reads, raw backing files included: a raw file that changes under an overlay is as harmful.
 
+On a block device the locks are the same, on its node: two nodes of one device do not exclude each other.
+
 Source: QEMU block/file-posix.c (image locking), fcntl(2) "Open file description locks", proc(5) on fdinfo.
 """
 

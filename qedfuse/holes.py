@@ -107,8 +107,10 @@ async def _check_space(image: Image, offset: int, size: int) -> None:
     """Is there room on the host for the clusters that a range lacks?"""
     if not isinstance(image.storage, FileStorage):
         return
-    host = os.fstatvfs(image.storage.fileno())
-    room = host.f_bavail * host.f_frsize
+    room = await image.measure_room()
+    if room is None:
+        host = os.fstatvfs(image.storage.fileno())
+        room = host.f_bavail * host.f_frsize
     missing = max(0, offset + size - max(offset, image.size))
     end = min(offset + size, image.size)
     breathe = Breather()

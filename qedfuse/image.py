@@ -110,6 +110,19 @@ class Image:
         return self._committer.failed if self._committer else None
 
     @property
+    def room(self) -> int | None:
+        """Bytes that new clusters can take on a block device, at most; None: the host's file system knows."""
+        if self._committer:
+            return self._committer.room
+        return 0 if self.storage.fixed else None
+
+    async def measure_room(self) -> int | None:
+        """As `room`, exactly: reads all tables, the first time. Raises OSError."""
+        if self._committer:
+            await self._committer.prepare()
+        return self.room
+
+    @property
     def version(self) -> tuple[int, int]:
         """Another one whenever what is a hole, or the size, may have changed."""
         return self._committer.changes if self._committer else 0, self._size

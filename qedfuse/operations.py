@@ -298,8 +298,9 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        """The host file system's space, as that is what runs out. f_bsize is the cluster size: the loop driver takes
-        its discard granularity from it. In a directory it is the largest one, a multiple of the others."""
+        """The host file system's space, or the block device's, as that is what runs out. f_bsize is the cluster size:
+        the loop driver takes its discard granularity from it. In a directory it is the largest one, a multiple of the
+        others."""
         images = [node.mounted.opened for node in self._tree.nodes if node.mounted.opened]
         if images:
             host = os.fstatvfs(cast(FileStorage, images[0].storage).fileno())
@@ -309,6 +310,11 @@ class Operations(pyfuse3.Operations):
         result.f_bsize = max((image.geometry.cluster_size for image in images), default=DEFAULT_CLUSTER_SIZE)
         result.f_frsize = host.f_frsize
         result.f_blocks, result.f_bfree, result.f_bavail = host.f_blocks, host.f_bfree, host.f_bavail
+        room = images[0].room if images else None
+        if room is not None:
+            result.f_frsize = images[0].geometry.cluster_size
+            result.f_blocks = images[0].storage.size() // result.f_frsize
+            result.f_bfree = result.f_bavail = min(room // result.f_frsize, result.f_blocks)
         result.f_files, result.f_ffree, result.f_favail = len(self._tree.nodes), 0, 0
         result.f_namemax = host.f_namemax
         return result

@@ -70,6 +70,14 @@ class Reserve:
                 used.mark_entries(chunk)
         return used
 
+    @property
+    def total(self) -> int:
+        """Bytes that may still be taken; before `find`, all of the device."""
+        if self._used is None:
+            return 0 if self._failure else self._storage.size()
+        free = self._used.clusters - self._header.header_size - self._used.marked
+        return (free << self._bits) + sum(size for _offset, size in self._returned)
+
     async def take(self, least: int, most: int) -> list[tuple[int, int]]:
         """Runs (offset, size) of at least `least` bytes each, `most` together if there are so many; none: there are
         none left. They hold stale bytes. Raises OSError if the tables could not be read. Not for two tasks at once."""

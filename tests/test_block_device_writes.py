@@ -17,7 +17,8 @@ from qedfuse.storage import FileStorage
 from tests.helpers.check_images import Builder, header_of
 from tests.helpers.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 from tests.helpers.devices import device_with, qemu_is_refused
-from tests.helpers.mounts import mounted, wait_for_exit
+from tests.helpers.expect import raises_errno
+from tests.helpers.mounts import EXTRA_OPTIONS, mounted, wait_for_exit
 
 pytestmark = pytest.mark.guest
 
@@ -267,3 +268,27 @@ def test_zeroes(tmp_path: Path, exclusive: bool) -> None:
         finally:
             if exclusive:
                 os.close(holder)
+
+
+def test_space_as_the_guest_is_told(tmp_path: Path) -> None:
+    """df is about the device, and preallocating more than fits is ENOSPC."""
+    image, raw = make_image(tmp_path / "a.qed", 8 * MIB), tmp_path / "raw"
+    raw.touch()
+    with device_with(image, MIB) as device, mounted("-o", "direct_io", device, raw) as mount:
+        written = write_until_full(raw, 0, 64 << 10)
+        host = os.statvfs(raw)
+        assert host.f_blocks * host.f_frsize == MIB
+        assert host.f_bfree * host.f_frsize < 64 << 10
+        os.truncate(raw, MIB // 2)
+        os.truncate(raw, 8 * MIB)
+        host = os.statvfs(raw)
+        assert host.f_bavail * host.f_frsize >= written - MIB // 2
+        if "--no-fastpath" not in EXTRA_OPTIONS and os.environ.get("QEDFUSE_FASTPATH") != "pass":
+            fd = os.open(raw, os.O_RDWR)
+            try:
+                os.posix_fallocate(fd, MIB, 64 << 10)
+                with raises_errno(errno.ENOSPC):
+                    os.posix_fallocate(fd, 4 * MIB, 2 * MIB)
+            finally:
+                os.close(fd)
+        assert mount.umount().code == 0

@@ -526,6 +526,32 @@ def test_reserve_runs() -> None:
     trio.run(main)
 
 
+def test_room() -> None:
+    """How much there is: never less than what can be written."""
+
+    async def main() -> None:
+        chain, _flat = await chain_on_device("alone", 20 * CLUSTER + SECTOR)
+        image = await open_chain(chain)
+        assert image.room == 20 * CLUSTER + SECTOR  # it has not looked
+        assert await image.measure_room() == 17 * CLUSTER == image.room
+        await image.write(0, b"x" * 3 * CLUSTER)
+        assert image.room == 12 * CLUSTER
+        await image.discard(0, CLUSTER)
+        await image.flush()
+        assert image.room == 13 * CLUSTER
+        await image.write(3 * CLUSTER, b"x" * CLUSTER)
+        assert image.room == 12 * CLUSTER
+        await image.close()
+        image = await open_chain(chain)
+        assert await image.measure_room() == 12 * CLUSTER
+        await image.close()
+        plain = await open_chain(await new_chain(SIZE, TINY))
+        assert plain.room is None and await plain.measure_room() is None
+        await plain.close()
+
+    trio.run(main)
+
+
 def test_a_device_hands_out_only_what_is_free() -> None:
     allocator = Allocator(TINY, 10 * CLUSTER + SECTOR, fixed=True)
     assert allocator.end == 10 * CLUSTER
