@@ -18,10 +18,10 @@ def memory_limit() -> int | None:
     or none to be seen (the hierarchy is not mounted here)."""
     limits = []
     with suppress(OSError, ValueError):
-        with open(_CGROUP, encoding="utf-8", errors="surrogateescape") as file:
-            groups = file.read().splitlines()
-        with open(_MOUNTINFO, encoding="utf-8", errors="surrogateescape") as file:
-            mounts = file.read().splitlines()
+        with open(_CGROUP, "rb") as file:
+            groups = os.fsdecode(file.read()).split("\n")[:-1]
+        with open(_MOUNTINFO, "rb") as file:
+            mounts = os.fsdecode(file.read()).split("\n")[:-1]
         limits = [*_limits_v1(groups, mounts), *_limits_v2(groups, mounts)]
     limit = min(limits, default=None)
     return limit if limit is not None and limit < _machine_memory() else None

@@ -41,6 +41,12 @@ def find_mount(mountpoint: str) -> Mount | None:
     return next((mount for mount in here if mount.id not in below), None)
 
 
+def mounts_of(device: str) -> list[Mount]:
+    """All mounts of the file system with this device number that are to be seen here."""
+    with open(_MOUNTINFO, "rb") as table:
+        return [mount for mount in map(parse_mount, table) if mount.device == device]
+
+
 def parse_mount(line: bytes) -> Mount:
     """One line of mountinfo. Its names are bytes, in whatever encoding: they are taken apart before they are decoded,
     since in some of those a byte of a character looks like a backslash. Raises ValueError."""

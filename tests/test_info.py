@@ -165,7 +165,7 @@ def test_chain_policy(chain: Path) -> None:
 
 
 def test_no_name() -> None:
-    one_line(qedfuse("info", ""), 1, "'': no such file")
+    one_line(qedfuse("info", ""), 2, "the name is empty")
 
 
 def test_broken_chain(chain: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qedfuse.cli.params import format_option, output_option, share_hint, to_json
+from qedfuse.cli.params import file_name, format_option, output_option, share_hint, to_json
 from qedfuse.cli.progress import Bar
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
 
@@ -56,7 +56,7 @@ class _Check(click.Command):
     help="Check an image that another process is writing; what is found may be only its work in progress.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-@click.argument("image")
+@click.argument("image", type=file_name)
 def check(output: str, repair: str | None, share: bool, quiet: bool, image: str) -> int:
     """Check whether IMAGE is consistent, and repair it."""
     from qedfuse.blocking import run_blocking

@@ -15,6 +15,7 @@ from qedfuse.cli.params import (
     GEOMETRY_OPTIONS,
     backing_options,
     backing_policy,
+    file_name,
     parse_geometry,
     parse_options,
     share_hint,
@@ -87,8 +88,8 @@ _CACHES = click.Choice(["none", "writeback", "writethrough", "directsync", "unsa
 @_hint("-t", "cache", type=_CACHES)
 @_hint("-T", "source_cache", type=_CACHES)
 @backing_options
-@click.argument("source")
-@click.argument("target")
+@click.argument("source", type=file_name)
+@click.argument("target", type=file_name)
 def convert(
     source_format: str | None,
     target_format: str,

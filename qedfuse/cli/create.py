@@ -9,6 +9,7 @@ import click
 from qedfuse.cli.params import (
     GEOMETRY_HELP,
     GEOMETRY_OPTIONS,
+    file_name,
     format_option,
     parse_geometry,
     parse_options,
@@ -36,7 +37,7 @@ _FORMATS = ("raw", "qed", "qcow2")
     help=f"{GEOMETRY_HELP}, size=, backing_file=, backing_fmt= (as SIZE, -b, -F).",
 )
 @click.option("-q", "quiet", is_flag=True, help="Print only errors.")
-@click.argument("file")
+@click.argument("file", type=file_name)
 @click.argument("size", type=size_param, required=False)
 def create(
     backing: str | None,

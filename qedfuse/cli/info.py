@@ -7,6 +7,7 @@ import click
 from qedfuse.cli.params import (
     backing_options,
     backing_policy,
+    file_name,
     format_option,
     output_option,
     share_hint,
@@ -40,7 +41,7 @@ from qedfuse.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, rea
     default=str(DEFAULT_MAX_SIZE),
     help=f"With --untrusted: the largest size an image may declare (default: {show_size(DEFAULT_MAX_SIZE)}).",
 )
-@click.argument("image")
+@click.argument("image", type=file_name)
 def info(
     output: str,
     share: bool,

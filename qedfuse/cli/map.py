@@ -12,6 +12,7 @@ import click
 from qedfuse.cli.params import (
     backing_options,
     backing_policy,
+    file_name,
     format_option,
     output_option,
     share_hint,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("-s", "--start-offset", type=size_param, metavar="SIZE", default="0", help="Where to begin.")
 @click.option("-l", "--max-length", type=size_param, metavar="SIZE", help="How much to show; default: to the end.")
 @backing_options
-@click.argument("image")
+@click.argument("image", type=file_name)
 def map_command(
     output: str,
     share: bool,

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import click
 
-from qedfuse.cli.params import backing_options
+from qedfuse.cli.params import backing_options, file_name
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
 from qedfuse.mount_options import MountOptions, parse_mount_options
 from qedfuse.mounts import FSTYPE, find_mount
@@ -40,10 +40,10 @@ from qedfuse.walk import LeadsBackError, Walk
     default=True,
     help="Answer all in Python: slower, and without fallocate, discard and SEEK_HOLE.",
 )
-@click.option("--log-file", metavar="FILE", help="Where the daemon logs (default: syslog).")
+@click.option("--log-file", type=file_name, metavar="FILE", help="Where the daemon logs (default: syslog).")
 @backing_options
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.argument("mountpoint")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=file_name)
+@click.argument("mountpoint", type=file_name)
 def mount(
     foreground: bool,
     read_only: bool,
@@ -123,6 +123,7 @@ def _sort_sources(
     for source in sources:
         path = os.path.abspath(source)
         if not os.path.isdir(source):
+            _check_image(source, path, mountpoint)
             images.append(path)
             continue
         if over_file:
@@ -136,6 +137,16 @@ def _sort_sources(
     if over_file and len(images) > 1:
         raise UsageError(mountpoint, "the mountpoint is a file and can show one image; several need a directory")
     return tuple(images), tuple(directories)
+
+
+def _check_image(source: str, path: str, mountpoint: str) -> None:
+    """An image over itself could never be opened again by its name."""
+    try:
+        same = os.path.samefile(path, mountpoint)
+    except OSError:
+        return  # for whoever opens it
+    if same:
+        raise UsageError(source, "is the mountpoint itself; the raw file needs an empty file, or a directory")
 
 
 def _check_source(source: str, path: str) -> None:

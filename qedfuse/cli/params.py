@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from qedfuse.errors import InUseError, UsageError
+from qedfuse.errors import InUseError, QedfuseError, UsageError
 from qedfuse.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
 
 if TYPE_CHECKING:
@@ -66,6 +66,20 @@ def size_param(text: str) -> int:
         raise click.BadParameter(str(error)) from None
 
 
+def file_name(text: str) -> str:
+    """The type of a click parameter that names a file or a directory, which need not exist. An empty name would be
+    taken for the current directory, and without one a relative name is nothing."""
+    if not text:
+        raise click.BadParameter("the name is empty")
+    if not os.path.isabs(text):
+        try:
+            os.getcwd()
+        except OSError as error:
+            why = "was deleted" if isinstance(error, FileNotFoundError) else f"cannot be told: {error.strerror}".lower()
+            raise QedfuseError(text, f"is a relative name, but the current directory {why}", error.errno) from None
+    return text
+
+
 def to_json(value: object, *, indent: int | None = None) -> str:
     """JSON that any parser takes: what is no character in a file's name is U+FFFD in it, as in qemu-img's."""
     return json.dumps(_characters(value), indent=indent)
@@ -106,7 +120,7 @@ GEOMETRY_HELP = (
 
 def backing_options(command: Callable[P, T]) -> Callable[P, T]:
     """`--backing-root` and `--no-backing`: the parameters `backing_root` and `no_backing`."""
-    root = click.option("--backing-root", metavar="DIR", help="Refuse backing files outside DIR.")
+    root = click.option("--backing-root", type=file_name, metavar="DIR", help="Refuse backing files outside DIR.")
     none = click.option("--no-backing", is_flag=True, help="Refuse backing files.")
     return root(none(command))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qedfuse.cli.params import output_option, show_size, to_json
+from qedfuse.cli.params import file_name, output_option, show_size, to_json
 from qedfuse.cli.umount import find_qedfuse_mount
 from qedfuse.control import Client
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
@@ -14,7 +14,7 @@ from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
 
 @click.command(epilog=f"Exit codes: {EXIT_OK} shown, {EXIT_FAILED} not a qedfuse mount, or its daemon does not answer.")
 @output_option
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=file_name)
 def status(output: str, mountpoint: str) -> int:
     """Show what the daemon of MOUNTPOINT is doing: its images, and how many requests it has answered."""
     with Client(find_qedfuse_mount(mountpoint)) as client:

@@ -7,9 +7,10 @@ import os
 
 import click
 
+from qedfuse.cli.params import file_name
 from qedfuse.control import Client
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError
-from qedfuse.mounts import FSTYPE, Mount, find_mount, unmount
+from qedfuse.mounts import FSTYPE, Mount, find_mount, mounts_of, unmount
 
 #: Seconds that the kernel has to tell the daemon.
 _GRACE = 5.0
@@ -18,7 +19,7 @@ _GRACE = 5.0
 @click.command(
     epilog=f"Exit codes: {EXIT_OK} unmounted, flushed and closed, {EXIT_FAILED} in use, not mounted, or data was lost."
 )
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=file_name)
 def umount(mountpoint: str) -> int:
     """Unmount MOUNTPOINT, and wait until the images are flushed and closed.
 
@@ -33,10 +34,12 @@ def umount(mountpoint: str) -> int:
         raise QedfuseError(mountpoint, f"unmounted, but {error.message}: cannot tell whether all is flushed") from None
     with client:
         client.ask("wait")
+        others = _others(mount)
         unmount(mount.mountpoint)
-        answer = client.wait(_GRACE)
+        elsewhere = [point for id, point in _others(mount).items() if id in others]
+        answer = client.wait(_GRACE if not elsewhere else 0)
         if answer is None:
-            _check_that_it_ends(mount, mountpoint)
+            _check_that_it_ends(mount, mountpoint, elsewhere)
             answer = client.wait()
     assert answer is not None
     problem = answer.get("error")
@@ -59,7 +62,12 @@ def _check_that_all_is_written(mount: Mount, mountpoint: str) -> None:
         raise QedfuseError(mountpoint, f"not unmounted: {problem}: mend that (free space) and try again", errno.EBUSY)
 
 
-def _check_that_it_ends(mount: Mount, mountpoint: str) -> None:
+def _others(mount: Mount) -> dict[int, str]:
+    """Bind mounts of a mount: mountpoints by mount id."""
+    return {other.id: other.mountpoint for other in mounts_of(mount.device) if other.id != mount.id}
+
+
+def _check_that_it_ends(mount: Mount, mountpoint: str, elsewhere: list[str]) -> None:
     """The daemon may be closing the images still, or the kernel has not let it go. Raises QedfuseError if so."""
     try:
         client = Client(mount)
@@ -68,10 +76,10 @@ def _check_that_it_ends(mount: Mount, mountpoint: str) -> None:
     with client:
         problem = client.ask("flush", None)["error"]
     state = "all is flushed" if problem is None else problem
+    where = f"on {', '.join(elsewhere)}" if elsewhere else "in another mount namespace"
     raise QedfuseError(
         mountpoint,
-        f"unmounted here, but still mounted in another mount namespace; {state}, but the image stays in use until it "
-        "is unmounted there",
+        f"unmounted here, but still mounted {where}; {state}, but the image stays in use until it is unmounted there",
         errno.EBUSY,
     )
 
