@@ -59,50 +59,39 @@ async def open_image(
     the host's errors.
     """
     image = await _open(os.fspath(path), read_only, fixed_size, share, policy, in_directory)
-    failure: BaseException | None = None
-    unwinding = True
-    async with trio.open_nursery() as nursery:
-        background = _Background(image)
-        nursery.start_soon(background.run)
+    background = _Background(image)  # no nursery: this may be in a generator, whose block is left anywhere
+    trio.lowlevel.spawn_system_task(background.run)
+    try:
+        yield image
+    except BaseException:
         try:
-            yield image
-            unwinding = False
-        except (trio.Cancelled, GeneratorExit):
-            raise
-        except BaseException as error:  # raised outside of the nursery, which would wrap it
-            failure = error
-        finally:
-            try:
-                await _to_its_end(background.close)
-            except KeyboardInterrupt as error:
-                failure = error
-            except OSError as error:
-                if unwinding:
-                    _log.error("%s: closing failed: %s", image.path, error)
-                else:
-                    failure = error
-    if failure is not None:
-        raise failure
+            await _to_its_end(background.close)
+        except OSError as error:
+            _log.error("%s: closing failed: %s", image.path, error)
+        raise
+    await _to_its_end(background.close)
 
 
 class _Background:
-    """An image's timer. A caller's cancellation ends it after the close, not before."""
+    """An image's timer, which ends when the image is closed."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._scope = trio.CancelScope(shield=True)
+        self._scope = trio.CancelScope()
         self._ended = trio.Event()
 
-    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         try:
             with self._scope:
                 await self._image.run_background()
+        except Exception as error:
+            _log.critical("%s: the timer has ended, only a flush commits now", self._image.path, exc_info=error)
         finally:
             self._ended.set()
 
     async def close(self) -> None:
-        """Close the image, and end the timer."""
+        """Close the image, and end the timer: not before, as closing needs the outcome of a commit that it may have
+        begun."""
         try:
             await self._image.close()
         finally:
@@ -113,14 +102,15 @@ class _Background:
 async def _to_its_end(function: Callable[[], Awaitable[None]]) -> None:
     """Await `function()`, whoever is cancelled. A KeyboardInterrupt, which finds trio's main task behind every shield,
     is raised when it has ended."""
-    errors: list[BaseException] = []
+    failed: list[BaseException] = []
+    interrupt: KeyboardInterrupt | None = None
     done = trio.Event()
 
     async def run() -> None:
         try:
             await function()
         except BaseException as error:
-            errors.append(error)
+            failed.append(error)
         finally:
             done.set()
 
@@ -130,9 +120,11 @@ async def _to_its_end(function: Callable[[], Awaitable[None]]) -> None:
             try:
                 await done.wait()
             except KeyboardInterrupt as error:
-                errors.insert(0, error)
-    if errors:
-        raise errors[0]
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt from (failed[0] if failed else None)
+    if failed:
+        raise failed[0]
 
 
 async def _open(

@@ -7,13 +7,14 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -556,6 +557,33 @@ def test_threads_call_by_way_of_trio(path: Path) -> None:
         assert await trio.to_thread.run_sync(trio.from_thread.run, image.read, 0, 512) == DATA[:512]
 
     using(path, main)
+
+
+@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")
+def test_a_generator_that_is_left(path: Path) -> None:
+    """Trio ends it in a task of its own."""
+
+    async def first_bytes() -> AsyncGenerator[bytes, None]:
+        async with qedfuse.open_image(path) as image:
+            await image.write(CLUSTER, b"written")
+            while True:
+                yield bytes(await image.read(0, 512))
+
+    async def main() -> None:
+        async for data in first_bytes():
+            assert data == DATA[:512]
+            break
+        gc.collect()
+        with trio.fail_after(30):
+            while True:
+                try:
+                    async with qedfuse.open_image(path) as image:
+                        assert await image.read(CLUSTER, 7) == b"written"
+                    return
+                except qedfuse.InUseError:
+                    await trio.sleep(0.01)
+
+    run(main)
 
 
 def test_an_interrupt_closes_the_image(path: Path) -> None:

@@ -224,6 +224,25 @@ def test_the_timer_outlives_the_close(image: Path, monkeypatch: pytest.MonkeyPat
     assert events == ["closed", "timer ended"]
 
 
+def test_without_its_timer_it_goes_on(
+    image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run_background(self: Image) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(Image, "run_background", run_background)
+
+    async def write() -> None:
+        async with open_image(image) as disk:
+            await trio.testing.wait_all_tasks_blocked()
+            await disk.write(0, b"written")
+
+    run(write)
+    assert caplog.messages == [f"{image}: the timer has ended, only a flush commits now"]
+    check_is_clean(image)
+    assert qemu_bytes(image)[:7] == b"written"
+
+
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
 def test_cancelled_while_opening(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At whatever image of a chain: nothing stays open."""
