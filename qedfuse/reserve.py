@@ -28,6 +28,9 @@ class Reserve:
     def __init__(self, storage: Storage, header: Header) -> None:
         self._storage = storage
         self._header = header
+        self._size = (
+            storage.size()
+        )  # the device may grow later, of which the image knows nothing until it is opened anew
         self._bits = header.geometry.cluster_bits
         self._used: ClusterMap | None = None  # also what has been taken
         self._next = 0  # the cluster at which to look for the next run
@@ -57,7 +60,7 @@ class Reserve:
 
     async def _read_tables(self) -> ClusterMap:
         storage, header, geometry = self._storage, self._header, self._header.geometry
-        bounds = Bounds.of(header, storage.size())
+        bounds = Bounds.of(header, self._size)
         used = ClusterMap(storage, bounds)
         used.mark(header.l1_table_offset >> self._bits, header.table_size)
         breathe = Breather()
@@ -74,7 +77,7 @@ class Reserve:
     def total(self) -> int:
         """Bytes that may still be taken; before `find`, all of the device."""
         if self._used is None:
-            return 0 if self._failure else self._storage.size()
+            return 0 if self._failure else self._size
         free = self._used.clusters - self._header.header_size - self._used.marked
         return (free << self._bits) + sum(size for _offset, size in self._returned)
 

@@ -526,6 +526,28 @@ def test_reserve_runs() -> None:
     trio.run(main)
 
 
+def test_a_device_that_grows() -> None:
+    """What it has gained is used when the image is opened anew, and not before."""
+
+    async def main() -> None:
+        chain, _flat = await chain_on_device("alone", 8 * CLUSTER)
+        image = await open_chain(chain)
+        chain.file.write(8 * CLUSTER, b"stale!!!" * (4 * CLUSTER // 8))  # the model of a device writes there
+        assert chain.file.size == 12 * CLUSTER
+        assert await is_full(image.write(0, b"x" * 12 * CLUSTER))
+        await image.close()
+        await assert_sound(chain.file)
+        image = await open_chain(chain)
+        for number in range(7):
+            await image.write(number * CLUSTER, b"x" * SECTOR)
+        assert await is_full(image.write(7 * CLUSTER, b"x"))
+        assert await image.read(6 * CLUSTER, CLUSTER) == b"x" * SECTOR + bytes(CLUSTER - SECTOR)
+        await image.close()
+        await assert_sound(chain.file)
+
+    trio.run(main)
+
+
 def test_room() -> None:
     """How much there is: never less than what can be written."""
 
