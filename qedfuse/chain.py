@@ -29,7 +29,7 @@ from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
 from qedfuse.storage import FileStorage, Identity, Storage, identity
-from qedfuse.threads import look
+from qedfuse.threads import NoAnswerError, look
 from qedfuse.walk import LeadsBackError, Walk
 
 #: Layers in a chain, the top one included. Each costs a descriptor, and a loop that no inode betrays must end, too.
@@ -84,6 +84,31 @@ async def open_backing(
             chain.identities.add(identity(os.stat(image)))
         await chain.walk(Reference(os.fspath(image), name, format))
         return chain.build()
+
+
+async def names_are_current(top: Layer, policy: BackingPolicy = ANY_BACKING) -> bool:
+    """Whether the names of a chain's backing files still lead to the open files; yes if that cannot be told."""
+    try:
+        return await look(partial(_names_are_current, top, policy))
+    except NoAnswerError:
+        return True
+
+
+def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
+    while (below := layer.backing) is not None:
+        try:
+            storage = open_backing_file(layer.path, below.path, policy)
+        except NoAnswerError:
+            raise
+        except OSError:
+            return False
+        try:
+            if identity(storage.stat()) != identity(below.storage.stat()):
+                return False
+        finally:
+            os.close(storage.fileno())
+        layer = below
+    return True
 
 
 async def read_header(storage: Storage) -> Header:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
+from qedfuse.chain import names_are_current
 from qedfuse.control_server import ControlServer
 from qedfuse.dirty_limit import become_flusher, fit_options, set_dirty_limit
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
@@ -126,7 +127,14 @@ class Daemon:
     async def _open_images(self, nursery: trio.Nursery) -> None:
         def make(path: str, *, in_directory: bool = True) -> MountedImage:
             opener = partial(self._open, in_directory=in_directory)
-            return MountedImage(path, opener, nursery, read_only=self._options.read_only, linger=LINGER)
+            return MountedImage(
+                path,
+                opener,
+                nursery,
+                read_only=self._options.read_only,
+                linger=LINGER,
+                is_current=lambda image: names_are_current(image, self._options.policy),
+            )
 
         self._tree = Tree(self._config.directories, make)
         writable = bool(self._config.directories)
@@ -145,10 +153,10 @@ class Daemon:
         if not writable:
             self._options = replace(self._options, read_only=True)
 
-    def _open(self, path: str, read_only: bool, *, in_directory: bool) -> AbstractAsyncContextManager[Image]:
+    def _open(self, path: str, *, in_directory: bool) -> AbstractAsyncContextManager[Image]:
         return open_image(
             path,
-            read_only=read_only,
+            read_only=True,
             fixed_size=self._options.fixed_size,
             policy=self._options.policy,
             in_directory=in_directory,

@@ -78,6 +78,41 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
         raise InUseError(path, _explain(fd, blocked))
 
 
+def add_writers_locks(fd: int, path: str) -> None:
+    """From a reader's locks, which the descriptor has, to a writer's. At no time could another process write.
+
+    Raises as `lock` does, and then leaves a reader's locks as they were.
+    """
+    try:
+        blocked = _conflict(fd, _HELD_TO_WRITE)  # first, as readers that come meanwhile would be refused
+        if blocked is None:
+            blocked = _apply(fd, _HELD_TO_WRITE) or _conflict(fd, _HELD_TO_WRITE)
+            if blocked is not None:
+                drop_writers_locks(fd)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        _log.warning("%s: this file system has no locks: nothing keeps others from writing the image", path)
+        return
+    if blocked is not None:
+        raise InUseError(path, _explain(fd, blocked))
+
+
+def drop_writers_locks(fd: int) -> None:
+    """Back to a reader's locks. Raises OSError."""
+    for p in set(_HELD_TO_WRITE).difference(_HELD_TO_READ):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _HELD_BASE + p, 1, 0))
+
+
+def share_writers_locks(fd: int) -> None:
+    """A writer's locks for a second descriptor of a file on which this process has them already. Raises OSError."""
+    try:
+        _apply(fd, _HELD_TO_WRITE)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+
+
 def _apply(fd: int, held: tuple[int, ...]) -> int | None:
     """Lock our bytes. Returns a byte that somebody has locked exclusively, which QEMU never does, or None."""
     for byte in [_HELD_BASE + p for p in held] + [_UNSHARED_BASE + p for p in _UNSHARED]:
@@ -127,10 +162,11 @@ def _find_holder(fd: int, byte: int) -> int | None:
     files themselves are left alone: one may lie in a mount that this very process serves, and that would wait for us.
     """
     inode = os.fstat(fd).st_ino
+    ours = os.getpid(), fd
     for pid in _numbers("/proc"):
         for number in _numbers(f"/proc/{pid}/fdinfo"):
             try:
-                if _has_lock(pid, number, inode, byte):
+                if (pid, number) != ours and _has_lock(pid, number, inode, byte):
                     return pid
             except OSError:  # it was closed meanwhile
                 continue

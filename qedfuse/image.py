@@ -10,8 +10,10 @@ The order of writes that makes this safe is not decided here: `commit.py` owns i
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
+
+import trio
 
 from qedfuse.allocator import Allocator
 from qedfuse.clusters import ClusterWriter
@@ -73,10 +75,17 @@ class Image:
         self._offered = (0, 0)
         self._closed = False
         self._committer: Committer | None = None
+        self._writing = trio.Event()
         if writable:
-            allocator = Allocator(self.geometry, storage.size(), fixed=storage.fixed)
-            self._committer = Committer(storage, header, self._tables, allocator, barrier=backing is not None)
-            self._writer = ClusterWriter(storage, self._tables, allocator, self._committer, backing)
+            self._begin_writing()
+
+    def _begin_writing(self) -> None:
+        storage, tables, backing = self.storage, self._tables, self._backing
+        allocator = Allocator(self.geometry, storage.size(), fixed=storage.fixed)
+        self._committer = Committer(storage, self._header, tables, allocator, barrier=backing is not None)
+        self._writer = ClusterWriter(storage, tables, allocator, self._committer, backing)
+        self.writable = True
+        self._writing.set()
 
     async def start(self) -> None:
         """What must be in the file before the first write: unknown autoclear bits are cleared, durably."""
@@ -85,8 +94,22 @@ class Image:
 
     async def run_background(self) -> None:
         """Commit on a timer; runs until cancelled. An image without it is safe, but commits only on flush."""
-        if self._committer:
-            await self._committer.run_background()
+        await self._writing.wait()
+        assert self._committer is not None
+        await self._committer.run_background()
+
+    async def begin_writing(self, header: Header, exchange: Callable[[], None]) -> None:
+        """From an image that is open for reading to one that is open for writing, for all who use it.
+
+        `exchange` makes its storage writable. `header` is in the file now, which is consistent, and as this image's is
+        but for its features. Raises what `exchange` raises; the image is then as it was.
+        """
+        assert not self.writable
+        async with self._locks.hold(0, FOREVER, exclusive=True):  # no read is half done
+            exchange()
+            self._header = header
+            self._tables.start_anew()
+            self._begin_writing()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,11 @@ close to end (the image's own lock would refuse him before).
 Closing throws away what is in memory, so it comes after a flush that has succeeded. While the host has no space for
 what was written the image stays open, for the next user as well, and the flush is tried again. An image whose sync has
 failed stays open, too, until the mount ends: opened again, it would not know of it.
+
+Reading changes nothing: an image is opened for reading only, with a reader's locks, and not even repaired. The first
+user who wants to write has it opened for writing, for all who use it; if that cannot be, only he is told.
+
+An image that nobody uses is given to the next user only if he would get the same files by opening it.
 """
 
 from __future__ import annotations
@@ -15,21 +20,24 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from errno import EACCES, EPERM, EROFS
 from typing import Any
 
 import trio
 
-from qedfuse.errors import InUseError, QedfuseError, describe
+from qedfuse.errors import QedfuseError, describe
 from qedfuse.image import Image
+from qedfuse.opening import make_writable
 from qedfuse.pagecache import TICK, CachedPages
 from qedfuse.peek import FileKey, FileMark, key_of, mark_of
 from qedfuse.storage import FileStorage
 
-#: (path, read_only) -> an open image
-Opener = Callable[[str, bool], AbstractAsyncContextManager[Image]]
+#: path -> an image that is open for reading
+Opener = Callable[[str], AbstractAsyncContextManager[Image]]
+Upgrade = Callable[[Image], Awaitable[None]]
+Question = Callable[[Image], Awaitable[bool]]
 
 #: Seconds until what could not be written is tried again, at first and at most.
 _FIRST_PAUSE = 0.5
@@ -41,25 +49,32 @@ _log = logging.getLogger("qedfuse")
 class MountedImage:
     """An image that is open while somebody uses it, and `linger` seconds longer.
 
-    `read_only`: never opened for writing. `path`: where it is opened; may be changed, for a file that was renamed.
-    `opened`: the image while it is open. `failure`: why the last close failed. `unwritten`: why it cannot be closed
-    yet. `mtime_ns`: the time of change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`,
-    `size` and `closed_at`: the file's state after it was last open for writing, the image's size (bytes), and when that
-    was (`time.monotonic`). `cached`: what the kernel may have cached of it.
+    `read_only`: never opened for writing. `is_current`: whether the names of an open image's backing files still lead
+    to what is open. `path`: where it is opened; may be changed, for a file that was renamed. `opened`: the image while
+    it is open. `failure`: why the last close failed. `unwritten`: why it cannot be closed yet. `mtime_ns`: the time of
+    change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`, `size` and `closed_at`: the
+    file's state after it was last changed by us, the image's size (bytes), and when that was (`time.monotonic`).
+    `cached`: what the kernel may have cached of it.
     """
 
     __slots__ = (
         "_closed",
         "_given_up",
+        "_hurry",
         "_idle",
+        "_is_current",
         "_keeping",
         "_linger",
         "_lock",
         "_nursery",
         "_open",
-        "_shared",
+        "_retired",
+        "_retiring",
         "_stop",
+        "_upgrade",
+        "_upgrading",
         "_users",
+        "_waiting",
         "_wake",
         "cached",
         "closed_at",
@@ -73,7 +88,17 @@ class MountedImage:
         "unwritten",
     )
 
-    def __init__(self, path: str, opener: Opener, nursery: trio.Nursery, *, read_only: bool, linger: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        opener: Opener,
+        nursery: trio.Nursery,
+        *,
+        read_only: bool,
+        linger: float,
+        upgrade: Upgrade = make_writable,
+        is_current: Question | None = None,
+    ) -> None:
         self.path = path
         self.read_only = read_only
         self.opened: Image | None = None
@@ -85,14 +110,20 @@ class MountedImage:
         self.closed_at = 0.0
         self.mtime_ns: int | None = None
         self._open = opener
+        self._upgrade = upgrade
+        self._is_current = is_current
         self._nursery = nursery
         self._linger = linger
         self._users = 0
-        self._shared = False
+        self._waiting = 0
+        self._retiring = False
         self._keeping = False
         self._lock = trio.Lock()
+        self._upgrading = trio.Lock()
         self._closed = trio.Event()
         self._idle = trio.Event()
+        self._hurry = trio.Event()
+        self._retired = trio.Event()
         self._stop = trio.Event()
         self._wake = trio.Event()
         self._given_up = False
@@ -104,28 +135,73 @@ class MountedImage:
     @property
     def busy(self) -> bool:
         """Whether it is open, or on its way there or back: whatever changes the file meanwhile is us."""
-        return self._keeping or self._users > 0
+        return self._keeping or self._users + self._waiting > 0
 
     async def acquire(self, *, to_write: bool) -> Image:
-        """The open image; `release` it. A file that may not be written is opened read-only, and so is one whose lock
-        another process holds, unless `to_write`. Raises what `open_image` raises."""
-        self._users += 1
+        """The open image; `release` it. If it is `to_write` it is open for writing, unless the file may not be written.
+        Raises what `open_image` and `make_writable` raise."""
+        self._waiting += 1
         try:
+            image = await self._get()
+            self._users += 1
+        finally:
+            self._waiting -= 1
+            self._note_idle()
+        if to_write:
+            try:
+                await self.make_writable()
+            except BaseException:
+                self.release()
+                raise
+        return image
+
+    async def _get(self) -> Image:
+        while True:
             async with self._lock:
                 if self.opened is None:
-                    await self._open_as_allowed(to_write)
-                elif to_write and self._shared:
-                    raise InUseError(self.path, "is in use by another process and open for reading only")
-                assert self.opened is not None
-                return self.opened
-        except BaseException:
-            self.release()
-            raise
+                    await self._nursery.start(self._keep)
+                    assert self.opened is not None
+                    return self.opened
+                if not self._retiring and (self._users or await self._may_stay(self.opened)):
+                    return self.opened
+                self._retire()
+                retired = self._retired
+            await retired.wait()
+
+    async def _may_stay(self, image: Image) -> bool:
+        """Whether the image, which nobody has used for a moment, is what opening it would give. One that must be kept
+        is."""
+        if self.unwritten is not None or image.failed is not None:
+            return True
+        return self.cached.is_current(image) and (self._is_current is None or await self._is_current(image))
+
+    async def make_writable(self) -> None:
+        """Have the image open for writing, for one who uses it; unless the file may not be written, or is not to be.
+        Raises what `opening.make_writable` raises."""
+        image = self.opened
+        assert image is not None and self._users
+        if self.read_only:
+            return
+        async with self._upgrading:
+            if image.writable:
+                return
+            self.cached.may_keep(image)  # to know what others have changed: the rest is us
+            try:
+                await self._upgrade(image)
+            except OSError as error:
+                if error.errno not in (EACCES, EPERM, EROFS):
+                    raise
+                _log.info("%s, shown read-only", describe(error, self.path))
+            else:
+                self.cached.note_writing()
 
     def release(self) -> None:
         """One user less."""
         self._users -= 1
-        if not self._users:
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._users and not self._waiting:
             self._idle.set()
 
     async def close(self) -> None:
@@ -133,42 +209,46 @@ class MountedImage:
         there is no hope or `give_up` is called. `failure` says whether it went well. Idempotent."""
         self._stop.set()
         self._idle.set()
+        self._hurry.set()
         self._wake.set()
         if self._keeping:
             await self._closed.wait()
+
+    async def close_if_idle(self) -> bool:
+        """Close the image now if it only lingers. Returns whether it did."""
+        async with self._lock:
+            if self.opened is None or self._users or self._waiting or self._retiring:
+                return False
+            self._retire()
+            retired = self._retired
+        await retired.wait()
+        return self.opened is None
+
+    def _retire(self) -> None:
+        self._retiring = True
+        self._idle.set()
+        self._hurry.set()
 
     def give_up(self) -> None:
         """Let `close` try but once to write what is not written yet."""
         self._given_up = True
         self._wake.set()
 
-    async def _open_as_allowed(self, to_write: bool) -> None:
-        self.mtime_ns = None
-        self._idle = trio.Event()
-        self._shared = False
-        if not self.read_only:
-            try:
-                await self._nursery.start(self._keep, False)
-                return
-            except InUseError:
-                if to_write:
-                    raise
-                self._shared = True
-            except OSError as error:
-                if error.errno not in (EACCES, EPERM, EROFS):
-                    raise
-                _log.info("%s, shown read-only", describe(error, self.path))
-        await self._nursery.start(self._keep, True)
-
-    async def _keep(self, read_only: bool, task_status: Any) -> None:
+    async def _keep(self, task_status: Any) -> None:
         self._keeping = True
         self._closed = trio.Event()
+        self._idle = trio.Event()
+        self._hurry = trio.Event()
+        self._retired = trio.Event()
+        self._retiring = False
+        self.mtime_ns = None
         closing = False
         spare: int | None = None
         try:
-            async with self._open(self.path, read_only) as image:
+            async with self._open(self.path) as image:
                 self.cached.note_open(image)
                 self.opened = image
+                self.size = image.size
                 task_status.started()
                 await self._wait_until_dispensable(image)
                 closing = True
@@ -186,9 +266,10 @@ class MountedImage:
             self.opened = self.unwritten = None
             if spare is not None:
                 with trio.CancelScope(shield=True):
-                    await self._note_state(spare)
+                    await self._leave_file(spare)
             self._keeping = False
             self._closed.set()
+            self._retired.set()
             if closing:
                 self._lock.release()
 
@@ -210,6 +291,9 @@ class MountedImage:
                     return
             if ending and (image.failed is not None or self._given_up):
                 return
+            self._retiring = False
+            self._retired.set()
+            self._retired = trio.Event()
             self._lock.release()
             if image.failed is not None:
                 await self._stop.wait()
@@ -218,6 +302,8 @@ class MountedImage:
                 await self._wake.wait()
             pause = min(2 * pause, _LAST_PAUSE)
             self._wake = trio.Event()
+            if not self._stop.is_set():
+                self._hurry = trio.Event()
 
     def _note_unwritten(self, error: OSError) -> None:
         if self.unwritten is None or self.unwritten.errno != error.errno:
@@ -229,9 +315,9 @@ class MountedImage:
         while True:
             await self._idle.wait()
             with trio.move_on_after(self._linger):
-                await self._stop.wait()
+                await self._hurry.wait()
             await self._lock.acquire()
-            if not self._users or self._stop.is_set():
+            if self._stop.is_set() or self._retiring or not (self._users or self._waiting):
                 return
             self._idle = trio.Event()
             self._lock.release()
@@ -244,7 +330,7 @@ class MountedImage:
             self.failure = QedfuseError(self.path, "closing failed, see the log")
             _log.error("%s: closing failed", self.path, exc_info=error)
 
-    async def _note_state(self, fd: int) -> None:
+    async def _leave_file(self, fd: int) -> None:
         """Remember how we left the file. The descriptor still holds the image's lock: nobody else has changed it, and
         nobody does until that would show."""
         try:
@@ -253,13 +339,17 @@ class MountedImage:
                 os.utime(fd, ns=(status.st_atime_ns, self.mtime_ns))
                 status = os.fstat(fd)
             await trio.sleep(min(max(0, status.st_ctime_ns + TICK - time.time_ns()), TICK) / 1e9)
-            self.mark = mark_of(status)
-            self.cached.note_close(status)
-            self.closed_at = time.monotonic()
+            self.note_state(status)
         except OSError as error:
             _log.warning("%s", describe(error, self.path))
         finally:
             os.close(fd)
+
+    def note_state(self, status: os.stat_result) -> None:
+        """The image's file is in a state to which we have brought it."""
+        self.mark = mark_of(status)
+        self.cached.note_own_change(status)
+        self.closed_at = time.monotonic()
 
     def status(self) -> dict[str, Any]:
         """For `qedfuse status`; sizes in bytes."""

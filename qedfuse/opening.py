@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import trio
 
 from qedfuse.backing import ANY_BACKING, BackingPolicy
 from qedfuse.chain import Chain, open_backing, open_layer, read_backing_name, read_header
 from qedfuse.check import Repair, check_image
-from qedfuse.errors import CorruptError, UsageError
-from qedfuse.header import Header
+from qedfuse.errors import CorruptError, InUseError, UsageError
+from qedfuse.filelock import add_writers_locks, drop_writers_locks, share_writers_locks
+from qedfuse.header import FEATURE_NEED_CHECK, Header
 from qedfuse.image import Image
 from qedfuse.probe import QED, probe_format
-from qedfuse.storage import Storage
+from qedfuse.repair import write_header
+from qedfuse.storage import FileStorage, Storage
+from qedfuse.threads import look
 
 __all__ = [
     "BackingPolicy",
@@ -142,6 +146,57 @@ async def _open(
         image = Image(storage, header, chain.build_backing(), writable=not read_only, fixed_size=fixed_size)
         await image.start()
         return image
+
+
+async def make_writable(image: Image) -> None:
+    """Open for writing what `open_image` has opened for reading only, for all who use it; they go on meanwhile.
+
+    From a reader's locks to a writer's, a check if the image was not closed cleanly. Not to be called twice at a time.
+    Raises as `open_image` does, InUseError if another process reads the image, too; the image is then as it was.
+    """
+    readers = image.storage
+    assert isinstance(readers, FileStorage)
+    storage = await look(partial(_claim, readers), discard=_drop)
+    try:
+        header = await read_header(storage)
+        if _kind_of(header) != _kind_of(image.header):
+            raise InUseError(image.path, "was changed by another process while it was read here")
+        if header.needs_check:
+            header = await _repair(storage, header)
+        if header != header.with_known_autoclear():
+            header = header.with_known_autoclear()
+            await write_header(storage, header)
+        await image.begin_writing(header, partial(readers.become, storage))
+    except BaseException:
+        with trio.CancelScope(shield=True), suppress(OSError):
+            await storage.close()
+            drop_writers_locks(readers.fileno())
+        raise
+
+
+def _kind_of(header: Header) -> Header:
+    """All of a header that a check does not change."""
+    return header.with_feature(FEATURE_NEED_CHECK, False).with_known_autoclear()
+
+
+def _claim(readers: FileStorage) -> FileStorage:
+    """A second opening of a file, with a writer's locks. Blocks."""
+    add_writers_locks(readers.fileno(), readers.path)
+    try:
+        storage = FileStorage.open(readers.path, True, pin=readers.fileno())
+        try:
+            share_writers_locks(storage.fileno())
+        except BaseException:
+            _drop(storage)
+            raise
+    except BaseException:
+        drop_writers_locks(readers.fileno())
+        raise
+    return storage
+
+
+def _drop(storage: FileStorage) -> None:
+    os.close(storage.fileno())
 
 
 async def _repair(storage: Storage, header: Header) -> Header:

@@ -205,9 +205,9 @@ class Operations(pyfuse3.Operations):
         if inode == ROOT and self._tree.root is None:
             raise FUSEError(errno.EPERM)
         node = self._tree.node(inode)
-        image = await self._acquire(node, to_write=True, by_name=fields.update_size and fh is None)
+        image = await self._acquire(node, to_write=fields.update_size, by_name=fields.update_size and fh is None)
         try:
-            if not image.writable:
+            if node.mounted.read_only or (fields.update_size and not image.writable):
                 raise FUSEError(errno.EROFS)
             if fields.update_size:
                 await image.resize(attr.st_size)
@@ -233,6 +233,8 @@ class Operations(pyfuse3.Operations):
         change_times(fd, atime_ns=attr.st_atime_ns if fields.update_atime else None, mtime_ns=mtime)
         if mtime is not None and self.enable_writeback_cache:
             node.mounted.mtime_ns = mtime  # the kernel is the master of it
+        if not image.writable:
+            node.mounted.note_state(image.storage.stat())
 
     @_translated
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -333,9 +335,8 @@ class Operations(pyfuse3.Operations):
         image = node.mounted.opened
         if image is not None:
             status = image.storage.stat()
-            return raw_attributes(
-                status, image.size, host_blocks(image), writable=image.writable, options=self._options
-            )
+            writable = image.writable or (node.may_write and not node.mounted.read_only)
+            return raw_attributes(status, image.size, host_blocks(image), writable=writable, options=self._options)
         if peek is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         writable = not node.mounted.read_only and peek.writable

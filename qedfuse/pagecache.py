@@ -54,21 +54,32 @@ class CachedPages:
         self._compare(image)
         return time.monotonic() >= self._dropping
 
-    def note_close(self, status: os.stat_result) -> None:
-        """The image's file was left like this, by us: it was open for writing."""
-        self._ours = False
+    def note_writing(self) -> None:
+        """The image was opened for writing."""
+        self._ours = True
+
+    def is_current(self, image: Image) -> bool:
+        """Whether the files that are open are as they were; what we write ourselves does not count."""
+        skipped = 1 if self._ours else 0
+        found = self._look_at(image)[skipped:]
+        return None not in found and found == self._states[skipped:]
+
+    def note_own_change(self, status: os.stat_result) -> None:
+        """The image's file is in a state to which we have brought it."""
         self._states[:1] = [self._state_of(status)]
 
     def _compare(self, image: Image) -> None:
+        if not self.is_current(image):
+            self._dropping = time.monotonic() + _DROPPING
+        self._states = self._look_at(image)
+
+    def _look_at(self, image: Image) -> list[_State | None]:
         found = [self._state_of(image.storage.stat())]
         layer = image.backing
         while layer is not None:
             found.append(self._state_of(layer.storage.stat()))
             layer = layer.backing
-        skipped = 1 if self._ours else 0
-        if None in found[skipped:] or found[skipped:] != self._states[skipped:]:
-            self._dropping = time.monotonic() + _DROPPING
-        self._states = found
+        return found
 
     def _state_of(self, status: os.stat_result) -> _State | None:
         if stat.S_ISBLK(status.st_mode):

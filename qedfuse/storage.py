@@ -152,8 +152,15 @@ class FileStorage:
         return cls(name, fd, writable)
 
     def fileno(self) -> int:
-        """The descriptor, for locks and for the fast path."""
+        """The descriptor, for locks and for the fast path. The same number for as long as the file is open."""
         return self._fd
+
+    def become(self, other: FileStorage) -> None:
+        """Be as another opening of the same file is, from the next call on; the other one is closed. Raises OSError."""
+        os.dup2(other._fd, self._fd, inheritable=False)
+        self.writable = other.writable
+        fd, other._fd = other._fd, -1
+        os.close(fd)
 
     def read_into_nowait(self, offset: int, target: memoryview) -> bool:
         try:

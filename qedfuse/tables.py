@@ -287,6 +287,14 @@ class Tables:
     def dirty_pages(self) -> int:
         return len(self.l2.pinned) + len(self.l1.pinned)
 
+    def start_anew(self) -> None:
+        """Forget what is known of the file, which is open for writing from now on. Nothing may be changed yet."""
+        assert not (self.dirty_l1 or self.dirty_l2 or self.new_tables)
+        self._loading.clear()  # what is being read does not come into memory
+        self.close()
+        self._lenient = False
+        self.file_end = self._storage.size()
+
     def close(self) -> None:
         """Give the pages back to the pool."""
         self.l1.clear()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import trio
 
-from qedfuse.errors import QedfuseError, printable
+from qedfuse.errors import InUseError, QedfuseError, printable
 from qedfuse.image import Image
 from qedfuse.mounted import MountedImage
 from qedfuse.peek import FileKey, FileMark, Peek, Peeker, cannot_tell, key_of, mark_of
@@ -46,10 +46,10 @@ class Node:
     """A raw file. `fixed`: its image stays open. `stale`: somebody else changed or replaced the image's file.
 
     `key`, `mark` and `size` are the file, its state and the image's size when it was first looked at; `name` is how it
-    was last called; `lookups` counts the kernel's references.
+    was last called; `may_write`: whether the host lets us write the file; `lookups` counts the kernel's references.
     """
 
-    __slots__ = ("fixed", "id", "key", "lookups", "mark", "mounted", "name", "size", "stale")
+    __slots__ = ("fixed", "id", "key", "lookups", "mark", "may_write", "mounted", "name", "size", "stale")
 
     def __init__(self, id: int, mounted: MountedImage, key: FileKey, mark: FileMark, size: int, *, fixed: bool) -> None:
         self.id = id
@@ -58,6 +58,7 @@ class Node:
         self.mark = mark
         self.size = size
         self.name = b""
+        self.may_write = False
         self.fixed = fixed
         self.lookups = 0
         self.stale = False
@@ -122,6 +123,7 @@ class Tree:
     def _add_fixed(self, id: int, mounted: MountedImage, image: Image) -> Node:
         status = image.storage.stat()
         node = Node(id, mounted, key_of(status), mark_of(status), image.size, fixed=True)
+        node.may_write = image.writable
         self._nodes[id] = self._by_key[node.key] = node
         return node
 
@@ -190,6 +192,7 @@ class Tree:
         peek = await look(partial(self._peeker.look, node.mounted.path))
         if peek is None or not node.is_at(peek):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        node.may_write = peek.writable
         return peek
 
     async def acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
@@ -204,11 +207,35 @@ class Tree:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         elif node.mounted.opened is None:
             await self.look(node)
-        image = await node.mounted.acquire(to_write=to_write)
-        if node.mounted.key() != node.key:
+        try:
+            return await self._open(node, to_write)
+        except InUseError:  # by one of ours perhaps, of which it is the backing file
+            idle = [await node.mounted.close_if_idle() for node in self.nodes]
+            if not any(idle):
+                raise
+        return await self._open(node, to_write)
+
+    async def _open(self, node: Node, to_write: bool) -> Image:
+        image = await node.mounted.acquire(to_write=False)
+        try:
+            if node.mounted.key() != node.key:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            if to_write:
+                await node.mounted.make_writable()
+        except BaseException:
             node.mounted.release()
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            raise
+        self._note_key(node)
         return image
+
+    def _note_key(self, node: Node) -> None:
+        """An overlay file system gives a file another number when it is opened for writing the first time."""
+        key = node.mounted.key()
+        if key is not None and key != node.key:
+            if self._by_key.get(node.key) is node:
+                del self._by_key[node.key]
+            node.key = key
+            self._by_key[key] = node
 
     def forget(self, id: int, lookups: int) -> None:
         """The kernel drops references."""
@@ -237,7 +264,9 @@ class Tree:
             assert self._make is not None
             node = Node(self._take_id(), self._make(path), key, mark_of(peek.status), peek.size, fixed=False)
             self._nodes[node.id] = self._by_key[key] = node
-        node.name = name
+        if not node.fixed:
+            node.name = name
+            node.may_write = peek.writable
         return Entry(name, node, peek)
 
     def _find(self, directory: str, name: str) -> tuple[str, Peek] | None:

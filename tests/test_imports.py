@@ -30,7 +30,8 @@ ORDER = """
     clusters check
     image
     chain holes pagecache replaced rootclock
-    opening create info mounted handover
+    opening create info handover
+    mounted
     tree
     fastpath library
     operations control kernel_mount output

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 from tests.helpers.expect import raises_errno
-from tests.helpers.mounts import is_mounted, mounted, wait_until
+from tests.helpers.mounts import is_mounted, mounted, status, wait_until
 
 MIB = 1 << 20
 
@@ -147,7 +147,7 @@ def test_an_image_that_others_change_is_seen_anew(source: Path, point: Path) -> 
         raw = point / "a.raw"
         assert raw.read_bytes()[:2] == b"\1\1"
         number = raw.stat().st_ino
-        wait_until(lambda: is_free_to_read(image))
+        wait_until(lambda: status(point)["images"] == [])
         assert raw.stat().st_ino == number  # we have not changed it
         qemu_io(image, "write -P 9 0 4k")
         qemu_img("resize", "-f", "qed", image, "4M")

@@ -211,11 +211,11 @@ def test_a_failed_final_flush_is_told(image: Path, raw: Path, foreground: bool) 
 
 
 @contextmanager
-def ended(pid: int) -> Iterator[Callable[[], bool]]:
-    """Whether a process has ended."""
+def ended(pid: int) -> Iterator[Callable[[float], bool]]:
+    """Whether a process has ended after so many seconds."""
     fd = os.pidfd_open(pid)
     try:
-        yield lambda: bool(select.select([fd], [], [], 0)[0])
+        yield lambda seconds: bool(select.select([fd], [], [], seconds)[0])
     finally:
         os.close(fd)
 

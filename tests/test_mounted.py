@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -14,34 +16,45 @@ from qedfuse.create import create_image
 from qedfuse.errors import InUseError, QedfuseError
 from qedfuse.image import Image
 from qedfuse.mounted import MountedImage
-from qedfuse.opening import open_image
+from qedfuse.opening import make_writable, open_image
+from qedfuse.pagecache import TICK
 from qedfuse.peek import mark_of
+from qedfuse.storage import FileStorage
 
 MIB = 1 << 20
 
 
 class Openings:
-    """Opens real images and counts; may fail on demand."""
+    """Opens real images, for reading and then for writing, and counts; may fail on demand."""
 
     def __init__(self) -> None:
-        self.opened: list[bool] = []
+        self.opened = 0
+        self.upgraded = 0
         self.closed = 0
         self.on_open: Exception | None = None
+        self.on_upgrade: Exception | None = None
         self.on_close: Exception | None = None
-
-    def __call__(self, path: str, read_only: bool) -> AbstractAsyncContextManager[Image]:
-        return self._open(path, read_only)
+        self.outdated: Image | None = None
 
     @asynccontextmanager
-    async def _open(self, path: str, read_only: bool) -> AsyncIterator[Image]:
-        if self.on_open is not None and not read_only:
+    async def open(self, path: str) -> AsyncIterator[Image]:
+        if self.on_open is not None:
             raise self.on_open
-        async with open_image(path, read_only=read_only) as image:
-            self.opened.append(read_only)
+        async with open_image(path, read_only=True) as image:
+            self.opened += 1
             yield image
         self.closed += 1
         if self.on_close is not None:
             raise self.on_close
+
+    async def upgrade(self, image: Image) -> None:
+        if self.on_upgrade is not None:
+            raise self.on_upgrade
+        await make_writable(image)
+        self.upgraded += 1
+
+    async def is_current(self, image: Image) -> bool:
+        return image is not self.outdated
 
 
 Body = Callable[[MountedImage, Openings], Awaitable[None]]
@@ -51,6 +64,7 @@ Body = Callable[[MountedImage, Openings], Awaitable[None]]
 def path(tmp_path: Path) -> str:
     path = str(tmp_path / "disk.qed")
     trio.run(create_image, path, MIB)
+    time.sleep(2 * TICK / 1e9)  # so that it is not too new to be relied on
     return path
 
 
@@ -60,13 +74,21 @@ def run(path: str, body: Body, *, read_only: bool = False, linger: float = 0.0) 
     async def main() -> None:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                mounted = MountedImage(path, openings, nursery, read_only=read_only, linger=linger)
+                mounted = MountedImage(
+                    path,
+                    openings.open,
+                    nursery,
+                    read_only=read_only,
+                    linger=linger,
+                    upgrade=openings.upgrade,
+                    is_current=openings.is_current,
+                )
                 await body(mounted, openings)
                 await mounted.close()
                 assert mounted.opened is None
 
     trio.run(main)
-    assert openings.closed == len(openings.opened)
+    assert openings.closed == openings.opened
     return openings
 
 
@@ -90,7 +112,7 @@ def test_users_share_one_opening(path: str) -> None:
         assert await mounted.acquire(to_write=False) is not first
         mounted.release()
 
-    assert run(path, body).opened == [False, False]
+    assert run(path, body).opened == 2
 
 
 def test_many_users_at_once(path: str) -> None:
@@ -119,7 +141,7 @@ def test_it_lingers(path: str) -> None:
         assert await mounted.acquire(to_write=False) is first
         mounted.release()
 
-    assert len(run(path, body, linger=5).opened) == 1  # and closing does not wait for it: run has a limit
+    assert run(path, body, linger=5).opened == 1  # and closing does not wait for it: run has a limit
 
 
 def test_closing_does_not_wait_for_users(path: str) -> None:
@@ -146,27 +168,41 @@ def test_an_opening_that_fails_can_be_tried_again(path: str) -> None:
 @pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(30, "no"), OSError(1, "no")])
 def test_what_may_not_be_written_is_opened_read_only(path: str, error: OSError) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        openings.on_open = error
+        openings.on_upgrade = error
         image = await mounted.acquire(to_write=True)
         assert not image.writable
         mounted.release()
 
-    assert run(path, body).opened == [True]
+    assert run(path, body).opened == 1
 
 
-def test_what_is_in_use_elsewhere_is_shared_with_readers_only(path: str) -> None:
+def test_the_first_writer_has_it_opened_for_writing(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        openings.on_open = InUseError(path, "taken")
-        with pytest.raises(InUseError):
-            await mounted.acquire(to_write=True)
         image = await mounted.acquire(to_write=False)
         assert not image.writable
+        openings.on_upgrade = InUseError(path, "taken")
         with pytest.raises(InUseError):
             await mounted.acquire(to_write=True)
+        assert await mounted.acquire(to_write=False) is image
+        assert not image.writable
+        openings.on_upgrade = None
+
+        async def write(offset: int) -> None:
+            assert await mounted.acquire(to_write=True) is image
+            await image.write(offset, b"x" * 4096)
+            mounted.release()
+
+        async with trio.open_nursery() as nursery:
+            for number in range(10):
+                nursery.start_soon(write, number * 4096)
+        assert openings.upgraded == 1
+        assert await image.read(0, 50_000) == b"x" * 40960 + bytes(9040)
+        mounted.release()
         mounted.release()
         await until_closed(mounted)
-        openings.on_open = None
-        assert (await mounted.acquire(to_write=True)).writable
+        image = await mounted.acquire(to_write=False)
+        assert not image.writable
+        assert await image.read(0, 4096) == b"x" * 4096
         mounted.release()
 
     run(path, body)
@@ -174,10 +210,59 @@ def test_what_is_in_use_elsewhere_is_shared_with_readers_only(path: str) -> None
 
 def test_a_read_only_mount_never_opens_for_writing(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        await mounted.acquire(to_write=True)
+        assert not (await mounted.acquire(to_write=True)).writable
         mounted.release()
 
-    assert run(path, body, read_only=True).opened == [True]
+    assert run(path, body, read_only=True).upgraded == 0
+
+
+def test_one_that_is_not_current_is_for_those_who_have_it(path: str) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        first = await mounted.acquire(to_write=True)
+        await first.write(0, b"x" * 4096)
+        openings.outdated = first
+        assert await mounted.acquire(to_write=False) is first
+        mounted.release()
+        mounted.release()
+
+        async def use() -> None:
+            image = await mounted.acquire(to_write=False)
+            assert image is not first
+            assert await image.read(0, 4096) == b"x" * 4096
+            mounted.release()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(use)
+
+    openings = run(path, body, linger=60)
+    assert openings.opened == 2
+
+
+def test_one_that_cannot_be_written_is_not_given_up_for_a_current_one(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        first = await mounted.acquire(to_write=True)
+        await first.write(0, b"x" * 4096)
+        openings.outdated = first
+        mounted.release()
+        with monkeypatch.context() as patch:
+            patch.setattr(FileStorage, "_write_inline", _no_space)
+            for _ in range(2):
+                assert await mounted.acquire(to_write=False) is first
+                mounted.release()
+            assert mounted.unwritten is not None
+        assert await mounted.acquire(to_write=False) is first
+        await first.flush()
+        mounted.release()
+
+    openings = run(path, body, linger=60)
+    assert openings.opened == 1
+
+
+def _no_space(self: FileStorage, offset: int, buffers: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "no space"), ZeroDivisionError()])

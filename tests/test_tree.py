@@ -39,7 +39,7 @@ def with_tree(directory: Path, body: Callable[[Tree], Awaitable[None]]) -> None:
                 def make(path: str) -> MountedImage:
                     return MountedImage(
                         path,
-                        lambda path, read_only: open_image(path, read_only=read_only),
+                        lambda path: open_image(path, read_only=True),
                         nursery,
                         read_only=False,
                         linger=0.0,
