@@ -29,7 +29,7 @@ from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
 from qedfuse.image import Image
 from qedfuse.kernel_mount import mount, tell_root_size
 from qedfuse.launch import Link
-from qedfuse.limits import raise_limits
+from qedfuse.limits import most_requests, raise_limits
 from qedfuse.memory_limit import memory_limit
 from qedfuse.mount_options import MountOptions
 from qedfuse.mounted import MountedImage
@@ -208,7 +208,7 @@ class Daemon:
     async def _serve_kernel(self) -> None:
         try:
             async with self._fastpath.serving() if self._fastpath else nullcontext():
-                await pyfuse3.main()
+                await pyfuse3.main(max_tasks=most_requests())
         except Exception as error:
             _log.error("%s: serving the kernel failed", self._config.mountpoint, exc_info=error)
         finally:

@@ -9,6 +9,11 @@ import errno
 import mmap
 import resource
 
+#: More than ever wait in practice: whoever waits for one image must not keep others from theirs.
+_MOST_REQUESTS = 10_000
+_LEAST_REQUESTS = 99
+_REQUEST_SPACE = (1 << 20) + (64 << 10)
+
 
 def raise_limits() -> int | None:
     """Raise to what the caller may have: an open image takes a descriptor for each file of its chain, and an image file
@@ -36,6 +41,14 @@ def reserve(most: int, least: int) -> mmap.mmap:
             if size == least:
                 raise MemoryError from None
             size //= 2
+
+
+def most_requests() -> int:
+    """How many requests of the kernel may wait in tasks of their own. Each takes address space for the largest one."""
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if space == resource.RLIM_INFINITY:
+        return _MOST_REQUESTS
+    return min(_MOST_REQUESTS, max(_LEAST_REQUESTS, space // 4 // _REQUEST_SPACE))
 
 
 def explain_shortage(error: BaseException) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from qedfuse.errors import InUseError
-from qedfuse.filelock import lock
+from qedfuse.filelock import add_writers_locks, drop_writers_locks, lock, share_writers_locks
 
 TO_READ = {100, 201, 203}
 TO_WRITE = {100, 101, 103, 201, 203}
@@ -172,6 +172,56 @@ def test_excludes_another_descriptor_of_this_process(image: str) -> None:
         with pytest.raises(InUseError, match=rf"is in use by this process \(pid {os.getpid()}\)"):
             lock(second, image, writable=True)
         assert lock_bytes("self", image, second) == set()
+
+
+@pytest.mark.parametrize("tool", ["qemu-nbd", "qemu-storage-daemon"])
+def test_a_reader_becomes_a_writer_only_alone(image: str, tool: str) -> None:
+    with locked(image, writable=False) as fd:
+        with qemu_holding(tool, image, writable=False) as pid:
+            with pytest.raises(
+                InUseError, match=rf"another process \({tool[:15]}, pid {pid}\), which lets nobody write"
+            ):
+                add_writers_locks(fd, image)
+            assert lock_bytes("self", image, fd) == TO_READ
+        add_writers_locks(fd, image)
+        with opened(image, writable=True) as second:
+            share_writers_locks(second)
+            assert lock_bytes("self", image, fd) == lock_bytes("self", image, second) == TO_WRITE
+            assert qemu("qemu-io", "-r", "-c", "read 0 512", image).returncode != 0
+        drop_writers_locks(fd)
+        assert lock_bytes("self", image, fd) == TO_READ
+        assert qemu("qemu-io", "-r", "-c", "read 0 512", image).returncode == 0
+
+
+def test_no_writer_gets_in_between(image: str) -> None:
+    """Another one tries as fast as it can while a reader becomes a writer and a reader again."""
+    program = (
+        "import os, sys, time; from qedfuse.errors import InUseError; from qedfuse.filelock import lock\n"
+        "path = sys.argv[1]; tries = 0; print(flush=True); end = time.monotonic() + 1.5\n"
+        "while time.monotonic() < end:\n"
+        "    fd = os.open(path, os.O_RDWR); tries += 1\n"
+        "    try: lock(fd, path, writable=True)\n"
+        "    except InUseError: os.close(fd)\n"
+        "    else: sys.exit('locked')\n"
+        "print(tries)"
+    )
+    with locked(image, writable=False) as fd:
+        with subprocess.Popen([sys.executable, "-c", program, image], stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None and other.stdout.readline() == "\n"
+            upgrades = 0
+            while other.poll() is None:
+                with opened(image, writable=True) as second:
+                    try:
+                        add_writers_locks(fd, image)
+                    except InUseError:  # the other one was trying
+                        continue
+                    share_writers_locks(second)
+                    upgrades += 1
+                drop_writers_locks(fd)
+            tries = int(other.stdout.read())
+        assert other.returncode == 0
+        assert tries > 10 and upgrades > 10
+        assert lock_bytes("self", image, fd) == TO_READ
 
 
 def test_a_killed_holder_leaves_no_lock(image: str) -> None:
