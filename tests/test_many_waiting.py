@@ -25,7 +25,7 @@ MANY = 150
 
 @contextmanager
 def slow_syncs(pid: int, seconds: float) -> Iterator[None]:
-    """Each of the daemon's syncs takes so long."""
+    """Each of the daemon's syncs takes so long, or until the end of the block."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     inject = f"inject=fdatasync:delay_enter={int(seconds * 1e6)}"
@@ -67,11 +67,11 @@ def test_opens_that_wait_for_a_repair_keep_no_other_image_waiting(tmp_path: Path
     with mounted(*mode, source, point) as mount:
         threads = [threading.Thread(target=open_it) for _ in range(MANY)]
         try:
-            with slow_syncs(mount.pid(), 6):
+            with slow_syncs(mount.pid(), 40):
                 for thread in threads:
                     thread.start()
                 wait_until(lambda: "checking it" in mount.text())
-                time.sleep(1.5)  # for all of them to wait
+                time.sleep(2)  # for all of them to wait
                 for name in ("good", "broken"):  # readers need no repair
                     assert (point / f"{name}.raw").read_bytes()[:65536] == b"\7" * 65536
                 assert "is consistent" not in mount.text()
