@@ -168,9 +168,10 @@ async def make_writable(image: Image) -> None:
             await write_header(storage, header)
         await image.begin_writing(header, partial(readers.become, storage))
     except BaseException:
+        with suppress(OSError):
+            drop_writers_locks(readers.fileno())
         with trio.CancelScope(shield=True), suppress(OSError):
             await storage.close()
-            drop_writers_locks(readers.fileno())
         raise
 
 
