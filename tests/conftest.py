@@ -1,10 +1,30 @@
-"""At the end of a run: the figures that the tests have printed, in lines that begin with `figures:`."""
+"""What holds for a whole run.
+
+At its end: the figures that the tests have printed, in lines that begin with `figures:`.
+
+Signals: a process in the background ignores SIGINT, and one under nohup(1) SIGHUP, and so would every process that a
+test starts. A handler is not handed on to those, so here both have one; that for SIGHUP does nothing.
+"""
 
 from __future__ import annotations
+
+import os
+import signal
 
 import pytest
 
 PREFIX = "figures: "
+
+#: Tells the workers of a run what it has begun with.
+_NOHUP = "QEDFUSE_TEST_NOHUP"
+
+
+def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or _NOHUP in os.environ:
+        os.environ[_NOHUP] = "1"
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
