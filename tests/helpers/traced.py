@@ -6,24 +6,28 @@ written while the image is opened (it is compared).
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from qedfuse.control import Client
+from qedfuse.header import HEADER_BYTES, Header
 from tests.helpers.cli import ROOT, TIMEOUT, environment
+from tests.helpers.devices import device_with
 from tests.helpers.images import TINY, Chain, new_chain
 from tests.helpers.modes import PYTHON, Mode
 from tests.helpers.mounted_guest import SIZE, SIZES
 from tests.helpers.mounts import mount_at, mounted, need_fuse
+from tests.helpers.ram import RamFile
 from tests.helpers.strace_log import OPTIONS, Event, read_log
 from tests.helpers.survival import raw_below
 
@@ -42,8 +46,13 @@ class Traced:
     native: int  # writes that the fast path answered
 
 
-def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int = 0, seed: int = 1) -> Traced:
-    """Mount a fresh image (over a raw file of `below` bytes) in `directory`, run the guest's scenario, unmount."""
+def trace(
+    directory: Path, scenario: str, mode: Mode, *options: str, below: int = 0, seed: int = 1, device: int = 0
+) -> Traced:
+    """Mount a fresh image (over a raw file of `below` bytes) in `directory`, run the guest's scenario, unmount.
+
+    `device`: the image lies on a block device of so many bytes.
+    """
     need_fuse()
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
@@ -58,6 +67,12 @@ def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int 
     journal.touch()
     log = directory / "strace.log"
     with ExitStack() as stack:
+        if device:
+            if lower:
+                _name_backing_file(image, directory / "below0")
+            image = stack.enter_context(device_with(image, device))
+            chain = Chain(RamFile(size=device, fixed=True), lower)
+            chain.file.write(0, image.read_bytes())
         guest = stack.enter_context(_guest(scenario, str(raw), str(journal), "0" if mode == PYTHON else "1", str(seed)))
         with mounted(image, raw, *mode, *options, foreground=True) as mount:
             assert image.read_bytes() == chain.file.read(0, chain.file.size), "it was written when nobody looked"
@@ -68,6 +83,7 @@ def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int 
             # Quicker than `qedfuse umount`; the daemon closes the image all the same.
             subprocess.run(["fusermount3", "-u", str(raw)], check=True, timeout=TIMEOUT)
         assert strace.wait(TIMEOUT) == 0
+        after = image.read_bytes()
     return Traced(
         chain=chain,
         flat=flat[:size].ljust(size, b"\0"),
@@ -75,9 +91,20 @@ def trace(directory: Path, scenario: str, mode: Mode, *options: str, below: int 
         raw=str(raw),
         journal=str(journal),
         events=read_log(log),
-        after=image.read_bytes(),
+        after=after,
         native=native,
     )
+
+
+def _name_backing_file(image: Path, path: Path) -> None:
+    """By its absolute path: the image is going to lie elsewhere."""
+    name = os.fsencode(path)
+    with image.open("r+b") as file:
+        header = Header.decode(file.read(HEADER_BYTES), str(image))
+        file.seek(0)
+        file.write(replace(header, backing_filename_size=len(name)).encode())
+        file.seek(header.backing_filename_offset)
+        file.write(name)
 
 
 def _native_writes(raw: Path) -> int:
