@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from qedfuse.errors import InUseError, QedfuseError, describe
 
@@ -14,6 +14,8 @@ _SILENT = frozenset((errno.ESTALE, errno.EROFS, errno.EPERM, errno.EFBIG, errno.
 #: Seconds before a line is repeated, and how many different ones are remembered.
 _REPEAT_AFTER = 30.0
 _REMEMBERED = 256
+#: How many images that could not be opened are listed.
+_LISTED = 100
 
 _log = logging.getLogger("qedfuse")
 
@@ -53,6 +55,28 @@ class Complaints:
             self._said.clear()
         self._said[line] = now
         _log.error("%s", line, exc_info=bug)
+
+
+class Unopened:
+    """The images that could not be opened when that was last tried, and why; of very many the latest."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+
+    def note(self, path: str, error: Exception) -> None:
+        cause = next(_leaves(error))
+        self._reasons.pop(path, None)
+        self._reasons[path] = describe(cause, path) if isinstance(cause, OSError) else f"{path}: internal error"
+        if len(self._reasons) > _LISTED:
+            del self._reasons[next(iter(self._reasons))]
+
+    def forget(self, path: str) -> None:
+        if self._reasons:
+            self._reasons.pop(path, None)
+
+    def status(self, paths: Container[str]) -> list[dict[str, str]]:
+        """Those among `paths`, for `qedfuse status`."""
+        return [{"filename": path, "error": why} for path, why in self._reasons.items() if path in paths]
 
 
 def _leaves(error: Exception) -> Iterator[Exception]:

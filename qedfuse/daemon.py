@@ -17,12 +17,14 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 import trio
 
 from qedfuse.chain import names_are_current
+from qedfuse.complaints import Complaints
 from qedfuse.control_server import ControlServer
 from qedfuse.dirty_limit import become_flusher, fit_options, set_dirty_limit
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
@@ -48,6 +50,8 @@ _GRACE = 5.0
 _PATIENCE = 3.0
 #: Seconds that an image of a SOURCE directory stays open after its last use.
 LINGER = 0.5
+#: How many hidden images `status` lists.
+_LISTED = 100
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -123,6 +127,15 @@ class Daemon:
         _log.info("%s: mounted on %s", ", ".join(self._config.sources), self._config.mountpoint)
         if self._link:
             self._link.report_ready()
+        if len(self._config.sources) > 1 and self._config.directories:
+            nursery.start_soon(self._look_for_hidden)
+
+    async def _look_for_hidden(self) -> None:
+        """Two sources can have the same name: say so now, not only to whoever lists the directory."""
+        try:
+            await self._tree.entries()
+        except Exception as error:
+            Complaints().errno_of(error, "listing")
 
     async def _open_images(self, nursery: trio.Nursery) -> None:
         def make(path: str, *, in_directory: bool = True) -> MountedImage:
@@ -336,6 +349,7 @@ class Daemon:
 
     async def status(self) -> dict[str, Any]:
         """For `qedfuse status`. Sizes in bytes; the counters count requests of the kernel."""
+        paths = {node.mounted.path for node in self._tree.nodes}
         return {
             "pid": os.getpid(),
             "mountpoint": self._config.mountpoint,
@@ -344,6 +358,10 @@ class Daemon:
             "fastpath": self._fastpath is not None and self._fastpath.answers,
             "fastpath-counters": self._fastpath.counters if self._fastpath else {},
             "images": [node.mounted.status() for node in self._tree.nodes if node.mounted.opened],
+            "unopened-images": self._operations.unopened.status(paths) if self._operations else [],
+            "hidden-images": [
+                {"filename": path, "hidden-by": by} for path, by in islice(self._tree.hidden.items(), _LISTED)
+            ],
             "requests": self.requests(),
         }
 

@@ -17,8 +17,8 @@ _log = logging.getLogger("qedfuse")
 _SYSLOG = "/dev/log"
 
 
-def start_logging(*, foreground: bool, log_file: str | None) -> None:
-    """Set up the process's log. Raises OSError if `log_file` cannot be opened."""
+def start_logging(*, foreground: bool, log_file: str | None) -> bool:
+    """Set up the process's log. Returns whether there is any. Raises OSError if `log_file` cannot be opened."""
     handler: logging.Handler
     if log_file is not None:
         handler = logging.FileHandler(log_file)
@@ -35,6 +35,7 @@ def start_logging(*, foreground: bool, log_file: str | None) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     sys.unraisablehook = _log_unraisable  # what is called from C, or by the collector, has no other place to go
     logging.raiseExceptions = False  # a full disk under the log is no reason to print to a closed stderr
+    return not isinstance(handler, logging.NullHandler)
 
 
 def _log_unraisable(what: sys.UnraisableHookArgs) -> None:

@@ -19,7 +19,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from qedfuse.attributes import Attributes, directory_attributes, host_blocks, raw_attributes
 from qedfuse.changes import change_owner, change_times
-from qedfuse.complaints import Complaints
+from qedfuse.complaints import Complaints, Unopened
 from qedfuse.geometry import DEFAULT_CLUSTER_SIZE
 from qedfuse.image import Image
 from qedfuse.mount_options import MountOptions
@@ -92,6 +92,7 @@ class Operations(pyfuse3.Operations):
         self.syncs = 0
         self.clock: RootClock | None = None
         self.complaints = Complaints()
+        self.unopened = Unopened()
         self._tree = tree
         self._options = options
         self._host = host
@@ -326,9 +327,14 @@ class Operations(pyfuse3.Operations):
     async def _acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
         """See `Tree.acquire`. An image that is broken is EIO to whoever opens it, and a line in the log."""
         try:
-            return await self._tree.acquire(node, to_write=to_write, by_name=by_name)
+            image = await self._tree.acquire(node, to_write=to_write, by_name=by_name)
         except Exception as error:
-            raise FUSEError(self.complaints.errno_of(error, "open", broken=True)) from None
+            code = self.complaints.errno_of(error, "open", broken=True)
+            if code not in (errno.ESTALE, errno.EROFS):  # the kernel asks again; it can be opened
+                self.unopened.note(node.mounted.path, error)
+            raise FUSEError(code) from None
+        self.unopened.forget(node.mounted.path)
+        return image
 
     def _attributes(self, node: Node, peek: Peek | None) -> Attributes:
         """Of an open image what is true now, of another what a look has found."""

@@ -87,7 +87,7 @@ class Tree:
     """The files of a mount, by inode number and by name.
 
     `root`: the one image that is the mount's root, None for a directory. `make` makes the MountedImage of a path in one
-    of the source `directories`; `mountpoint` is where the kernel shows the tree.
+    of the source `directories`. `hidden`: images that are not shown (at the last listing), and those that hide them.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Tree:
         self._peeker = Peeker()
         self._next_id = ROOT + 1
         self._missing: set[str] = set()
+        self.hidden: dict[str, str] = {}
         self._seen: dict[str, set[bytes]] = {directory: set() for directory in self.directories}
 
     # -- images of the command line -----------------------------------------------------------------------------------
@@ -164,21 +165,35 @@ class Tree:
         async with trio.open_nursery() as nursery:
             for directory in self.directories:
                 nursery.start_soon(self._list_into, listings, directory)
-        hidden = set(self._fixed)
+        shown: dict[bytes, tuple[str, FileKey | None]]
+        shown = {name: (node.mounted.path, node.key) for name, node in self._fixed.items()}
+        hidden = {}
         present = set()
         for directory in self.directories:
             listing = listings[directory]
             if listing is not None:
                 self._seen[directory] = set(listing)
                 for name, (path, peek) in listing.items():
-                    if name not in hidden:
+                    key = key_of(peek.status)
+                    if name not in shown:
                         result.append(self._to_entry(name, path, peek))
-                        present.add(key_of(peek.status))
-            hidden |= self._seen[directory]
+                        present.add(key)
+                    elif shown[name][1] != key:
+                        hidden[path] = shown[name][0]
+                    shown.setdefault(name, (path, key))
+            for name in self._seen[directory]:
+                shown.setdefault(name, (directory, None))
+        self._note_hidden(hidden)
         if self.directories and None not in listings.values():
             self._prune(present)
         result.sort(key=lambda entry: entry.name)
         return result
+
+    def _note_hidden(self, hidden: dict[str, str]) -> None:
+        for path, by in hidden.items():
+            if self.hidden.get(path) != by:
+                _log.warning("%s", printable(f"{path}: not shown, since {by} has its name in an earlier source"))
+        self.hidden = hidden
 
     async def _list_into(self, listings: dict[str, Listing | None], directory: str) -> None:
         try:

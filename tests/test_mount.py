@@ -327,7 +327,8 @@ def test_an_image_is_mounted_over_itself(image: Path) -> None:
 
 
 def test_as_fstab_calls_it(image: Path, raw: Path) -> None:
-    done = qedfuse(image, raw, "-o", "ro,noatime,dev,suid,noauto,nofail,x-systemd.requires=/")
+    options = "ro,noatime,dev,suid,noauto,nofail,x-systemd.requires=/"
+    done = qedfuse(image, raw, "-o", options, "--log-file", raw.parent / "log")
     try:
         assert done == Result(0, "", ""), done
         assert raw.stat().st_size == 64 * MIB and stat.S_IMODE(raw.stat().st_mode) & 0o222 == 0

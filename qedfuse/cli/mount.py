@@ -85,8 +85,14 @@ def mount(
     inherited = [] if foreground else inherited_descriptors(images)
     open_standard_files()
     config = MountConfig(images, directories, mountpoint, over_file, parsed, fastpath)
-    start_logging(foreground=foreground, log_file=log_file)
-    return serve(config) if foreground else run_in_background(functools.partial(serve, config), inherited)
+    logs = start_logging(foreground=foreground, log_file=log_file)
+    if foreground:
+        return serve(config)
+    code = run_in_background(functools.partial(serve, config), inherited)
+    if not logs:
+        with contextlib.suppress(OSError):  # mounted it is
+            click.echo("qedfuse mount: mounted, but there is nowhere to log to (no /dev/log): use --log-file", err=True)
+    return code
 
 
 def _check_mountpoint(mountpoint: str) -> tuple[bool, str]:

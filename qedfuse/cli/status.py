@@ -38,4 +38,9 @@ def _describe(answer: dict[str, Any]) -> str:
             lines.append(f"    backing file: {printable(image['backing-filename'])}")
         if image["error"] is not None:
             lines.append(f"    failed: {printable(image['error'])}")
+    lines += [f"not opened: {printable(image['error'])}" for image in answer.get("unopened-images", ())]
+    lines += [
+        f"not shown: {printable(image['filename'])}, hidden by {printable(image['hidden-by'])}"
+        for image in answer.get("hidden-images", ())
+    ]
     return "\n".join(lines)
