@@ -23,6 +23,7 @@ from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.header import Header
 from qedfuse.image import Image as Engine
 from qedfuse.layer import Run
+from qedfuse.offload import to_its_end
 from qedfuse.opening import open_image as open_engine
 
 if TYPE_CHECKING:
@@ -245,8 +246,7 @@ class _Gate:
     async def close(self) -> None:
         self._closed = True
         if self._inside:
-            with trio.CancelScope(shield=True):
-                await self._empty.wait()
+            await to_its_end(self._empty.wait)
 
 
 def _number(name: str, value: SupportsIndex) -> int:

@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -239,3 +239,31 @@ async def offload(call: Callable[[], T]) -> T:
         except RuntimeError:  # no thread to be had (a system call raises none): late is better than not at all
             return call()
     raise AssertionError("a shielded scope lets no cancellation end it")
+
+
+async def to_its_end(function: Callable[[], Awaitable[None]]) -> None:
+    """Await `function()`, whoever is cancelled. A KeyboardInterrupt, which finds trio's main task behind every shield,
+    is raised when it has ended."""
+    failed: list[BaseException] = []
+    interrupt: KeyboardInterrupt | None = None
+    done = trio.Event()
+
+    async def run() -> None:
+        try:
+            await function()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    trio.lowlevel.spawn_system_task(run)
+    with trio.CancelScope(shield=True):
+        while not done.is_set():
+            try:
+                await done.wait()
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt from (failed[0] if failed else None)
+    if failed:
+        raise failed[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
@@ -17,6 +17,7 @@ from qedfuse.errors import CorruptError, InUseError, UsageError
 from qedfuse.filelock import add_writers_locks, drop_writers_locks, share_writers_locks
 from qedfuse.header import FEATURE_NEED_CHECK, Header
 from qedfuse.image import Image
+from qedfuse.offload import to_its_end
 from qedfuse.probe import QED, probe_format
 from qedfuse.repair import write_header
 from qedfuse.storage import FileStorage, Storage
@@ -69,11 +70,11 @@ async def open_image(
         yield image
     except BaseException:
         try:
-            await _to_its_end(background.close)
+            await to_its_end(background.close)
         except OSError as error:
             _log.error("%s: closing failed: %s", image.path, error)
         raise
-    await _to_its_end(background.close)
+    await to_its_end(background.close)
 
 
 class _Background:
@@ -101,34 +102,6 @@ class _Background:
         finally:
             self._scope.cancel()
             await self._ended.wait()
-
-
-async def _to_its_end(function: Callable[[], Awaitable[None]]) -> None:
-    """Await `function()`, whoever is cancelled. A KeyboardInterrupt, which finds trio's main task behind every shield,
-    is raised when it has ended."""
-    failed: list[BaseException] = []
-    interrupt: KeyboardInterrupt | None = None
-    done = trio.Event()
-
-    async def run() -> None:
-        try:
-            await function()
-        except BaseException as error:
-            failed.append(error)
-        finally:
-            done.set()
-
-    trio.lowlevel.spawn_system_task(run)
-    with trio.CancelScope(shield=True):
-        while not done.is_set():
-            try:
-                await done.wait()
-            except KeyboardInterrupt as error:
-                interrupt = error
-    if interrupt is not None:
-        raise interrupt from (failed[0] if failed else None)
-    if failed:
-        raise failed[0]
 
 
 async def _open(
