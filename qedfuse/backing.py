@@ -71,7 +71,8 @@ def open_backing_file(image: str, path: str, policy: BackingPolicy) -> FileStora
     """Open the backing file at `path`, named by the image at path `image`, read-only. May block on a slow disk.
 
     Raises UnsupportedError if the policy forbids it or it lies in a qedfuse mount; QedfuseError, with the host's errno,
-    if it is missing, unreadable or neither a regular file nor a block device. The messages name both files.
+    if it is missing, unreadable or neither a regular file nor a block device, the messages name both files;
+    NoAnswerError.
     """
     if not policy.allowed:
         raise UnsupportedError(

@@ -20,6 +20,8 @@ from enum import Enum, auto
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
+from qedfuse.hosts import Host, HostCall
+
 T = TypeVar("T")
 
 #: A system call that may wait, ready to be made.
@@ -99,12 +101,13 @@ def _give_out(call: Call) -> Generator[Call, Any, Any]:
     return (yield call)
 
 
-async def in_thread(function: Callable[..., T], *args: object) -> T:
+async def in_thread(host: Host, function: Callable[..., T], *args: object) -> T:
     """Make a system call in a worker thread. Not abandoned when cancelled: its buffers are in use until it ends."""
     way = _way.get()
     if way is _Way.BLOCKING:
         return function(*args)
-    call = functools.partial(function, *args)
+    call = HostCall(function, *args)
+    call.host = host
     if way is _Way.STEPPED:
         return cast(T, await _give_out(call))
     from qedfuse.offload import offload

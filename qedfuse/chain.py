@@ -19,7 +19,7 @@ from typing import NamedTuple
 import trio
 
 from qedfuse.backing import ANY_BACKING, BackingPolicy, open_backing_file, resolve_backing, shown
-from qedfuse.errors import CorruptError, UnsupportedError
+from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
 from qedfuse.filelock import lock
 from qedfuse.header import HEADER_BYTES, Header, decode_backing_name
 from qedfuse.image import Image
@@ -28,6 +28,7 @@ from qedfuse.probe import FORMATS, PROBE_BYTES, QCOW2, QED, RAW, probe_format
 from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
+from qedfuse.remote_file import isolate
 from qedfuse.storage import FileStorage, Identity, Storage, identity
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.walk import LeadsBackError, Walk
@@ -142,13 +143,17 @@ class _Link(NamedTuple):
 
 
 class Chain:
-    """A chain while it is being opened. `identities`: the files that may not occur (again) further down."""
+    """A chain while it is being opened. `identities`: the files that may not occur (again) further down.
 
-    def __init__(self, share: bool, policy: BackingPolicy) -> None:
+    `isolated`: see `open_image`.
+    """
+
+    def __init__(self, share: bool, policy: BackingPolicy, *, isolated: bool = False) -> None:
         self.links: list[_Link] = []
         self.identities: set[Identity] = set()
         self._share = share
         self._policy = policy
+        self._isolated = isolated
         self._opened: list[FileStorage] = []
 
     @asynccontextmanager
@@ -167,7 +172,11 @@ class Chain:
 
         open_file = partial(_open_entry if in_directory else FileStorage.open, path, writable)
         patience = None if in_directory else math.inf
-        await self.walk(await self._open(open_file, None, format, patience))
+        try:
+            reference = await self._open(open_file, None, format, patience)
+        except NoAnswerError:
+            raise NoAnswerError(path) from None
+        await self.walk(reference)
 
     async def walk(self, reference: Reference | None) -> None:
         """Open what `reference` names, what that names, and so on."""
@@ -176,7 +185,11 @@ class Chain:
             if len(self.links) >= MAX_DEPTH:
                 raise UnsupportedError(image, f"the chain of backing files has more than {MAX_DEPTH} images")
             path = resolve_backing(image, name)
-            reference = await self._open(partial(open_backing_file, image, path, self._policy), image, format)
+            try:
+                reference = await self._open(partial(open_backing_file, image, path, self._policy), image, format)
+            except NoAnswerError as error:
+                message = f"cannot open its backing file {shown(path)}: {error.message}"
+                raise QedfuseError(image, message, error.errno) from None
 
     async def _open(
         self, open_file: Callable[[], FileStorage], image: str | None, format: str | None, patience: float | None = None
@@ -195,6 +208,8 @@ class Chain:
         """Open and lock a file of the chain. Blocks."""
         storage = open_file()
         try:
+            if self._isolated:
+                storage = isolate(storage)
             found = identity(storage.stat())
             if found in self.identities:
                 message = f"its backing file {shown(storage.path)} is part of this chain already (a loop)"

@@ -24,7 +24,9 @@ import pyfuse3
 import trio
 
 from qedfuse.chain import names_are_current
+from qedfuse.closing import Hurry, close_all, flush_all
 from qedfuse.complaints import Complaints
+from qedfuse.connection import BackgroundLimit, abort
 from qedfuse.control_server import ControlServer
 from qedfuse.dirty_limit import become_flusher, fit_options, set_dirty_limit
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
@@ -38,7 +40,9 @@ from qedfuse.mounted import MountedImage
 from qedfuse.mounts import Mount, find_mount, unmount
 from qedfuse.opening import open_image
 from qedfuse.operations import Operations
+from qedfuse.remote_file import waiting
 from qedfuse.rootclock import RootClock
+from qedfuse.threads import NoAnswerError, look
 from qedfuse.tree import Tree
 
 if TYPE_CHECKING:
@@ -46,8 +50,10 @@ if TYPE_CHECKING:
 
 #: Seconds that the kernel has to tell us that it has unmounted us.
 _GRACE = 5.0
-#: Seconds for which images that cannot be written are left to themselves when the mount has ended.
-_PATIENCE = 3.0
+#: Seconds that a request may wait for a remote host before there must be room for more.
+_LONG = 0.5
+#: Seconds that requests have to come to an end when users are not waited for any longer.
+_MOMENT = 2.0
 #: Seconds that an image of a SOURCE directory stays open after its last use.
 LINGER = 0.5
 #: How many hidden images `status` lists.
@@ -93,6 +99,8 @@ class Daemon:
         self._ended = trio.Event()
         self._stopping = False
         self._killed = False
+        self._aborted = False
+        self._hurry = Hurry()
         self._session = False
         self._serving = False
         self._tree = Tree()
@@ -103,8 +111,11 @@ class Daemon:
     async def run(self) -> int:
         """Returns the exit code: 0 if nothing was lost. Raises OSError if it did not come to a usable mount."""
         wanted = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup(1)
+        for number in wanted:  # from the last one served to the end of the process, which may take a moment
+            signal.signal(number, signal.SIG_IGN)
         with trio.open_signal_receiver(*wanted) as signals:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(self._watch, signals, nursery)
                 try:
                     await self._start(nursery)
@@ -112,6 +123,9 @@ class Daemon:
                 finally:
                     with trio.CancelScope(shield=True):
                         error = await self._take_down()
+                    if self._aborted:  # what waits for the host can be neither ended nor waited for
+                        logging.shutdown()
+                        os._exit(EXIT_FAILED)
                     nursery.cancel_scope.cancel()
         return EXIT_OK if error is None else EXIT_FAILED
 
@@ -173,6 +187,7 @@ class Daemon:
             fixed_size=self._options.fixed_size,
             policy=self._options.policy,
             in_directory=in_directory,
+            isolated=True,
         )
 
     async def _mount_tree(self, nursery: trio.Nursery) -> None:
@@ -188,6 +203,7 @@ class Daemon:
         if self._mount is None:
             raise QedfuseError(mountpoint, "mounted, but not to be seen here")
         set_dirty_limit(self._mount.device, self._memory_limit)
+        nursery.start_soon(self._make_room, BackgroundLimit(self._mount.device))
         await self._control.listen(self._mount.device)
         nursery.start_soon(self._control.serve)
         await self._settle(self._operations, self._mount)
@@ -228,6 +244,21 @@ class Daemon:
             self._ended.set()
             self._starting.cancel()
 
+    async def _make_room(self, limit: BackgroundLimit) -> None:
+        """Requests that wait for a remote host take the room of all others in the kernel, so there must be more of it.
+        Not from the start: each has memory of its own here."""
+        if limit.usual is None:
+            return
+        while True:
+            await waiting.some.wait()
+            now = limit.usual
+            while waiting.count:
+                await trio.sleep(_LONG)
+                if limit.usual + waiting.count > now:
+                    now = limit.usual + 4 * waiting.count
+                    limit.set(now)
+            limit.set(limit.usual)
+
     # -- down ---------------------------------------------------------------------------------------------------------
 
     async def _watch(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
@@ -237,6 +268,8 @@ class Daemon:
                 self._starting.cancel()
             elif self._ended.is_set():
                 _log.warning("%s: %s, closing without another try", self._config.mountpoint, name)
+                if self._hurry.killed.is_set():
+                    self._hurry.now.set()
                 self._give_up()
             elif not self._stopping:
                 _log.info("%s: %s, unmounting", self._config.mountpoint, name)
@@ -244,13 +277,32 @@ class Daemon:
                 nursery.start_soon(self._leave)
             else:
                 _log.warning("%s: %s again, stopping at once", self._config.mountpoint, name)
-                self._killed = True
+                if self._killed:
+                    self._hurry.now.set()
+                else:
+                    self._killed = True
+                    pyfuse3.terminate()
+                    nursery.start_soon(self._force)
                 self._give_up()
-                pyfuse3.terminate()
 
     def _give_up(self) -> None:
+        self._hurry.killed.set()
         for node in self._tree.nodes:
             node.mounted.give_up()
+
+    async def _force(self) -> None:
+        """End the mount although requests wait for something that may never come."""
+        with trio.move_on_after(_MOMENT):
+            await self._ended.wait()
+            return
+        assert self._mount is not None
+        _log.error("%s: requests wait for a host that does not answer: they get errors", self._config.mountpoint)
+        self._aborted = True
+        try:
+            await look(partial(abort, self._config.mountpoint, self._mount.device))
+        except OSError as error:
+            _log.error("%s", describe(error, self._config.mountpoint))
+        self._ended.set()
 
     async def _leave(self) -> None:
         """Unmount; if it is in use, go on for those who use it."""
@@ -293,15 +345,17 @@ class Daemon:
                 pyfuse3.terminate()
                 await self._ended.wait()
             await self._try_unmount(lazy=True)
-            pyfuse3.close(unmount=self._mount is None)
+            if not self._aborted:  # else requests refer to it
+                pyfuse3.close(unmount=self._mount is None)
         self._control.stop_listening()
         if self._mount is not None:
             _log.info("%s: unmounted, closing", self._config.mountpoint)
-        await self._close_images()
         problems = ["it was still in use when it was stopped"] if self._killed else []
-        for node in self._tree.nodes:
-            if node.mounted.failure is not None:
-                problems.append(describe(node.mounted.failure, node.mounted.path))
+        images = [node.mounted for node in self._tree.nodes]
+        for image in await close_all(images, self._hurry, self._control.dismiss):
+            self._aborted = True
+            problems.append(f"{describe(NoAnswerError(image.path))}: not closed, and locked until it does")
+        problems += [describe(image.failure, image.path) for image in images if image.failure is not None]
         if self._session:
             # If there were no descriptors left to find it, or no thread.
             await self._try_unmount(lazy=True, serving=False)
@@ -311,40 +365,11 @@ class Daemon:
         await self._control.finish(error)
         return error
 
-    async def _close_images(self) -> None:
-        """All at once: one that cannot be written yet keeps no other one open."""
-        with trio.CancelScope() as telling:
-            async with trio.open_nursery() as outer:
-                outer.start_soon(self._tell_of_unwritten)
-                async with trio.open_nursery() as nursery:
-                    for node in self._tree.nodes:
-                        nursery.start_soon(node.mounted.close)
-                telling.cancel()
-
-    async def _tell_of_unwritten(self) -> None:
-        """`qedfuse umount` does not wait for ever."""
-        while True:
-            await trio.sleep(_PATIENCE)
-            images = [node.mounted for node in self._tree.nodes]
-            problems = [describe(image.unwritten, image.path) for image in images if image.unwritten is not None]
-            if problems:
-                await self._control.dismiss("; ".join(problems))
-
     # -- what it is doing ---------------------------------------------------------------------------------------------
 
     async def flush(self) -> dict[str, Any]:
         """Make durable what was completed, in every open image. "unwritten": what cannot be, but may be later."""
-        problems, unwritten = [], []
-        for node in self._tree.nodes:
-            image = node.mounted.opened
-            try:
-                if image is not None:
-                    await image.flush()
-            except OSError as error:
-                problems.append(describe(error, node.mounted.path))
-                if image is not None and image.failed is None:
-                    unwritten.append(problems[-1])
-                _log.error("%s", problems[-1])
+        problems, unwritten = await flush_all([node.mounted for node in self._tree.nodes], self._nursery)
         return {"error": "; ".join(problems) or None, "unwritten": "; ".join(unwritten) or None}
 
     async def status(self) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class _Attached:
         return self._layer(image, below, top=True)
 
     def _layer(self, layer: Layer, below: native.Layer | None, top: bool = False) -> native.Layer:
-        fd = layer.storage.fileno() if isinstance(layer.storage, FileStorage) else -1
+        fd = layer.storage.fileno() if isinstance(layer.storage, FileStorage) and layer.storage.local else -1
         if isinstance(layer, RawLayer):
             return native.Layer(fd, layer.size)
         if not isinstance(layer, Image):

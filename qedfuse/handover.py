@@ -65,8 +65,8 @@ class HandOver:
         self._enter, self._leave = in_python
         self._complaints = Complaints()
         self._last = LastExtent()
-        # Threads of their own: what they wait for may need one of trio's.
-        self._write_backs = trio.CapacityLimiter(8)
+        # Threads of their own, by inode: what they wait for may need one of trio's, and may never come.
+        self._write_backs: dict[int, trio.CapacityLimiter] = {}
 
     def answer(
         self, fd: int, opcode: int, unique: int, node: int, fh: int, offset: int, length: int, mode: int
@@ -230,11 +230,15 @@ class HandOver:
         nobody serves them any more, a cancellation does not wait."""
         data = _INVAL_INODE_OUT.pack(node, offset, length)
         message = _OUT_HEADER.pack(_OUT_HEADER.size + len(data), _NOTIFY_INVAL_INODE, 0) + data
+        limiter = self._write_backs.setdefault(node, trio.CapacityLimiter(1))
         try:
-            await trio.to_thread.run_sync(os.write, fd, message, abandon_on_cancel=True, limiter=self._write_backs)
+            await trio.to_thread.run_sync(os.write, fd, message, abandon_on_cancel=True, limiter=limiter)
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel has forgotten the file: it has nothing
                 raise
+        finally:
+            if not limiter.borrowed_tokens:
+                self._write_backs.pop(node, None)
 
 
 def _advance(stepper: Stepper, worker: Worker) -> None:

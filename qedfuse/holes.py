@@ -109,7 +109,7 @@ async def _check_space(image: Image, offset: int, size: int) -> None:
         return
     room = await image.measure_room()
     if room is None:
-        host = os.fstatvfs(image.storage.fileno())
+        host = await image.storage.statvfs()
         room = host.f_bavail * host.f_frsize
     missing = max(0, offset + size - max(offset, image.size))
     end = min(offset + size, image.size)

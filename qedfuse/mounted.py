@@ -23,16 +23,21 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from errno import EACCES, EPERM, EROFS
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import trio
 
 from qedfuse.errors import QedfuseError, describe
 from qedfuse.image import Image
+from qedfuse.layer import Layer
 from qedfuse.opening import make_writable
 from qedfuse.pagecache import TICK, CachedPages
 from qedfuse.peek import FileKey, FileMark, key_of, mark_of
 from qedfuse.storage import FileStorage
+from qedfuse.threads import look
+
+T = TypeVar("T")
 
 #: path -> an image that is open for reading
 Opener = Callable[[str], AbstractAsyncContextManager[Image]]
@@ -51,10 +56,10 @@ class MountedImage:
 
     `read_only`: never opened for writing. `is_current`: whether the names of an open image's backing files still lead
     to what is open. `path`: where it is opened; may be changed, for a file that was renamed. `opened`: the image while
-    it is open. `failure`: why the last close failed. `unwritten`: why it cannot be closed yet. `mtime_ns`: the time of
-    change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`, `size` and `closed_at`: the
-    file's state after it was last changed by us, the image's size (bytes), and when that was (`time.monotonic`).
-    `cached`: what the kernel may have cached of it.
+    it is open. `local`: it is, and none of its files' hosts can fail to answer. `failure`: why the last close failed.
+    `unwritten`: why it cannot be closed yet. `mtime_ns`: the time of change that the kernel wants the file to have;
+    closing keeps it (nanoseconds). `mark`, `size` and `closed_at`: the file's state after it was last changed by us,
+    the image's size (bytes), and when that was (`time.monotonic`). `cached`: what the kernel may have cached of it.
     """
 
     __slots__ = (
@@ -79,6 +84,7 @@ class MountedImage:
         "cached",
         "closed_at",
         "failure",
+        "local",
         "mark",
         "mtime_ns",
         "opened",
@@ -127,6 +133,12 @@ class MountedImage:
         self._stop = trio.Event()
         self._wake = trio.Event()
         self._given_up = False
+        self.local = False
+
+    @property
+    def open(self) -> bool:
+        """Whether it is open, or on its way there or back."""
+        return self._keeping
 
     @property
     def users(self) -> int:
@@ -236,6 +248,7 @@ class MountedImage:
 
     async def _keep(self, task_status: Any) -> None:
         self._keeping = True
+        self.local = False
         self._closed = trio.Event()
         self._idle = trio.Event()
         self._hurry = trio.Event()
@@ -249,6 +262,7 @@ class MountedImage:
                 self.cached.note_open(image)
                 self.opened = image
                 self.size = image.size
+                self.local = _is_local(image)
                 task_status.started()
                 await self._wait_until_dispensable(image)
                 closing = True
@@ -334,16 +348,25 @@ class MountedImage:
         """Remember how we left the file. The descriptor still holds the image's lock: nobody else has changed it, and
         nobody does until that would show."""
         try:
-            status = os.fstat(fd)
-            if self.mtime_ns is not None and self.mtime_ns != status.st_mtime_ns:
-                os.utime(fd, ns=(status.st_atime_ns, self.mtime_ns))
-                status = os.fstat(fd)
+            status = await self._call(partial(self._set_times, fd))
             await trio.sleep(min(max(0, status.st_ctime_ns + TICK - time.time_ns()), TICK) / 1e9)
             self.note_state(status)
         except OSError as error:
             _log.warning("%s", describe(error, self.path))
         finally:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                await self._call(partial(os.close, fd))
+
+    def _set_times(self, fd: int) -> os.stat_result:
+        status = os.fstat(fd)
+        if self.mtime_ns is not None and self.mtime_ns != status.st_mtime_ns:
+            os.utime(fd, ns=(status.st_atime_ns, self.mtime_ns))
+            status = os.fstat(fd)
+        return status
+
+    async def _call(self, call: Callable[[], T]) -> T:
+        """On the spot, unless the host may not answer."""
+        return call() if self.local else await look(call)
 
     def note_state(self, status: os.stat_result) -> None:
         """The image's file is in a state to which we have brought it."""
@@ -366,3 +389,11 @@ class MountedImage:
     def key(self) -> FileKey | None:
         """Which file is open."""
         return key_of(self.opened.storage.stat()) if self.opened else None
+
+
+def _is_local(layer: Layer | None) -> bool:
+    while layer is not None:
+        if isinstance(layer.storage, FileStorage) and not layer.storage.local:
+            return False
+        layer = layer.backing
+    return True

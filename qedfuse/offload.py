@@ -4,6 +4,9 @@ trio's way to a thread and back costs 140 µs, and an fdatasync of a fast disk h
 one call at a time, and the loop waits for it, on the spot, for as long as a fast disk may take: 40 µs instead. With the
 fast path there is another one, for fdatasync alone, which does not need the GIL.
 
+A server that does not answer keeps the threads that wait for it, perhaps for ever. So each file system has a number of
+trio's threads of its own, and where there is a server, no other thread is used.
+
 The loop waits for no longer than `PATIENCE_MS`, and not when a request of the kernel arrives (`watch`): it is never
 away for longer than for a burst of the fast path. A call that takes longer, or comes while these are busy, costs what
 it costs with trio.
@@ -24,12 +27,17 @@ from typing import Protocol, TypeVar, cast
 
 import trio
 
+from qedfuse.hosts import HostCall
+
 T = TypeVar("T")
 
 Call = Callable[[], object]
 
 #: How long the loop waits on the spot.
 PATIENCE_MS = 1
+
+#: Threads of trio's that may wait for one file system.
+_THREADS = 40
 
 
 class Worker(ABC):
@@ -203,12 +211,32 @@ def in_background(call: Call) -> None:
 
 def idle_worker(call: Call) -> Worker | None:
     """A worker for the call, claimed: it must attempt and finish it."""
+    if isinstance(call, HostCall) and not call.host.local:
+        return None
     if _offload.thread is None:
         _offload.make()
     workers = [_offload.thread]
     if isinstance(call, partial) and call.func is os.fdatasync:
         workers.insert(0, _offload.sync_thread)
     return next((worker for worker in workers if worker is not None and worker.claim()), None)
+
+
+#: By device; each event loop has its own.
+_limiters: trio.lowlevel.RunVar[dict[int, trio.CapacityLimiter]] = trio.lowlevel.RunVar("_limiters")
+
+
+def _limiter(call: Call) -> trio.CapacityLimiter | None:
+    if not isinstance(call, HostCall):
+        return None
+    try:
+        limiters = _limiters.get()
+    except LookupError:
+        limiters = {}
+        _limiters.set(limiters)
+    limiter = limiters.get(call.host.device)
+    if limiter is None:
+        limiter = limiters[call.host.device] = trio.CapacityLimiter(_THREADS)
+    return limiter
 
 
 @trio.lowlevel.enable_ki_protection
@@ -235,7 +263,7 @@ async def offload(call: Callable[[], T]) -> T:
                 raise interrupt
     with trio.CancelScope(shield=True):
         try:
-            return await trio.to_thread.run_sync(call)
+            return await trio.to_thread.run_sync(call, limiter=_limiter(call))
         except RuntimeError:  # no thread to be had (a system call raises none): late is better than not at all
             return call()
     raise AssertionError("a shielded scope lets no cancellation end it")

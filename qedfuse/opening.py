@@ -19,9 +19,10 @@ from qedfuse.header import FEATURE_NEED_CHECK, Header
 from qedfuse.image import Image
 from qedfuse.offload import to_its_end
 from qedfuse.probe import QED, probe_format
+from qedfuse.remote_file import RemoteFile, isolate
 from qedfuse.repair import write_header
 from qedfuse.storage import FileStorage, Storage
-from qedfuse.threads import look
+from qedfuse.threads import enter, look
 
 __all__ = [
     "BackingPolicy",
@@ -46,6 +47,7 @@ async def open_image(
     share: bool = False,
     policy: BackingPolicy = ANY_BACKING,
     in_directory: bool = False,
+    isolated: bool = False,
 ) -> AsyncIterator[Image]:
     """A QED image with its backing chain, locked, checked if it was not closed cleanly, and committed on a timer.
 
@@ -53,8 +55,10 @@ async def open_image(
 
     `read_only` writes nothing, not even to an unclean image, and is never chosen for the caller: a file that cannot be
     opened for writing raises the host's EACCES, EPERM or EROFS. `share` takes and honours no locks; only with
-    `read_only`, for a look at an image in use. `fixed_size` as in `Image`. `in_directory`: only the directory of `path`
-    can be trusted; its last name was found there, may be a symbolic link, and is followed as a backing file's name is.
+    `read_only`, for a look at an image in use. `fixed_size` as in `Image`. `in_directory`: only the directory of
+    `path` can be trusted; its last name was found there, may be a symbolic link, and is followed as a backing file's
+    name is. `isolated`: this process has other tasks, which must go on when a server that has one of the files does not
+    answer.
 
     On leaving, the image is flushed and closed, also when the block fails or is cancelled. If closing fails, its error
     is raised, unless the block has failed, in which case it goes to the log; what was not flushed before may be lost
@@ -63,7 +67,7 @@ async def open_image(
     Raises OSError: QedfuseError with a plain message (not QED, in use, corrupt, backing file missing or refused), or
     the host's errors.
     """
-    image = await _open(os.fspath(path), read_only, fixed_size, share, policy, in_directory)
+    image = await _open(os.fspath(path), read_only, fixed_size, share, policy, in_directory, isolated)
     background = _Background(image)  # no nursery: this may be in a generator, whose block is left anywhere
     trio.lowlevel.spawn_system_task(background.run)
     try:
@@ -105,11 +109,11 @@ class _Background:
 
 
 async def _open(
-    path: str, read_only: bool, fixed_size: bool, share: bool, policy: BackingPolicy, in_directory: bool
+    path: str, read_only: bool, fixed_size: bool, share: bool, policy: BackingPolicy, in_directory: bool, isolated: bool
 ) -> Image:
     if share and not read_only:
         raise UsageError(path, "without locks (-U) an image can only be opened read-only")
-    chain = Chain(share, policy)
+    chain = Chain(share, policy, isolated=isolated)
     async with chain.closed_on_error():
         await chain.open_top(path, QED, writable=not read_only, in_directory=in_directory)
         storage, header = chain.links[0]
@@ -141,10 +145,11 @@ async def make_writable(image: Image) -> None:
             await write_header(storage, header)
         await image.begin_writing(header, partial(readers.become, storage))
     except BaseException:
-        with suppress(OSError):
-            drop_writers_locks(readers.fileno())
-        with trio.CancelScope(shield=True), suppress(OSError):
-            await storage.close()
+        with trio.CancelScope(shield=True):
+            with suppress(OSError):
+                await look(partial(drop_writers_locks, readers.fileno()))
+            with suppress(OSError):
+                await storage.close()
         raise
 
 
@@ -155,18 +160,20 @@ def _kind_of(header: Header) -> Header:
 
 def _claim(readers: FileStorage) -> FileStorage:
     """A second opening of a file, with a writer's locks. Blocks."""
+    if isinstance(readers, RemoteFile):
+        enter(readers.mount)
     add_writers_locks(readers.fileno(), readers.path)
     try:
         storage = FileStorage.open(readers.path, True, pin=readers.fileno())
         try:
             share_writers_locks(storage.fileno())
+            return storage if readers.local else isolate(storage)
         except BaseException:
             _drop(storage)
             raise
     except BaseException:
         drop_writers_locks(readers.fileno())
         raise
-    return storage
 
 
 def _drop(storage: FileStorage) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
 import pyfuse3
@@ -22,11 +23,13 @@ from qedfuse.changes import change_owner, change_times
 from qedfuse.complaints import Complaints, Unopened
 from qedfuse.geometry import DEFAULT_CLUSTER_SIZE
 from qedfuse.image import Image
+from qedfuse.layer import Layer
 from qedfuse.mount_options import MountOptions
 from qedfuse.peek import Peek
 from qedfuse.replaced import check_not_replaced
 from qedfuse.rootclock import RootClock
 from qedfuse.storage import FileStorage
+from qedfuse.threads import look
 from qedfuse.tree import ROOT, Entry, Node, Tree
 
 if TYPE_CHECKING:
@@ -174,6 +177,7 @@ class Operations(pyfuse3.Operations):
                 raise FUSEError(errno.EROFS)
             if flags & os.O_TRUNC:  # ours to do: libfuse asks the kernel for that (FUSE_ATOMIC_O_TRUNC)
                 await image.resize(0)
+            await _refresh(image)
         except BaseException:
             node.mounted.release()
             raise
@@ -213,8 +217,12 @@ class Operations(pyfuse3.Operations):
             if fields.update_size:
                 await image.resize(attr.st_size)
             if not self.settling:
-                self._change_file(node, image, attr, fields, ctx)
-            return self._entry(node.id, self._attributes(node, None))
+                change = partial(self._change_file, node, image, attr, fields, ctx)
+                if cast(FileStorage, image.storage).local:
+                    change()
+                else:
+                    await look(change)
+            return self._entry(node.id, await self._fresh_attributes(node, None))
         finally:
             node.mounted.release()
 
@@ -243,7 +251,7 @@ class Operations(pyfuse3.Operations):
             return self._entry(ROOT, directory_attributes(self._host, self._options))
         node = self._tree.node(inode)
         peek = None if node.mounted.opened else await self._tree.look(node)
-        return self._entry(inode, self._attributes(node, peek))
+        return self._entry(inode, await self._fresh_attributes(node, peek))
 
     @_translated
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -260,7 +268,7 @@ class Operations(pyfuse3.Operations):
         if found is None:
             raise FUSEError(errno.ENOENT)
         found.node.lookups += 1
-        return self._entry(found.node.id, self._attributes(found.node, found.peek))
+        return self._entry(found.node.id, await self._fresh_attributes(found.node, found.peek))
 
     async def forget(self, inode_list: Any) -> None:
         for inode, lookups in inode_list:
@@ -305,10 +313,7 @@ class Operations(pyfuse3.Operations):
         the loop driver takes its discard granularity from it. In a directory it is the largest one, a multiple of the
         others."""
         images = [node.mounted.opened for node in self._tree.nodes if node.mounted.opened]
-        if images:
-            host = os.fstatvfs(cast(FileStorage, images[0].storage).fileno())
-        else:
-            host = await trio.to_thread.run_sync(os.statvfs, self._tree.directories[0])
+        host = await self._host_space([cast(FileStorage, image.storage) for image in images])
         result = StatvfsData()
         result.f_bsize = max((image.geometry.cluster_size for image in images), default=DEFAULT_CLUSTER_SIZE)
         result.f_frsize = host.f_frsize
@@ -321,6 +326,11 @@ class Operations(pyfuse3.Operations):
         result.f_files, result.f_ffree, result.f_favail = len(self._tree.nodes), 0, 0
         result.f_namemax = host.f_namemax
         return result
+
+    async def _host_space(self, files: list[FileStorage]) -> os.statvfs_result:
+        """Of the file system that has the images; rather of a local one, which answers."""
+        files.sort(key=lambda file: not file.local)
+        return await (files[0].statvfs() if files else self._tree.statvfs())
 
     # -- small parts --------------------------------------------------------------------------------------------------
 
@@ -335,6 +345,10 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(code) from None
         self.unopened.forget(node.mounted.path)
         return image
+
+    async def _fresh_attributes(self, node: Node, peek: Peek | None) -> Attributes:
+        await _refresh(node.mounted.opened)
+        return self._attributes(node, peek)
 
     def _attributes(self, node: Node, peek: Peek | None) -> Attributes:
         """Of an open image what is true now, of another what a look has found."""
@@ -371,3 +385,10 @@ class Operations(pyfuse3.Operations):
     def _take_handle(self) -> int:
         self._next_handle += 1
         return self._next_handle
+
+
+async def _refresh(layer: Layer | None) -> None:
+    """Have the files of a chain tell what they are like now."""
+    while layer is not None:
+        await cast(FileStorage, layer.storage).refresh()
+        layer = layer.backing

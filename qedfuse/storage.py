@@ -22,6 +22,7 @@ from typing import Protocol, TypeVar
 from qedfuse.blocking import in_background, in_thread
 from qedfuse.errors import QedfuseError
 from qedfuse.geometry import round_down, round_up
+from qedfuse.hosts import Host
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -120,13 +121,20 @@ def held_bytes(storage: Storage) -> int:
 
 
 class FileStorage:
-    """A regular file or a block device of the host. See `Storage`."""
+    """A regular file or a block device of the host. See `Storage`.
+
+    `local`: calls that do not wait for a disk are made on the spot.
+    """
+
+    local = True
 
     def __init__(self, path: str, fd: int, writable: bool) -> None:
         self.path = path
         self.writable = writable
-        self.fixed = stat.S_ISBLK(os.fstat(fd).st_mode)
+        status = os.fstat(fd)
+        self.fixed = stat.S_ISBLK(status.st_mode)
         self._fd = fd
+        self._host = Host(status.st_rdev if self.fixed else status.st_dev, self.local)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], writable: bool, *, pin: int | None = None) -> FileStorage:
@@ -228,7 +236,10 @@ class FileStorage:
     async def truncate(self, size: int) -> None:
         if size > _MAX_SIZE:  # more than off_t holds: no OSError by itself
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
-        await self._in_thread(os.ftruncate, self._fd, size)
+        await self._in_thread(self._truncate, size)
+
+    def _truncate(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
 
     async def punch(self, offset: int, size: int) -> None:
         await self._in_thread(self._punch, offset, size)
@@ -266,7 +277,7 @@ class FileStorage:
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         try:
-            return await in_thread(function, *args)
+            return await in_thread(self._host, function, *args)
         except OSError as error:
             raise self._named(error) from None
 
@@ -281,6 +292,13 @@ class FileStorage:
 
     def stat(self) -> os.stat_result:
         return os.fstat(self._fd)
+
+    async def refresh(self) -> None:
+        """Have `stat` and `size` tell what is true now."""
+
+    async def statvfs(self) -> os.statvfs_result:
+        """The space of the file system."""
+        return os.fstatvfs(self._fd)
 
     def next_data(self, offset: int) -> int | None:
         if self.fixed:

@@ -20,6 +20,8 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
+from qedfuse.errors import QedfuseError
+
 T = TypeVar("T")
 
 #: Seconds that a look may take. A disk that spins up, and a network mount that is made on demand, need some.
@@ -28,20 +30,22 @@ PATIENCE = 30.0
 #: Seconds for which one waits that is cancelled.
 _MOMENT = 1.0
 
-#: Looks at a time.
-_slots = trio.CapacityLimiter(512)
-_no_limit = trio.CapacityLimiter(math.inf)
+#: Looks at a time, in one event loop.
+_MOST = 512
+_slots: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("_slots")
 
 _lock = threading.Lock()
 #: Places, and how many threads were left behind there.
 _stuck: Counter[Hashable] = Counter()
 
 
-class NoAnswerError(OSError):
+class NoAnswerError(QedfuseError):
     """A look was given up, or not begun, as the host does not answer there."""
 
-    def __init__(self) -> None:
-        super().__init__(errno.ETIMEDOUT, "the host file system does not answer")
+    default_errno = errno.ETIMEDOUT
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__(path, "the host file system does not answer")
 
 
 class _Look(Generic[T]):
@@ -65,10 +69,12 @@ class _Look(Generic[T]):
         self._begun = True
         _current.set(self)
         try:
-            self._result.append(self._call())
+            result = self._call()
         except BaseException as error:
             self._error = error
         with _lock:
+            if self._error is None:
+                self._result.append(result)
             if self._stuck_in is not None:
                 _stuck[self._stuck_in] -= 1
                 if not _stuck[self._stuck_in]:
@@ -112,6 +118,14 @@ def enter(place: Hashable) -> None:
         current.place = place
 
 
+def _slots_of_loop() -> trio.CapacityLimiter:
+    try:
+        return _slots.get()
+    except LookupError:
+        _slots.set(trio.CapacityLimiter(_MOST))
+        return _slots.get()
+
+
 async def look(
     call: Callable[[], T], *, discard: Callable[[T], None] = lambda _: None, patience: float | None = None
 ) -> T:
@@ -125,9 +139,11 @@ async def look(
     done = False
     try:
         with trio.move_on_after(PATIENCE if patience is None else patience) as limit:
-            async with _slots:
+            async with _slots_of_loop():
                 try:
-                    await trio.to_thread.run_sync(task.run, abandon_on_cancel=True, limiter=_no_limit)
+                    await trio.to_thread.run_sync(
+                        task.run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(math.inf)
+                    )
                 except RuntimeError:
                     raise OSError(errno.EAGAIN, "no thread to be had") from None
             done = True

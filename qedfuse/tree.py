@@ -147,9 +147,9 @@ class Tree:
             try:
                 found = await look(partial(self._find, directory, os.fsdecode(name)))
             except NoAnswerError as error:
-                self._note_missing(directory, str(error.strerror))
+                self._note_missing(directory, error.message)
                 if name in seen:
-                    raise
+                    raise NoAnswerError(directory) from None
                 continue
             if found:
                 seen.add(name)
@@ -199,7 +199,7 @@ class Tree:
         try:
             listings[directory] = await look(partial(self._scan, directory))
         except NoAnswerError as error:
-            self._note_missing(directory, str(error.strerror))
+            self._note_missing(directory, error.message)
             listings[directory] = None
 
     async def look(self, node: Node) -> Peek:
@@ -209,6 +209,16 @@ class Tree:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         node.may_write = peek.writable
         return peek
+
+    async def statvfs(self) -> os.statvfs_result:
+        """The space of the file system with the first directory that answers."""
+        error: OSError = NoAnswerError()
+        for directory in self.directories:
+            try:
+                return await look(partial(_statvfs, directory))
+            except OSError as problem:
+                error = problem
+        raise error
 
     async def acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
         """A node's open image; to be released with `node.mounted.release()`.
@@ -341,6 +351,12 @@ class Tree:
     def _take_id(self) -> int:
         self._next_id += 1
         return self._next_id - 1
+
+
+def _statvfs(directory: str) -> os.statvfs_result:
+    with Walk() as walk:
+        walk.start(directory)
+        return os.statvfs(walk.fd)
 
 
 def _list(directory: Walk) -> list[str]:

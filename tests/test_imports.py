@@ -14,15 +14,17 @@ PACKAGE = Path(__file__).parent.parent / "qedfuse"
 
 #: A module may import what stands on an earlier line; modules of one line know nothing of each other.
 ORDER = """
-    errors geometry rangelock offload blocks limits
+    errors geometry rangelock hosts blocks limits
+    offload
     blocking
     header allocator pages complaints launch logs mounts memory_limit
-    mount_table threads
+    mount_table threads connection
     rendezvous
     walk
     qcow2_header
     probe peek
     storage filelock
+    remote_file
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
     qcow2 tables attributes changes reserve qcow2_refcounts dirty_limit
@@ -35,7 +37,7 @@ ORDER = """
     tree
     fastpath library
     operations control kernel_mount output
-    control_server target
+    control_server target closing
     daemon convert
     cli
     cli.params cli.progress

@@ -70,14 +70,15 @@ def new_namespace() -> tuple[str, ...]:
 
 
 @contextmanager
-def mounted(*words: Name, foreground: bool = False) -> Iterator[Mounted]:
-    """`qedfuse mount WORDS...`, unmounted in the end. Options may stand anywhere."""
+def mounted(*words: Name, foreground: bool = False, module: str = "qedfuse") -> Iterator[Mounted]:
+    """`qedfuse mount WORDS...`, unmounted in the end. Options may stand anywhere. `module`: what is run instead, in the
+    foreground."""
     need_fuse()
     point = Path(_positional(words)[-1])
     log = point.parent / f"{point.name}.log"
     arguments = ["mount", *EXTRA_OPTIONS, "--log-file", str(log), *map(str, words)]
     if foreground:
-        with _foreground(arguments, point, log) as mount:
+        with _foreground(module, arguments, point, log) as mount:
             yield mount
         return
     done = qedfuse(*arguments)
@@ -101,8 +102,8 @@ def _positional(words: tuple[Name, ...]) -> list[str]:
 
 
 @contextmanager
-def _foreground(arguments: list[str], point: Path, log: Path) -> Iterator[Mounted]:
-    command = [sys.executable, "-m", "qedfuse", arguments[0], "-f", *arguments[1:]]
+def _foreground(module: str, arguments: list[str], point: Path, log: Path) -> Iterator[Mounted]:
+    command = [sys.executable, "-m", module, arguments[0], "-f", *arguments[1:]]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
         try:
             with _cleaned_up(point):
