@@ -380,6 +380,7 @@ class Daemon:
             "mountpoint": self._config.mountpoint,
             "sources": list(self._config.sources),
             "read-only": self._options.read_only,
+            "direct-io": self._options.direct_io,
             "fastpath": self._fastpath is not None and self._fastpath.answers,
             "fastpath-counters": self._fastpath.counters if self._fastpath else {},
             "images": [node.mounted.status() for node in self._tree.nodes if node.mounted.opened],

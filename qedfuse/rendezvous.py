@@ -132,7 +132,9 @@ def _fixed_places(owner: int) -> Iterator[str]:
     yield os.path.join(_USERS, str(owner), _NAME)
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if owner == os.geteuid() and os.path.isabs(runtime):
-        yield os.path.join(runtime, _NAME)
+        with suppress(OSError):  # su(1) may have left another user's
+            if os.stat(runtime).st_uid == owner:
+                yield os.path.join(runtime, _NAME)
 
 
 def _places(owner: int) -> Iterator[str]:

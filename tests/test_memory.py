@@ -78,6 +78,7 @@ def test_writing_in_a_small_memory_cgroup_finishes(
         finally:
             writer.kill()
         assert writer.returncode == 0, (complaints, log.read_text())
+        assert ("direct I/O" in qedfuse("status", point).out) is not capable
         assert qedfuse("umount", point) == Result(0, "", "")
         assert "WARNING" not in log.read_text() or not capable
     qemu_img("compare", "-f", "raw", "-F", "qed", source, image)

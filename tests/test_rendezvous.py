@@ -90,6 +90,20 @@ def test_without_run_it_is_in_tmp(places: Path) -> None:
         assert reachable()
 
 
+def test_the_directory_of_ones_session(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = places / "session"
+    session.mkdir()
+    (places / "run").rmdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(session))
+    with listening() as (_listener, address):
+        assert address.path == str(session / "qedfuse" / file_name(DEVICE))
+        assert reachable()
+    if os.geteuid() == 0:
+        os.chown(session, NOBODY, NOBODY)
+        with listening() as (_listener, address):
+            assert Path(address.path).parent.parent == places / "tmp"
+
+
 def test_a_stranger_cannot_take_the_place_in_tmp(places: Path) -> None:
     need_root()
     (places / "run").rmdir()

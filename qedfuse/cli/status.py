@@ -27,7 +27,8 @@ def _describe(answer: dict[str, Any]) -> str:
     requests = ", ".join(f"{count} {name}" for name, count in answer["requests"].items())
     lines = [
         f"mountpoint: {printable(answer['mountpoint'])}{' (read-only)' if answer['read-only'] else ''}",
-        f"daemon: pid {answer['pid']}, fast path {'on' if answer['fastpath'] else 'off'}",
+        f"daemon: pid {answer['pid']}, fast path {'on' if answer['fastpath'] else 'off'}"
+        f"{', direct I/O' if answer.get('direct-io') else ''}",
         *(f"source: {printable(source)}" for source in answer["sources"]),
         f"requests: {requests}",
     ]
