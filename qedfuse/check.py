@@ -3,8 +3,9 @@
 What is found, and how it counts (QEMU 7.2, `qemu-img check`, is the reference):
 
 - corruptions: an L1 or L2 entry that is not cluster-aligned, lies in the header or not wholly inside the file (the
-  file's size rounded down to clusters); each cluster that is referenced again after a first reference, by whatever
-  table. A table that overlaps something is not followed. L1 entries have no value 1; an L2 entry 1 reads as zeroes.
+  file's size in whole sectors, rounded down to clusters); each cluster that is referenced again after a first
+  reference, by whatever table. A table that overlaps something is not followed. L1 entries have no value 1; an L2 entry
+  1 reads as zeroes.
 - leaks: clusters that no table refers to and that hold data, and those that only entries past the image's end refer to.
 - NEED_CHECK left over and unknown autoclear bits are no faults by themselves.
 
@@ -30,7 +31,7 @@ from qedfuse.clustermap import ClusterMap, Marks
 from qedfuse.errors import QedfuseError, ReadOnlyError, describe
 from qedfuse.geometry import ENTRY_SIZE
 from qedfuse.header import FEATURE_NEED_CHECK, Header
-from qedfuse.repair import Progress, leaked_runs, release, repair_tables, write_header
+from qedfuse.repair import Progress, extend, leaked_runs, release, repair_tables, write_header
 from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
 from qedfuse.storage import Storage
 
@@ -38,11 +39,15 @@ MAX_PROBLEMS = 100
 
 
 class Repair(Enum):
-    """What check_image may change: nothing, give leaked clusters back, or everything."""
+    """What check_image may change: nothing, give leaked clusters back, or everything.
+
+    CRASH is for `recovery.py`: everything, but a table or cluster that is cut off keeps what the file has of it.
+    """
 
     NONE = "none"
     LEAKS = "leaks"
     ALL = "all"
+    CRASH = "crash"
 
 
 @dataclass
@@ -55,7 +60,8 @@ class CheckResult:
     read; leaks are not counted then, and nothing is repaired.
 
     `problems` are the first lines of all `problem_count`, found before a repair. `past_end_clusters` (also in `leaks`)
-    are allocated past the image's end. `header` is the header that is in the file.
+    are allocated past the image's end. `cut_end`: up to where the file (bytes) would have to reach for the tables and
+    clusters that begin inside and end behind it; 0 if there are none. `header` is the header that is in the file.
     """
 
     filename: str
@@ -72,6 +78,7 @@ class CheckResult:
     past_end_clusters: int = 0
     punched_clusters: int = 0
     overlaps: int = 0
+    cut_end: int = 0
     problems: list[str] = field(default_factory=list)
     problem_count: int = 0
 
@@ -135,19 +142,24 @@ async def check_image(
         return result
     has_unused_end = not storage.fixed and used.end_of_marked() < used.clusters
     if result.corruptions or result.leaks or header.needs_check or has_unused_end:
-        return await _repair(storage, result, used, progress)
+        return await _repair(storage, result, used, progress, crash=repair is Repair.CRASH)
     return result
 
 
-async def _repair(storage: Storage, found: CheckResult, used: ClusterMap, progress: Progress | None) -> CheckResult:
+async def _repair(
+    storage: Storage, found: CheckResult, used: ClusterMap, progress: Progress | None, *, crash: bool
+) -> CheckResult:
     """The steps of the rulebook in `repair.py`. `found` and `used` are from the scan before."""
     header = found.header
     if header != header.with_known_autoclear():
         header = header.with_known_autoclear()
         await write_header(storage, header)
     result = replace(found, header=header)
-    if found.corruptions or found.past_end_clusters:
-        await repair_tables(storage, header, overlaps=found.overlaps > 0, progress=progress)
+    if crash and found.cut_end:
+        await extend(storage, found.cut_end)
+        result, used = await _scan(storage, header, progress)
+    if result.corruptions or result.past_end_clusters:
+        await repair_tables(storage, header, overlaps=result.overlaps > 0, progress=progress)
         result, used = await _scan(storage, header, progress)
         result.problems = (result.problems + found.problems)[:MAX_PROBLEMS]  # first what is still wrong
         result.problem_count += found.problem_count
@@ -177,7 +189,9 @@ async def _scan(storage: Storage, header: Header, progress: Progress | None) -> 
     async for index, offset in L1Entries(storage, header, breathe):
         if not bounds.holds(offset, geometry.table_bytes):
             result.corruptions += 1
-            result.note(f"l1 entry {index}: {offset:#x} {bounds.fault(offset)}")
+            result.note(f"l1 entry {index}: {offset:#x} {bounds.fault(offset, geometry.table_bytes)}")
+            if bounds.cuts(offset, geometry.table_bytes):
+                result.cut_end = max(result.cut_end, offset + geometry.table_bytes)
         elif again := used.mark(offset // header.cluster_size, header.table_size):
             result.overlaps += again
             result.corruptions += again
@@ -237,12 +251,15 @@ def _split(chunk: bytearray, position: int, inside: int) -> list[tuple[bytearray
 
 def _note_entries(result: CheckResult, bounds: Bounds, chunk: bytearray, first: int, marks: Marks) -> None:
     entries = unpack_entries(chunk)
+    size = bounds.header.cluster_size
+    if bounds.end < bounds.size and any(entries[position] == bounds.end for position in marks.invalid):
+        result.cut_end = max(result.cut_end, bounds.end + size)
     for position in sorted(marks.invalid + marks.again):
         if result.problem_count < MAX_PROBLEMS:
             cluster = entries[position]
-            valid = bounds.holds(cluster, bounds.header.cluster_size)
-            fault = "is used more than once" if valid else bounds.fault(cluster)
-            guest = (first + position) * bounds.header.cluster_size
+            valid = bounds.holds(cluster, size)
+            fault = "is used more than once" if valid else bounds.fault(cluster, size)
+            guest = (first + position) * size
             result.note(f"l2 entry for guest offset {guest:#x}: cluster {cluster:#x} {fault}")
         else:
             result.problem_count += 1
@@ -255,7 +272,8 @@ async def _count_leaks(storage: Storage, result: CheckResult, used: ClusterMap) 
         leaked += end - first
         await breathe()
     result.leaks = leaked + result.past_end_clusters
-    clusters = min(used.clusters, storage.size() // result.header.cluster_size)  # a repair shortens the file
+    end = Bounds.of(result.header, storage.size()).end  # a repair shortens the file
+    clusters = min(used.clusters, end // result.header.cluster_size)
     if storage.fixed:
         clusters = used.end_of_marked()
     result.punched_clusters = clusters - result.header.header_size - used.marked - leaked

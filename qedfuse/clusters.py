@@ -156,8 +156,10 @@ class ClusterWriter:
                     self._release(start, length)
         self._release(offset, size)
 
-    async def clear_tail(self, image_end: int) -> None:
-        """Make the rest of the image's last cluster, past its end, read as zeroes should the image grow."""
+    async def clear_tail(self, image_end: int, *, growing: bool) -> None:
+        """Make the rest of the image's last cluster, past its end, read as zeroes: what it holds goes, and if the image
+        is `growing`, what the backing file has there does not show. (QEMU grows no image that is shorter than its
+        backing file.)"""
         skip = image_end & self._mask
         if not skip:
             return
@@ -165,8 +167,8 @@ class ClusterWriter:
         kind, _length, host = (await self._tables.map(image_end, rest))[0]
         if kind is Kind.DATA:
             await self._zero_data(host, rest)
-        elif kind is Kind.UNALLOCATED and self._below(image_end, rest):
-            # The backing file would show: give the cluster data of its own, up to the image's end.
+        elif growing and kind is Kind.UNALLOCATED and self._below(image_end, rest):
+            # Give the cluster data of its own, up to the image's end.
             data = await read_layer(self._backing, image_end - skip, skip)
             host, room = await self._allocate(1)
             try:

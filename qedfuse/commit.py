@@ -42,7 +42,10 @@ found by reading the tables (`reserve.py`) before any of them changed. It is syn
 zeroed: what was read may be younger than what is on the disk, where an entry may still lead to it. Then it is zeroed in
 large steps, each followed by a sync, and only then handed out. From there on a device is like a file.
 
-Shrinking goes the other way round: the smaller size is durable before the first entry behind it is dropped.
+Shrinking goes the other way round: the smaller size is durable before anything behind it is dropped or zeroed. What is
+cut off inside of a cluster is zeroed in place, then, before the answer. After a crash in between it is still there,
+behind the end: growing zeroes it, too, but a QEMU that grows the image would show it. Inside of the last sector, which
+stays in the image if the size asked for is no multiple of 512, it reads as before or as zeroes, as after any write.
 
 An L2 table that lies wholly behind the new end, or whose whole range is zeroed without a backing file, is dropped as
 one: its L1 entry becomes 0 in memory and its pages leave memory, then the clusters that it maps are released, then its

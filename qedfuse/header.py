@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qedfuse.errors import CorruptError, FormatError, UnsupportedError
-from qedfuse.geometry import SECTOR_SIZE, Geometry
+from qedfuse.geometry import SECTOR_SIZE, Geometry, round_up
 
 MAGIC = b"QED\0"
 _STRUCT = struct.Struct("<4sIIIQQQQQII")
@@ -86,9 +86,10 @@ class Header:
                 )
 
     def validate_file_size(self, file_size: int, path: str) -> None:
-        """Check that header and L1 table lie inside a file of `file_size` bytes. Raises CorruptError."""
+        """Check that header and L1 table lie inside a file of `file_size` bytes. Raises CorruptError. What the last
+        sector lacks counts as there (see `storage.py`)."""
         end = self.l1_table_offset + self.geometry.table_bytes
-        if end > file_size:
+        if end > round_up(file_size, SECTOR_SIZE):
             raise CorruptError(
                 path, f"the l1 table ends at {end}, past the end of the file ({file_size} bytes); the file is cut off"
             )

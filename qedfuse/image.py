@@ -68,7 +68,8 @@ class Image:
         self._size = header.image_size
         self._bits = self.geometry.cluster_bits
         self._mask = self.geometry.cluster_size - 1
-        self._tables = Tables(storage, header, pool or shared_pool(), lenient=header.needs_check and not writable)
+        lenient = header.needs_check and not writable and backing is None
+        self._tables = Tables(storage, header, pool or shared_pool(), lenient=lenient)
         self._l2_pages = self._tables.l2.pages
         self._data_start = header.header_bytes
         self._locks = RangeLock()
@@ -82,6 +83,7 @@ class Image:
     def _begin_writing(self) -> None:
         storage, tables, backing = self.storage, self._tables, self._backing
         allocator = Allocator(self.geometry, storage.size(), fixed=storage.fixed)
+        tables.file_end = allocator.end
         self._committer = Committer(storage, self._header, tables, allocator, barrier=backing is not None)
         self._writer = ClusterWriter(storage, tables, allocator, self._committer, backing)
         self.writable = True
@@ -304,21 +306,20 @@ class Image:
     # -- size and durability ------------------------------------------------------------------------------------------
 
     async def resize(self, size: int) -> None:
-        """Set the image's size in bytes, rounded up to 512. What is added reads as zeroes, what is cut off is given
-        back. A smaller size is durable on return, a larger one after `flush`. Raises EFBIG past the geometry's maximum,
-        EPERM if the size is fixed.
+        """Set the image's size in bytes, rounded up to 512. What is added reads as zeroes. What is cut off is gone, up
+        to the byte: should the image grow again, it reads as zeroes, in QEMU, too. A smaller size is durable on return,
+        a larger one after `flush`. Raises EFBIG past the geometry's maximum, EPERM if the size is fixed.
         """
-        size = round_up(size, SECTOR_SIZE)
         await self._begin_change()
         if size == self._size:
             return
         if self.fixed_size:
             raise QedfuseError(self.path, "the image's size is fixed", errno.EPERM)
         async with self._locks.hold(0, FOREVER, exclusive=True):
-            if size >= self._size:
-                await self._grow(size)
-            else:
+            if size < self._size:
                 await self._shrink(size)
+            elif size > self._size:
+                await self._grow(round_up(size, SECTOR_SIZE))
 
     async def _grow(self, size: int) -> None:
         """Behind the old end the tables and the backing file may hold anything: make it read as zeroes first."""
@@ -326,20 +327,27 @@ class Image:
             limit = self.geometry.max_image_size
             raise QedfuseError(self.path, f"file too large: this geometry maps at most {limit} bytes", errno.EFBIG)
         clusters = await self._begin_change()
-        await clusters.clear_tail(self._size)
+        await clusters.clear_tail(self._size, growing=True)
         await self._clear(self._size, size, clusters.zero_entry)
         self._size = size
         self._committer_of().note_size(size)
 
-    async def _shrink(self, size: int) -> None:
-        """The header first: a crash must not leave a large image that has lost its end."""
+    async def _shrink(self, end: int) -> None:
+        """The header first: a crash must not leave a large image that has lost its end. Then all behind `end` goes,
+        first the rest of its sector, which stays inside the image, and of its cluster."""
         committer = self._committer_of()
-        old, self._size = self._size, size
-        try:
-            await committer.shrink(size)
-        except BaseException:
-            self._size = old
-            raise
+        old, size = self._size, round_up(end, SECTOR_SIZE)
+        if size < old:
+            self._size = size
+            try:
+                await committer.shrink(size)
+            except BaseException:
+                self._size = old
+                raise
+        clusters = await self._begin_change()
+        if end < size:
+            await clusters.zero(end, size - end, size)
+        await clusters.clear_tail(size, growing=False)
         first = self.geometry.l1_entries_for(size)
         await self._clear(size, min(old, first * self.geometry.l2_coverage), UNALLOCATED)
         breathe = Breather()

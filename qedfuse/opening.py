@@ -12,16 +12,16 @@ import trio
 
 from qedfuse.backing import ANY_BACKING, BackingPolicy
 from qedfuse.chain import Chain, open_backing, open_layer, read_backing_name, read_header
-from qedfuse.check import Repair, check_image
-from qedfuse.errors import CorruptError, InUseError, UsageError
+from qedfuse.errors import InUseError, UsageError
 from qedfuse.filelock import add_writers_locks, drop_writers_locks, share_writers_locks
 from qedfuse.header import FEATURE_NEED_CHECK, Header
 from qedfuse.image import Image
 from qedfuse.offload import to_its_end
 from qedfuse.probe import QED, probe_format
+from qedfuse.recovery import recover
 from qedfuse.remote_file import RemoteFile, isolate
 from qedfuse.repair import write_header
-from qedfuse.storage import FileStorage, Storage
+from qedfuse.storage import FileStorage
 from qedfuse.threads import enter, look
 
 __all__ = [
@@ -118,8 +118,8 @@ async def _open(
         await chain.open_top(path, QED, writable=not read_only, in_directory=in_directory)
         storage, header = chain.links[0]
         assert isinstance(header, Header)
-        if header.needs_check and not read_only:
-            header = await _repair(storage, header)
+        if not read_only:
+            header = await recover(storage, header)
         image = Image(storage, header, chain.build_backing(), writable=not read_only, fixed_size=fixed_size)
         await image.start()
         return image
@@ -138,8 +138,7 @@ async def make_writable(image: Image) -> None:
         header = await read_header(storage)
         if _kind_of(header) != _kind_of(image.header):
             raise InUseError(image.path, "was changed by another process while it was read here")
-        if header.needs_check:
-            header = await _repair(storage, header)
+        header = await recover(storage, header)
         if header != header.with_known_autoclear():
             header = header.with_known_autoclear()
             await write_header(storage, header)
@@ -178,22 +177,3 @@ def _claim(readers: FileStorage) -> FileStorage:
 
 def _drop(storage: FileStorage) -> None:
     os.close(storage.fileno())
-
-
-async def _repair(storage: Storage, header: Header) -> Header:
-    """Make an image consistent that was not closed cleanly. Returns the header that is in the file then."""
-    path = storage.path
-    _log.warning("%s: was not closed cleanly; checking it", path)
-    result = await check_image(storage, header, repair=Repair.ALL)
-    errors = result.corruptions + result.check_errors
-    if errors or result.need_check:
-        raise CorruptError(
-            path, f"was not closed cleanly, and {errors} errors could not be repaired; see `qedfuse check -r all`"
-        )
-    _log.warning(
-        "%s: is consistent (%d errors repaired, %d leaked clusters given back)",
-        path,
-        result.corruptions_fixed,
-        result.leaks_fixed,
-    )
-    return result.header

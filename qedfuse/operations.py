@@ -222,7 +222,12 @@ class Operations(pyfuse3.Operations):
                     change()
                 else:
                     await look(change)
-            return self._entry(node.id, await self._fresh_attributes(node, None))
+            entry = self._entry(node.id, await self._fresh_attributes(node, None))
+            if fields.update_size and self.enable_writeback_cache:
+                # The kernel is the master of the size, and drops from its cache what lies behind the one it is told:
+                # with the image's, which is rounded up, bytes that were cut off would stay there, and be written again.
+                entry.st_size = attr.st_size
+            return entry
         finally:
             node.mounted.release()
 

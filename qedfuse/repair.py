@@ -4,6 +4,7 @@ The rulebook
 ============
 
     1 autoclear   unknown autoclear bits are cleared; sync
+      extend      after a crash: the file grows, so that what it cuts off keeps what is there; sync
     2 fence       if the file must grow: entries that point where it is going to grow become misaligned; sync. (Not in
                   a table that is going to be copied: its place may be somebody's data.) A block device does not grow:
                   what lies behind the last cluster that is referred to becomes zeroes; sync
@@ -25,6 +26,7 @@ What a crash leaves (any subset of what was written since the last completed syn
 
     crash in   the image
     1          the old header or the new one (one sector)
+    extend     the old size or the new one
     2          an entry that was invalid is so in another way
     3          a longer file; nothing points behind its old end (2), so the new part is leaked clusters. (But for an
                invalid entry of a table that overlaps something: it may see a cluster of zeroes or a copy.)
@@ -74,6 +76,12 @@ async def write_header(storage: Storage, header: Header) -> None:
     """Make everything before durable, then the header."""
     await storage.sync()
     await storage.write(0, [header.encode()])
+    await storage.sync()
+
+
+async def extend(storage: Storage, size: int) -> None:
+    """Let the file have `size` bytes, durably. What is added reads as zeroes."""
+    await storage.truncate(size)
     await storage.sync()
 
 
@@ -147,7 +155,7 @@ class _TableRepair:
             await self._storage.punch(self._start, self._next - self._start)
             await self._storage.sync()
             return
-        grown = Bounds(self._header, self._next)
+        grown = Bounds.of(self._header, self._next)
 
         def fate(value: int, size: int) -> int:
             return value | _FENCE if not self._bounds.holds(value, size) and grown.holds(value, size) else value

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import compress
 
 from qedfuse.blocking import checkpoint
-from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, round_down, round_up
+from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, SECTOR_SIZE, round_down, round_up
 from qedfuse.header import Header
 from qedfuse.storage import Storage
 
@@ -107,14 +107,19 @@ class L1Entries:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Where a reference may point: between the header and `end`, the file's size rounded down to clusters."""
+    """Where a reference may point: between the header and `end`, the file's size rounded down to clusters.
+
+    `size` is the file's in whole sectors, since what the last one lacks can be read (see `storage.py`).
+    """
 
     header: Header
+    size: int
     end: int
 
     @classmethod
     def of(cls, header: Header, file_size: int) -> Bounds:
-        return cls(header, round_down(file_size, header.cluster_size))
+        size = round_up(file_size, SECTOR_SIZE)
+        return cls(header, size, round_down(size, header.cluster_size))
 
     def holds(self, offset: int, size: int) -> bool:
         """Whether a cluster or table of `size` bytes may be at `offset`."""
@@ -124,10 +129,17 @@ class Bounds:
             and offset + size <= self.end
         )
 
-    def fault(self, offset: int) -> str:
+    def cuts(self, offset: int, size: int) -> bool:
+        """Whether what should be at `offset` begins inside the file and ends behind it."""
+        aligned = not offset & (self.header.cluster_size - 1)
+        return aligned and self.header.header_bytes <= offset < self.size < offset + size
+
+    def fault(self, offset: int, size: int) -> str:
         """What is wrong with an offset that `holds` refused."""
         if offset & (self.header.cluster_size - 1):
             return "is not cluster-aligned"
+        if self.cuts(offset, size):
+            return "is cut off by the end of the file"
         return "lies in the header" if offset < self.header.header_bytes else "lies outside the file"
 
     def entries_inside(self, index: int) -> int:

@@ -4,6 +4,9 @@ Everything above speaks `Storage`; tests plug in RAM, faults and a crash log. Wh
 (`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a thread (`offload.py`). EINTR is
 retried by Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
 
+A file's length counts in sectors of 512 bytes, as it does for QEMU: `size_in_sectors`, and what the last sector lacks
+reads as zeroes.
+
 Source: preadv2(2), fallocate(2), fdatasync(2), sync_file_range(2), linux/fs.h.
 """
 
@@ -21,7 +24,7 @@ from typing import Protocol, TypeVar
 
 from qedfuse.blocking import in_background, in_thread
 from qedfuse.errors import QedfuseError
-from qedfuse.geometry import round_down, round_up
+from qedfuse.geometry import SECTOR_SIZE, round_down, round_up
 from qedfuse.hosts import Host
 
 Buffer = bytes | bytearray | memoryview
@@ -71,7 +74,7 @@ class Storage(Protocol):
         ...
 
     async def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill `target` from `offset`. Raises EIO if the file ends before."""
+        """Fill `target` from `offset`; what the file's last sector lacks is zeroes. Raises EIO if it ends before."""
         ...
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
@@ -118,6 +121,11 @@ class Storage(Protocol):
 def held_bytes(storage: Storage) -> int:
     """Bytes that the host stores for a file; of a device, all."""
     return storage.size() if storage.fixed else storage.stat().st_blocks * 512
+
+
+def size_in_sectors(storage: Storage) -> int:
+    """The file's size in bytes, rounded up to whole sectors: up to there it can be read."""
+    return round_up(storage.size(), SECTOR_SIZE)
 
 
 class FileStorage:
@@ -187,7 +195,10 @@ class FileStorage:
         while len(target):
             count = os.preadv(self._fd, [target], offset)
             if count == 0:
-                raise QedfuseError(self.path, f"unexpected end of file at {offset}", errno.EIO)
+                if offset + len(target) > size_in_sectors(self):
+                    raise QedfuseError(self.path, f"unexpected end of file at {offset}", errno.EIO)
+                count = len(target)
+                target[:] = bytes(count)
             offset += count
             target = target[count:]
 

@@ -22,7 +22,8 @@ from qedfuse.geometry import ENTRY_SIZE, PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE, UNA
 from qedfuse.header import Header
 from qedfuse.layer import Kind, Run
 from qedfuse.pages import ZERO_PAGE, Page, PageMap, PagePool
-from qedfuse.storage import Storage
+from qedfuse.scan import Bounds
+from qedfuse.storage import Storage, size_in_sectors
 
 _PAGE_MASK = PAGE_ENTRIES - 1
 _MAX_STEPS = 1024
@@ -34,17 +35,18 @@ _UNIFORM = {entry: entry.to_bytes(ENTRY_SIZE, "little") * PAGE_ENTRIES for entry
 class Tables:
     """The mapping of one image.
 
-    `lenient`: an entry that points outside the file counts as unallocated, as a repair would make it (an unclean image
-    that is open read-only); otherwise it is a CorruptError.
+    `lenient`: an entry that points outside the file counts as unallocated, as `recovery.py` would make it (an unclean
+    image that is open read-only); otherwise it is a CorruptError. One that the file's end cuts off always is.
     """
 
     def __init__(self, storage: Storage, header: Header, pool: PagePool, *, lenient: bool = False) -> None:
         self._storage = storage
+        self._header = header
         self.geometry = header.geometry
         self._l1_offset = header.l1_table_offset
         self._data_start = header.header_bytes
         self._lenient = lenient
-        self.file_end = storage.size()
+        self.file_end = size_in_sectors(storage)  # of a writable image: where the allocator's clusters end
         self.l1 = PageMap(pool)
         self.l2 = PageMap(pool)
         self.dirty_l1: set[int] = set()
@@ -118,7 +120,7 @@ class Tables:
             return Kind.DATA, here - first, entry
         if here - first > 1:  # find the good part
             return self._run_in_page(page, cluster, 1)
-        if self._lenient:
+        if self._may_be_missing(entry, step):
             return Kind.UNALLOCATED, 1, 0
         raise CorruptError(
             self._storage.path,
@@ -148,7 +150,7 @@ class Tables:
         offset = page[l1_index & _PAGE_MASK]
         if offset == 0 or self._inside(offset, self.geometry.table_bytes):
             return offset
-        if self._lenient:
+        if self._may_be_missing(offset, self.geometry.table_bytes):
             return 0
         raise CorruptError(
             self._storage.path,
@@ -162,8 +164,12 @@ class Tables:
         if offset + size > self.file_end:
             if self._storage.writable:
                 return False
-            self.file_end = self._storage.size()  # somebody else may be writing (-U)
+            self.file_end = size_in_sectors(self._storage)  # another process may be writing (-U)
         return offset + size <= self.file_end
+
+    def _may_be_missing(self, offset: int, size: int) -> bool:
+        """Whether what is not `_inside` counts as not there at all."""
+        return self._lenient and not Bounds.of(self._header, self.file_end).cuts(offset, size)
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -293,7 +299,7 @@ class Tables:
         self._loading.clear()  # what is being read does not come into memory
         self.close()
         self._lenient = False
-        self.file_end = self._storage.size()
+        self.file_end = size_in_sectors(self._storage)
 
     def close(self) -> None:
         """Give the pages back to the pool."""

@@ -189,9 +189,10 @@ class ImageMachine(RuleBasedStateMachine):
             size = max(0, len(self.model) + shift)
         old = len(self.model)
         self.do(self.image.resize, size)
-        size = round_up(size, 512)
+        asked, size = size, round_up(size, 512)
         self.freed |= size < old
         event("shrink" if size < old else "grow")
+        self.model[asked:] = bytes(max(0, old - asked))
         del self.model[size:]
         self.model.extend(bytes(size - len(self.model)))
         self.window = (max(0, min(old, size) - 2 * CLUSTER), 4 * CLUSTER)

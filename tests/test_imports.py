@@ -30,7 +30,7 @@ ORDER = """
     qcow2 tables attributes changes reserve qcow2_refcounts dirty_limit
     commit repair
     clusters check
-    image
+    image recovery
     chain holes pagecache replaced rootclock
     opening create info handover
     mounted

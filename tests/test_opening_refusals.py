@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse import opening
+from qedfuse import recovery
 from qedfuse.check import CheckResult, Repair
 from qedfuse.errors import CorruptError, FormatError, UnsupportedError, describe
 from qedfuse.header import HEADER_BYTES, Header
@@ -88,14 +88,19 @@ def test_an_unclean_image_is_left_alone_when_it_is_read(unclean: Path) -> None:
 
 
 def test_an_unclean_image_that_is_cut(unclean: Path) -> None:
-    """What points behind the end of the file goes; here that is all."""
-    with unclean.open("r+b") as file:
-        file.truncate(unclean.stat().st_size - (64 << 10))
+    """What points behind the end of the file goes. What the end cuts off keeps what is there: here a table lacks a
+    quarter, and then all of it."""
 
     async def read() -> bytes:
         async with open_image(unclean) as disk:
             return bytes(await disk.read(0, SIZE))
 
+    before = unclean.read_bytes()
+    os.truncate(unclean, len(before) - (64 << 10))
+    assert run(read) == b"\x77" * (64 << 10) + bytes(SIZE - (64 << 10))
+    check_is_clean(unclean)
+    unclean.write_bytes(before)
+    os.truncate(unclean, len(before) - (256 << 10))
     assert run(read) == bytes(SIZE)
     check_is_clean(unclean)
 
@@ -107,7 +112,7 @@ def test_what_the_repair_cannot_mend_is_not_opened(
     async def check(storage: Storage, header: Header, *, repair: Repair) -> CheckResult:
         return CheckResult(storage.path, header, corruptions=corruptions, check_errors=check_errors)
 
-    monkeypatch.setattr(opening, "check_image", check)
+    monkeypatch.setattr(recovery, "check_image", check)
     before = unclean.read_bytes()
     error, text = message_of(unclean)
     assert isinstance(error, CorruptError)

@@ -101,11 +101,16 @@ def test_large_and_many_buffers(kind: str, tmp_path: Path) -> None:
 
 
 def test_end_of_file(kind: str, tmp_path: Path) -> None:
-    """A read past the end is EIO, never short; a write past it grows the file, with zeroes between."""
+    """A read past the last sector is EIO, never short; a write past it grows the file, with zeroes between."""
 
     async def main() -> None:
         async with opened(kind, tmp_path, b"x" * 1000) as storage:
-            for offset, size in ((0, 1001), (1000, 1), (5000, 10)):
+            for offset, size in ((0, 1001), (1000, 1), (700, 324), (1023, 1)):
+                assert not storage.read_into_nowait(offset, memoryview(bytearray(size)))
+                target = bytearray(b"x" * size)
+                await storage.read_into(offset, memoryview(target))
+                assert target == b"x" * (1000 - offset) + bytes(size + min(offset, 1000) - 1000)
+            for offset, size in ((0, 1025), (1000, 25), (1024, 1), (5000, 10)):
                 assert not storage.read_into_nowait(offset, memoryview(bytearray(size)))
                 with raises_errno(errno.EIO):
                     await storage.read_into(offset, memoryview(bytearray(size)))

@@ -96,11 +96,16 @@ def header_of(raw: bytes | bytearray) -> Header:
 
 
 def _entries(raw: bytes | bytearray, offset: int, number: int) -> tuple[int, ...]:
-    return struct.unpack_from(f"<{number}Q", raw, offset)
+    return struct.unpack(f"<{number}Q", raw[offset : offset + 8 * number].ljust(8 * number, b"\0"))
+
+
+def sectors(raw: bytes | bytearray) -> int:
+    """The file's length as QEMU counts it."""
+    return -(-len(raw) // 512) * 512
 
 
 def _valid(header: Header, raw: bytes | bytearray, offset: int, clusters: int) -> bool:
-    end = len(raw) // header.cluster_size * header.cluster_size
+    end = sectors(raw) // header.cluster_size * header.cluster_size
     inside = header.header_bytes <= offset and offset + clusters * header.cluster_size <= end
     return offset % header.cluster_size == 0 and inside
 
@@ -128,7 +133,7 @@ def contents(raw: bytes | bytearray) -> dict[int, bytes | None]:
     found: dict[int, bytes | None] = {}
     size = header_of(raw).cluster_size
     for cluster, offset in mapping(raw).items():
-        content = None if offset is None else bytes(raw[offset : offset + size])
+        content = None if offset is None else bytes(raw[offset : offset + size]).ljust(size, b"\0")
         if content is None or any(content):
             found[cluster] = content
     return found
@@ -182,7 +187,7 @@ def count(raw: bytes | bytearray) -> Counts:
                         mark(entry, 1)
                     else:
                         counts.corruptions += 1
-    counts.unreferenced = len(set(range(header.header_size, len(raw) // size)) - used)
+    counts.unreferenced = len(set(range(header.header_size, sectors(raw) // size)) - used)
     return counts
 
 
@@ -215,9 +220,9 @@ class Ram:
 
     async def read_into(self, offset: int, target: memoryview) -> None:
         await trio.lowlevel.checkpoint()
-        if offset in self.unreadable or offset + len(target) > len(self.raw):
+        if offset in self.unreadable or offset + len(target) > sectors(self.raw):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        target[:] = self.raw[offset : offset + len(target)]
+        target[:] = self.raw[offset : offset + len(target)].ljust(len(target), b"\0")
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         return False
@@ -239,7 +244,7 @@ class Ram:
 
     async def punch(self, offset: int, size: int) -> None:
         await trio.lowlevel.checkpoint()
-        assert offset + size <= len(self.raw)
+        assert offset + size <= sectors(self.raw)
         self._do("punch", offset, bytes(size))
 
     def size(self) -> int:

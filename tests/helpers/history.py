@@ -211,18 +211,22 @@ class Guest:
             return self.history.begin_zeroes(offset, size)
         return self.history.begin(offset, bytes(size))
 
-    async def resize(self, size: int) -> None:
-        old = self.image.size
+    async def resize(self, end: int) -> None:
+        """What is cut off inside of a sector that stays becomes zeroes."""
+        old, size = self.image.size, round_up(end, SECTOR)
         version = self.history.begin_size(size)
+        rest = self.history.begin(end, bytes(min(size, old) - end)) if end < old else []
         try:
-            await self.image.resize(size)
+            await self.image.resize(end)
         except BaseException:
+            self.history.end(rest, ok=False)
             if size < old and self.image.size == size:  # the size is durable, only the rest went wrong
                 self.history.end_shrink(version, old)
             else:
                 self.history.end([version], ok=False)
                 self.size_failed = True
             raise
+        self.history.end(rest)
         if size < old:
             self.history.end_shrink(version, old)
         else:

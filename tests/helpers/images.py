@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from qedfuse.check import CheckResult, Repair, check_image
+from qedfuse.check import CheckResult, check_image
 from qedfuse.create import new_header, write_image
 from qedfuse.geometry import Geometry
 from qedfuse.header import HEADER_BYTES, Header
@@ -16,6 +15,7 @@ from qedfuse.image import Image
 from qedfuse.layer import Layer, read_layer
 from qedfuse.pages import PagePool
 from qedfuse.raw import RawLayer
+from qedfuse.recovery import recover
 from tests.helpers.ram import Chaos, RamFile, RamStorage
 
 TINY = Geometry(4096, 2)  # the smallest that QEMU opens
@@ -105,19 +105,10 @@ async def open_chain(
         storage = RamStorage("image", chain.file, chaos=chaos)
     header = read_header(storage.file)
     header.validate_file_size(storage.file.size, "ram")
-    if header.needs_check:
-        header = await repaired(storage, header)
+    header = await recover(storage, header)
     image = Image(storage, header, chain.layer_below(), writable=True, fixed_size=fixed_size, pool=pool or POOL)
     await image.start()
     return image
-
-
-async def repaired(storage: RamStorage, header: Header) -> Header:
-    result = await check_image(storage, header, repair=Repair.ALL, progress=None)
-    if result.check_errors:
-        raise OSError(errno.EIO, str(result.problems))
-    assert result.corruptions == 0, result.problems
-    return result.header
 
 
 async def checked(file: RamFile) -> CheckResult:

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 import trio
 
 from qedfuse.errors import QedfuseError
-from qedfuse.storage import Buffer
+from qedfuse.storage import Buffer, size_in_sectors
 
 PAGE = 4096
+#: What off_t holds.
+MAX_SIZE = (1 << 63) - 1
 _ZEROES = bytes(PAGE)
 
 
@@ -150,9 +152,12 @@ class RamStorage:
 
     # -- Storage ------------------------------------------------------------------------------------------------------
 
-    def _check(self, writing: bool = False) -> None:
+    def _check(self, writing: bool = False, end: int = 0) -> None:
+        """`end`: up to where the call is going to write."""
         if self.closed or (writing and not self.writable):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if end > MAX_SIZE:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
     def read_into_nowait(self, offset: int, target: memoryview) -> bool:
         self._check()
@@ -169,8 +174,9 @@ class RamStorage:
             await self.chaos.pause(self.chaos.read_yields)
         data = self.file.read(offset, len(target))
         target[: len(data)] = data
-        if len(data) < len(target):
+        if offset + len(target) > size_in_sectors(self):
             raise QedfuseError(self.path, f"unexpected end of file at {offset + len(data)}", errno.EIO)
+        target[len(data) :] = bytes(len(target) - len(data))
         if self.chaos:
             await self.chaos.pause(self.chaos.read_yields)
 
@@ -179,7 +185,7 @@ class RamStorage:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
-        self._check(True)
+        self._check(True, offset + len(data))
         self._check_end(offset + len(data))
         if self.chaos and self.chaos.refuses():
             return False
@@ -187,8 +193,8 @@ class RamStorage:
         return True
 
     async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self._check(True)
         data = b"".join(buffers)
+        self._check(True, offset + len(data))
         self._check_end(offset + len(data))
         if self.chaos is None:
             self.apply_write(offset, data)
@@ -214,7 +220,7 @@ class RamStorage:
         self.syncs += 1
 
     async def truncate(self, size: int) -> None:
-        self._check(True)
+        self._check(True, size)
         if self.fixed:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if self.chaos:

@@ -157,6 +157,28 @@ async def shrink_and_grow(guest: Guest) -> None:
     await guest.close()
 
 
+async def cut(guest: Guest) -> None:
+    """To sizes that are no multiples of a sector, in clusters with data, with the backing file's, with zeroes, and in
+    the last sector; then growing again."""
+    for cluster in (1, 4, 9):
+        await guest.write(cluster * CLUSTER, CLUSTER)
+    await guest.zero(6 * CLUSTER, CLUSTER)
+    await guest.flush()
+    await guest.resize(9 * CLUSTER + 3 * SECTOR + 100)
+    await guest.resize(9 * CLUSTER + 3 * SECTOR + 5)
+    await guest.resize(11 * CLUSTER)
+    await guest.write(9 * CLUSTER + 5 * SECTOR, SECTOR)
+    await guest.flush()
+    for size in (6 * CLUSTER + 700, 5 * CLUSTER + 1, 4 * CLUSTER + SECTOR + 6):
+        await guest.resize(size)
+        await guest.write_back()
+    await guest.resize(12 * CLUSTER)
+    await guest.flush()
+    await guest.resize(4 * CLUSTER + 6)
+    await guest.resize(3)
+    await guest.close()
+
+
 async def idle(guest: Guest) -> None:
     """NEED_CHECK goes on and off."""
     await guest.write(0, SECTOR)
@@ -306,8 +328,8 @@ long = random_walk(SEED)
 
 
 SCENARIOS: list[Scenario] = [
-    allocate, unaligned, in_place, concurrent, zero, reuse, churn, grow, shrink, shrink_and_grow, idle, idle_or_not,
-    timer, close_and_cancel, long,
+    allocate, unaligned, in_place, concurrent, zero, reuse, churn, grow, shrink, shrink_and_grow, cut, idle,
+    idle_or_not, timer, close_and_cancel, long,
 ]  # fmt: skip
 #: The sizes of backing files.
 BELOW = {"alone": 0, "shorter": 7 * CLUSTER + SECTOR, "longer": 30 * CLUSTER}
