@@ -110,6 +110,8 @@ async def _check_space(image: Image, offset: int, size: int) -> None:
     room = await image.measure_room()
     if room is None:
         host = await image.storage.statvfs()
+        if not host.f_blocks:  # ramfs and some FUSE file systems do not say: as much as there is
+            return
         room = host.f_bavail * host.f_frsize
     missing = max(0, offset + size - max(offset, image.size))
     end = min(offset + size, image.size)
