@@ -40,6 +40,7 @@ from qedfuse.mounted import MountedImage
 from qedfuse.mounts import Mount, find_mount, unmount
 from qedfuse.opening import open_image
 from qedfuse.operations import Operations
+from qedfuse.oversize import Oversize
 from qedfuse.remote_file import waiting
 from qedfuse.rootclock import RootClock
 from qedfuse.threads import NoAnswerError, look
@@ -206,6 +207,8 @@ class Daemon:
         nursery.start_soon(self._make_room, BackgroundLimit(self._mount.device))
         await self._control.listen(self._mount.device)
         nursery.start_soon(self._control.serve)
+        if self._options.writeback:
+            self._operations.oversize = self._watch_sizes(nursery, self._mount)
         await self._settle(self._operations, self._mount)
         if self._fastpath and not self._fastpath.bound:
             _log.warning("no native fast path (requests do not come by it): all is answered in Python")
@@ -221,6 +224,15 @@ class Daemon:
         except (ImportError, OSError) as error:
             _log.warning("no native fast path (%s): all is answered in Python", error)
             return None
+
+    def _watch_sizes(self, nursery: trio.Nursery, mount: Mount) -> Oversize:
+        point = os.fsencode(self._config.mountpoint)
+        return Oversize(
+            nursery,
+            lambda node: point if node is self._tree.root else os.path.join(point, node.name),
+            mount.device_number,
+            pyfuse3.invalidate_inode,
+        )
 
     async def _settle(self, operations: Operations, mount: Mount) -> None:
         """Wait until the kernel uses the mount, and tell it what it does not ask for."""

@@ -25,6 +25,7 @@ from qedfuse.geometry import DEFAULT_CLUSTER_SIZE
 from qedfuse.image import Image
 from qedfuse.layer import Layer
 from qedfuse.mount_options import MountOptions
+from qedfuse.oversize import Oversize
 from qedfuse.peek import Peek
 from qedfuse.replaced import check_not_replaced
 from qedfuse.rootclock import RootClock
@@ -94,6 +95,7 @@ class Operations(pyfuse3.Operations):
         self.writes = 0
         self.syncs = 0
         self.clock: RootClock | None = None
+        self.oversize: Oversize | None = None
         self.complaints = Complaints()
         self.unopened = Unopened()
         self._tree = tree
@@ -145,7 +147,10 @@ class Operations(pyfuse3.Operations):
             self.writes += 1
             return len(buf)
         except Exception as error:
-            raise FUSEError(self.complaints.errno_of(error, "write")) from None
+            code = self.complaints.errno_of(error, "write")
+            if code == errno.EFBIG and self.oversize and off + len(buf) > image.geometry.max_image_size:
+                self.oversize.note(self._nodes[fh], image, off)
+            raise FUSEError(code) from None
         finally:
             self._leave()
 
@@ -214,8 +219,11 @@ class Operations(pyfuse3.Operations):
         try:
             if node.mounted.read_only or (fields.update_size and not image.writable):
                 raise FUSEError(errno.EROFS)
-            if fields.update_size:
-                await image.resize(attr.st_size)
+            size = attr.st_size
+            if fields.update_size and self.oversize and self.oversize.asks(node, image, size):
+                size = image.size
+            elif fields.update_size:
+                await image.resize(size)
             if not self.settling:
                 change = partial(self._change_file, node, image, attr, fields, ctx)
                 if cast(FileStorage, image.storage).local:
@@ -226,7 +234,7 @@ class Operations(pyfuse3.Operations):
             if fields.update_size and self.enable_writeback_cache:
                 # The kernel is the master of the size, and drops from its cache what lies behind the one it is told:
                 # with the image's, which is rounded up, bytes that were cut off would stay there, and be written again.
-                entry.st_size = attr.st_size
+                entry.st_size = size
             return entry
         finally:
             node.mounted.release()

@@ -119,7 +119,8 @@ class Tree:
         if name in self._fixed:
             other = self._fixed[name].mounted.path
             raise QedfuseError(mounted.path, f"and {other} would both be shown as {os.fsdecode(name)}", errno.EEXIST)
-        self._fixed[name] = self._add_fixed(self._take_id(), mounted, image)
+        node = self._fixed[name] = self._add_fixed(self._take_id(), mounted, image)
+        node.name = name
 
     def _add_fixed(self, id: int, mounted: MountedImage, image: Image) -> Node:
         status = image.storage.stat()

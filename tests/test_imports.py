@@ -35,6 +35,7 @@ ORDER = """
     opening create info handover
     mounted
     tree
+    oversize
     fastpath library
     operations control kernel_mount output
     control_server target closing
