@@ -289,6 +289,7 @@ class Committer:
         """Make a smaller image size durable, before the engine drops what lies behind it. Raises OSError."""
         await self.flush()
         async with self._running:
+            self.check()
             with trio.CancelScope(shield=True):
                 await self._write_header(self.header.with_image_size(size))
                 self._size = size
@@ -478,6 +479,7 @@ class Committer:
         await self.flush()
         tables = self._tables
         async with self._running:
+            self.check()
             if self.header.needs_check and not (tables.dirty_l1 or tables.dirty_l2 or self._unsynced_tables):
                 with trio.CancelScope(shield=True):
                     await self._write_header(self.header.with_feature(FEATURE_NEED_CHECK, False))

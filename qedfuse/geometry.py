@@ -45,6 +45,12 @@ def round_down(value: int, unit: int) -> int:
     return value // unit * unit
 
 
+def whole_sectors(file_size: int) -> int:
+    """How long a file is that has `file_size` bytes: it counts in sectors, as it does for QEMU. What the last sector
+    lacks reads as zeroes. (One that ends behind the largest offset does not count.)"""
+    return min(round_up(file_size, SECTOR_SIZE), MAX_OFFSET)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The two sizes that give an image its shape.

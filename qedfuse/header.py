@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qedfuse.errors import CorruptError, FormatError, UnsupportedError
-from qedfuse.geometry import SECTOR_SIZE, Geometry, round_up
+from qedfuse.geometry import SECTOR_SIZE, Geometry, whole_sectors
 
 MAGIC = b"QED\0"
 _STRUCT = struct.Struct("<4sIIIQQQQQII")
@@ -87,9 +87,9 @@ class Header:
 
     def validate_file_size(self, file_size: int, path: str) -> None:
         """Check that header and L1 table lie inside a file of `file_size` bytes. Raises CorruptError. What the last
-        sector lacks counts as there (see `storage.py`)."""
+        sector lacks counts as there."""
         end = self.l1_table_offset + self.geometry.table_bytes
-        if end > round_up(file_size, SECTOR_SIZE):
+        if end > whole_sectors(file_size):
             raise CorruptError(
                 path, f"the l1 table ends at {end}, past the end of the file ({file_size} bytes); the file is cut off"
             )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import compress
 
 from qedfuse.blocking import checkpoint
-from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, SECTOR_SIZE, round_down, round_up
+from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, round_down, round_up, whole_sectors
 from qedfuse.header import Header
 from qedfuse.storage import Storage
 
@@ -109,7 +109,7 @@ class L1Entries:
 class Bounds:
     """Where a reference may point: between the header and `end`, the file's size rounded down to clusters.
 
-    `size` is the file's in whole sectors, since what the last one lacks can be read (see `storage.py`).
+    `size` is the file's in whole sectors, since what the last one lacks can be read.
     """
 
     header: Header
@@ -118,7 +118,7 @@ class Bounds:
 
     @classmethod
     def of(cls, header: Header, file_size: int) -> Bounds:
-        size = round_up(file_size, SECTOR_SIZE)
+        size = whole_sectors(file_size)
         return cls(header, size, round_down(size, header.cluster_size))
 
     def holds(self, offset: int, size: int) -> bool:

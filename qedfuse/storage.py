@@ -4,8 +4,8 @@ Everything above speaks `Storage`; tests plug in RAM, faults and a crash log. Wh
 (`*_nowait`, page cache: `RWF_NOWAIT`), what could block the event loop goes to a thread (`offload.py`). EINTR is
 retried by Python (PEP 475), short reads and writes are continued here: callers see all of a transfer or an OSError.
 
-A file's length counts in sectors of 512 bytes, as it does for QEMU: `size_in_sectors`, and what the last sector lacks
-reads as zeroes.
+A file counts as long as its sectors of 512 bytes, as it does for QEMU (`geometry.whole_sectors`): what the last one
+lacks reads as zeroes.
 
 Source: preadv2(2), fallocate(2), fdatasync(2), sync_file_range(2), linux/fs.h.
 """
@@ -24,7 +24,7 @@ from typing import Protocol, TypeVar
 
 from qedfuse.blocking import in_background, in_thread
 from qedfuse.errors import QedfuseError
-from qedfuse.geometry import SECTOR_SIZE, round_down, round_up
+from qedfuse.geometry import round_down, round_up, whole_sectors
 from qedfuse.hosts import Host
 
 Buffer = bytes | bytearray | memoryview
@@ -125,7 +125,7 @@ def held_bytes(storage: Storage) -> int:
 
 def size_in_sectors(storage: Storage) -> int:
     """The file's size in bytes, rounded up to whole sectors: up to there it can be read."""
-    return round_up(storage.size(), SECTOR_SIZE)
+    return whole_sectors(storage.size())
 
 
 class FileStorage:

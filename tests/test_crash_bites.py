@@ -10,14 +10,15 @@ from qedfuse import commit
 from qedfuse.allocator import Allocator
 from qedfuse.clusters import ClusterWriter
 from qedfuse.commit import Committer
-from qedfuse.geometry import UNALLOCATED
+from qedfuse.errors import CorruptError
+from qedfuse.geometry import UNALLOCATED, round_up
 from qedfuse.header import FEATURE_NEED_CHECK
 from qedfuse.image import Image
 from qedfuse.pages import PageMap
 from qedfuse.tables import Tables
 from tests.helpers.crash import SEED
 from tests.helpers.history import Guest
-from tests.helpers.scenarios import allocate, churn, grow, idle, reuse, run_scenario, shrink, shrink_and_grow
+from tests.helpers.scenarios import allocate, churn, cut, grow, idle, reuse, run_scenario, shrink, shrink_and_grow
 from tests.helpers.schedule import run_seeded
 from tests.helpers.survival import Scenario
 from tests.helpers.table_scenarios import TABLE_SCENARIOS, cut_and_fill_again, cut_tables, run_tables, zero_tables
@@ -30,7 +31,7 @@ def growth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 #: What a state is judged bad for: its contents, its tables, guest data where a table is looked for.
-BAD = r"reads as|lies outside the file|used more than once|overlaps|is not cluster-aligned"
+BAD = r"reads as|lies outside the file|no table of the file|used more than once|overlaps|is not cluster-aligned"
 
 
 def expect_failure(scenario: Scenario, backing: str) -> None:
@@ -40,7 +41,7 @@ def expect_failure(scenario: Scenario, backing: str) -> None:
         run = await (run_tables if scenario in TABLE_SCENARIOS else run_scenario)(scenario, backing)
         await run.enumerate(random.Random(SEED), complete=1024, samples=4000)
 
-    with pytest.raises(AssertionError, match=BAD):
+    with pytest.raises((AssertionError, CorruptError), match=BAD):
         run_seeded(SEED, main)
 
 
@@ -192,11 +193,34 @@ def test_grow_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_grow_without_hiding_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(self: ClusterWriter, image_end: int) -> None:
+    async def nothing(self: ClusterWriter, image_end: int, *, growing: bool) -> None:
         pass
 
     monkeypatch.setattr(ClusterWriter, "clear_tail", nothing)
     expect_failure(shrink_and_grow, "alone")
+
+
+def test_shrink_to_whole_sectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cut off inside of a sector stays."""
+    original = Image._shrink
+
+    async def rounded(self: Image, end: int) -> None:
+        await original(self, round_up(end, 512))
+
+    monkeypatch.setattr(Image, "_shrink", rounded)
+    expect_failure(cut, "alone")
+
+
+def test_shrink_before_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cut off is zeroed while the image may still have it after a crash."""
+    original = Image._shrink
+
+    async def early(self: Image, end: int) -> None:
+        await self._writer.clear_tail(round_up(end, 512), growing=False)
+        await original(self, end)
+
+    monkeypatch.setattr(Image, "_shrink", early)
+    expect_failure(shrink, "alone")
 
 
 # -- whole tables ---------------------------------------------------------------------------------------------------

@@ -89,10 +89,13 @@ def _headers() -> Iterator[Case]:
     yield Case("not closed", good(features=2), untrusted="not closed cleanly")
     yield Case("ends in a cluster", good(size=CLUSTERS * C + 100))
     yield _refused("ends in l1", good(size=L1 * C + 100), end)
-    for name, size in (("in l2", L2 * C + 100), ("before data", DATA * C), ("in data", CLUSTERS * C - 1)):
+    for name, size in (("in l2", L2 * C + 100), ("before data", DATA * C), ("in data", CLUSTERS * C - 700)):
         yield _corrupt(f"ends {name}", good(size=size))
         dirty = good(size=size, features=2)
         yield Case(f"not closed, ends {name}", dirty, untrusted="not closed cleanly", check=2)
+    yield Case("ends in the last sector", good(size=CLUSTERS * C - 511))
+    dirty = good(size=CLUSTERS * C - 1, features=2)
+    yield Case("not closed, ends in the last sector", dirty, untrusted="not closed cleanly")
 
 
 def _names() -> Iterator[Case]:

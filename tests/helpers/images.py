@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from qedfuse.check import CheckResult, check_image
+from qedfuse.check import CheckResult, Repair, check_image
 from qedfuse.create import new_header, write_image
 from qedfuse.geometry import Geometry
 from qedfuse.header import HEADER_BYTES, Header
@@ -109,6 +109,12 @@ async def open_chain(
     image = Image(storage, header, chain.layer_below(), writable=True, fixed_size=fixed_size, pool=pool or POOL)
     await image.start()
     return image
+
+
+async def repaired(storage: RamStorage, header: Header) -> Header:
+    result = await check_image(storage, header, repair=Repair.ALL)
+    assert (result.corruptions, result.check_errors) == (0, 0), result.problems
+    return result.header
 
 
 async def checked(file: RamFile) -> CheckResult:
