@@ -196,9 +196,9 @@ class Image:
 
     @enable_ki_protection
     async def resize(self, size: SupportsIndex) -> None:
-        """Set the image's size in bytes, rounded up to 512. What is added reads as zeroes, what is cut off is given
-        back. A smaller size is durable on return, a larger one after `flush`. Raises EFBIG past the geometry's maximum,
-        EPERM if the size is fixed. Cancelled: `size` tells whether it has happened.
+        """Set the image's size in bytes, rounded up to 512. What is added reads as zeroes, what is cut off is gone, up
+        to the byte. A smaller size is durable on return, a larger one after `flush`. Raises EFBIG past the geometry's
+        maximum, EPERM if the size is fixed. Cancelled: `size` tells whether it has happened.
         """
         wanted = _number("size", size)
         await checkpoint()

@@ -15,6 +15,21 @@ from tests.helpers.cli import ROOT, environment
 SECONDS = 8
 
 
+FINDINGS = sorted((ROOT / "tests/fuzz/findings").iterdir())
+
+
+@pytest.mark.parametrize("finding", FINDINGS, ids=lambda path: path.name)
+def test_a_finding(finding: Path) -> None:
+    """What `fuzz_open` once stopped at."""
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("atheris is not installed (it has wheels for x86-64 only)")
+    command = [sys.executable, "-m", "tests.fuzz.fuzz_open", str(finding)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+
+
 @pytest.mark.parametrize(("target", "edges"), [("fuzz_open", 500), ("fuzz_qcow2", 400)])
 def test_a_short_run(tmp_path: Path, target: str, edges: int) -> None:
     if importlib.util.find_spec("atheris") is None:

@@ -229,6 +229,8 @@ def _bombs() -> Iterator[Case]:
     yield Case("8 EiB, not closed", good(size=EXABYTES, features=2), untrusted="not closed cleanly", size=EXABYTES)
     yield Case("8 EiB, the last cluster", good(size=EXABYTES, l2={5: last - C}), size=EXABYTES)
     yield _corrupt("8 EiB, past the last cluster", good(size=EXABYTES, l2={5: last}), size=EXABYTES)
+    build = good(size=EXABYTES - 127, l2={5: last})
+    yield _corrupt("8 EiB, a part of the last cluster", build, size=EXABYTES - 127)
     twice = {"repaired": 1, "says": "file too large", "size": EXABYTES}
     yield _corrupt("8 EiB, a cluster twice", good(size=EXABYTES, l2={5: DATA * C}), **twice)
     build = good(size=EXABYTES, l2={5: DATA * C}, features=2)
