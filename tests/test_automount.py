@@ -114,3 +114,19 @@ def test_a_mount_that_fails_is_an_error_to_the_one_who_looks(tmp_path: Path, poi
     mounting = [sys.executable, "-m", "qedfuse", "mount", str(tmp_path / "no.qed"), str(point)]
     code, text = automount(point, mounting, ["ls", str(point)])["mount"]
     assert code == 1 and "no such file" in text
+
+
+def test_a_backing_file_on_what_is_mounted_on_demand(tmp_path: Path, point: Path) -> None:
+    """Looking for it a component at a time triggers the automount, as looking for the whole name does."""
+    behind = tmp_path / "behind"
+    behind.mkdir()
+    (behind / "base.raw").write_bytes(b"b" * (1 << 20))
+    top = tmp_path / "top.qed"
+    qemu_img("create", "-q", "-u", "-f", "qed", "-b", point / "base.raw", "-F", "raw", top, "1M")
+    mount = f'if test $0 = umount; then umount "$1"; else mount --bind {behind} {point}; fi'
+    mapping = [sys.executable, "-m", "qedfuse", "map", "--output=json", str(top)]
+    result = automount(point, ["sh", "-c", mount, "mount"], mapping)
+    assert result["mount"] == [0, ""]
+    code, text = result["look"]
+    assert code == 0, text
+    assert json.loads(text)[0]["depth"] == 1
