@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.diff_case import MODES, Counts, DiffCase
+from tests.helpers.diff_case import DiffCase
+from tests.helpers.diff_image import MODES, Counts
 
 SEED = int(os.environ.get("QEDFUSE_DIFFERENTIAL_SEED") or random.SystemRandom().randrange(1 << 32))
 MEMORY = "/dev/shm"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.diff_case import Counts, DiffCase
+from tests.helpers.diff_case import DiffCase
+from tests.helpers.diff_image import Counts
 from tests.helpers.parts import PAGE, Part
 from tests.helpers.shadow import SECTOR, Shadow, content, describe
 

@@ -19,14 +19,15 @@ _GEOMETRIES = (
     *((2 * MIB, 2), (2 * MIB, 4)),
     *((4 * KIB, 1), (64 * KIB, 1), (2 * MIB, 1)),
 )
-_BASES = ("", "", "raw", "raw", "raw", "qcow2", "qcow2-compressed", "qed", "qed-chain")
+_BASES = ("", "", "raw", "raw", "raw", "qcow2", "qcow2-compressed", "qed", "qed", "qed-chain")
 
 
 @dataclass(frozen=True)
 class Disk:
-    """`tail`: where the part begins whose size may change; `capacity`: to where it may grow. Bytes."""
+    """`below`: the base. `tail`: where the part begins whose size may change; `capacity`: to where it may. Bytes."""
 
     image: Path
+    below: Path | None
     cluster: int
     table: int
     base: str
@@ -47,16 +48,17 @@ class Disk:
 
 
 def new_disk(directory: Path, rnd: random.Random) -> Disk:
-    """An image `disk.qed` in `directory`, what it refers to in `directory/below`."""
+    """An image `disk.qed` in `directory`, what it refers to there, too, or in `directory/below`."""
     cluster, table = rnd.choice(_GEOMETRIES)
     base = rnd.choice(_BASES)
     tail = rnd.randrange(1 * MIB, 6 * MIB) // PAGE * PAGE
     size = tail + rnd.randrange(512 * KIB) // SECTOR * SECTOR
     base_size = 0
     backing: list[str] = []
+    lower: Path | None = None
     if base:
-        below = directory / "below"
-        below.mkdir()
+        below = directory / rnd.choice((".", ".", "below"))
+        below.mkdir(exist_ok=True)
         base_size = rnd.choice((rnd.randrange(size // 4, size), rnd.randrange(size, size * 5 // 4)))
         base_size -= base_size % SECTOR
         if base == "raw":
@@ -72,7 +74,7 @@ def new_disk(directory: Path, rnd: random.Random) -> Disk:
         done = qedfuse("create", *options)
         assert done.code == 0, done
     capacity = size + rnd.randrange(64 * KIB, 2 * MIB) // SECTOR * SECTOR
-    return Disk(image, cluster, table, base, base_size, size, tail, capacity)
+    return Disk(image, lower, cluster, table, base, base_size, size, tail, capacity)
 
 
 def _new_base(below: Path, rnd: random.Random, base: str, size: int) -> tuple[Path, str]:
@@ -135,9 +137,8 @@ def new_model(disk: Disk, path: Path) -> None:
     """A file that holds what the disk reads as, and zeroes to its capacity."""
     if disk.qemu:
         run("qemu-img", "convert", "-f", "qed", "-O", "raw", disk.image, path)
-    elif disk.base:
-        kind = {"raw": "raw", "qcow2": "qcow2", "qcow2-compressed": "qcow2"}.get(disk.base, "qed")
-        run("qemu-img", "convert", "-f", kind, "-O", "raw", disk.image.parent / "below" / f"base.{kind}", path)
+    elif disk.below:
+        run("qemu-img", "convert", "-f", disk.below.suffix[1:], "-O", "raw", disk.below, path)
     with path.open("ab") as file:
         file.truncate(disk.size)
         file.truncate(disk.capacity)

@@ -14,7 +14,7 @@ class SizeDeeds(Deeds):
     def truncate(self) -> None:
         rnd = self._random
         size = rnd.randrange(self._tail, self._capacity + 1)
-        size -= size % rnd.choice((SECTOR, SECTOR, PAGE))
+        size -= size % rnd.choice((1, 1, 1, SECTOR, PAGE))
         size = max(size, self._tail)
         self._shadow.note("truncate to", size, max(self._size - size, 1))
         if size < self._size:
