@@ -101,4 +101,4 @@ class Damaged(DiffCase):
 
 def test_a_byte_that_is_wrong_is_found(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match=r"1 sectors are wrong: \[\d+\]"):
-        Damaged(tmp_path, 1, "native", Counts()).run(rounds=1, count=40)
+        Damaged(tmp_path, 1, "python", Counts()).run(rounds=1, count=40)
