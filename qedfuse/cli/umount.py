@@ -26,7 +26,6 @@ def umount(mountpoint: str) -> int:
     It stays mounted if something that was written cannot be kept, for want of space on the host: it would be lost.
     """
     mount = find_qedfuse_mount(mountpoint)
-    _check_that_all_is_written(mount, mountpoint)
     try:
         client = Client(mount)
     except QedfuseError as error:
@@ -34,6 +33,7 @@ def umount(mountpoint: str) -> int:
         raise QedfuseError(mountpoint, f"unmounted, but {error.message}: cannot tell whether all is flushed") from None
     with client:
         client.ask("wait")
+        _check_that_all_is_written(mount, mountpoint)
         others = _others(mount)
         unmount(mount.mountpoint)
         elsewhere = [point for id, point in _others(mount).items() if id in others]
@@ -51,13 +51,10 @@ def umount(mountpoint: str) -> int:
 
 
 def _check_that_all_is_written(mount: Mount, mountpoint: str) -> None:
-    """Raises QedfuseError if the daemon has what it cannot write. What the kernel had it has handed out when the last
-    user closed the file, and as long as there are users nothing can be unmounted."""
-    try:
-        with Client(mount) as client:
-            problem = client.ask("flush", None).get("unwritten")
-    except QedfuseError:
-        return  # it does not answer: then it cannot be asked to wait, either
+    """Raises QedfuseError if the daemon, which answers, has what it cannot write. What the kernel had it has handed out
+    when the last user closed the file, and as long as there are users nothing can be unmounted."""
+    with Client(mount) as client:
+        problem = client.ask("flush", None).get("unwritten")
     if problem is not None:
         raise QedfuseError(mountpoint, f"not unmounted: {problem}: mend that (free space) and try again", errno.EBUSY)
 
