@@ -105,7 +105,8 @@ def test_a_source_directory_is_mounted_as_well(tmp_path: Path, point: Path) -> N
     source = tmp_path / "source"
     source.mkdir()
     qemu_img("create", "-q", "-f", "qed", source / "disk.qed", "1M")
-    mounting = [sys.executable, "-m", "qedfuse", *EXTRA_OPTIONS, str(source), str(point), "-o", "rw"]
+    log = ["--log-file", str(tmp_path / "log")]
+    mounting = [sys.executable, "-m", "qedfuse", *EXTRA_OPTIONS, str(source), str(point), "-o", "rw", *log]
     result = automount(point, mounting, ["ls", str(point)])
     assert result == {"mount": [0, ""], "look": [0, "disk.raw\n"], "umount": [0, ""]}
 

@@ -99,7 +99,8 @@ def test_a_loop_device_is_named(surroundings: tuple[dict[str, str], bytes], tmp_
     image, raw = os.fsencode(tmp_path) + b"/disk.qed", os.fsencode(tmp_path) + b"/" + name
     subprocess.run(["qemu-img", "create", "-q", "-f", "qed", image, "1M"], check=True)
     open(raw, "w").close()
-    assert run(env, "mount", image, raw) == Result(0, "", "")
+    log = os.fsencode(tmp_path) + b"/log"
+    assert run(env, "mount", "--log-file", log, image, raw) == Result(0, "", "")
     try:
         device = subprocess.run(["losetup", "--find", "--show", raw], check=True, capture_output=True).stdout.strip()
         try:

@@ -315,17 +315,6 @@ def test_o_sync_writes_are_durable(image: Path, raw: Path, tmp_path: Path) -> No
         qemu_io(copy, f"read -P {ord('d')} {offset} 4096")
 
 
-def test_an_image_is_mounted_over_itself(image: Path) -> None:
-    with mounted(image, image):
-        assert image.stat().st_size == 64 * MIB
-        with image.open("r+b") as file:
-            assert file.read(3) == b"\x11" * 3
-            file.seek(0)
-            file.write(b"abc")
-    qemu_io(image, f"read -P {ord('a')} 0 1")
-    check(image)
-
-
 def test_as_fstab_calls_it(image: Path, raw: Path) -> None:
     options = "ro,noatime,dev,suid,noauto,nofail,x-systemd.requires=/"
     done = qedfuse(image, raw, "-o", options, "--log-file", raw.parent / "log")

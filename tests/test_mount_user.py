@@ -89,7 +89,7 @@ def as_nobody(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_user_mounts_writes_and_unmounts(home: Path) -> None:
     image, raw = home / "disk.qed", home / "disk.raw"
-    assert run("mount", image, raw) == Result(0, "", "")
+    assert run("mount", "--log-file", home / "log", image, raw) == Result(0, "", "")
     assert as_nobody("stat", "-c", "%s %u %a", str(raw)).stdout.split() == [str(8 << 20), str(NOBODY), "644"]
     assert as_nobody("sh", "-c", f"printf hello | dd of={raw} conv=notrunc,fsync bs=1").returncode == 0
     assert as_nobody("head", "-c", "6", str(raw)).stdout == "hello\3"
@@ -104,7 +104,7 @@ def test_a_user_mounts_writes_and_unmounts(home: Path) -> None:
 
 def test_root_may_unmount_it(home: Path) -> None:
     image, raw = home / "disk.qed", home / "disk.raw"
-    assert run("mount", image, raw) == Result(0, "", "")
+    assert run("mount", "--log-file", home / "log", image, raw) == Result(0, "", "")
     done = subprocess.run(
         [sys.executable, "-m", "qedfuse", "umount", str(raw)], env=environment(), capture_output=True, check=False
     )
@@ -127,7 +127,7 @@ def test_a_user_cannot_mount_what_he_cannot_read(home: Path) -> None:
     image.chmod(0o600)
     one_line(run("mount", image, raw), 1, str(image), "permission denied")
     image.chmod(0o644)
-    assert run("mount", image, raw) == Result(0, "", "")
+    assert run("mount", "--log-file", home / "log", image, raw) == Result(0, "", "")
     assert as_nobody("stat", "-c", "%u %a", str(raw)).stdout.split() == ["0", "444"]
     assert as_nobody("head", "-c", "1", str(raw)).stdout == "\3"
     assert as_nobody("dd", "if=/dev/zero", f"of={raw}", "count=1").returncode != 0
