@@ -39,7 +39,7 @@ class Deeds:
         self._sizes: set[int] = set()  # those that a crash may leave
         self._sectors = 0
         self._handles: Handles | None = None
-        self._random = random.Random()
+        self._random = random.Random(number)
         self._able: set[str] = set()
         self._source: bytes | None = None  # what another raw file of the mount holds
 
@@ -99,6 +99,9 @@ class Deeds:
         offset, size = self._range(align)
         self._shadow.note(f"{kind} read", offset, size)
         self._must_be(offset, size, self._open.pread(kind, offset, size), f"{kind} read")
+
+    def read_only(self) -> None:
+        self.read("reader")
 
     def direct_read(self) -> None:
         self.read("direct", SECTOR)
@@ -232,7 +235,7 @@ class Deeds:
         os.posix_fadvise(self._open.fd("plain"), offset, size, os.POSIX_FADV_DONTNEED)
 
     def reopen(self) -> None:
-        kind = self._random.choice(("plain", "direct", "dsync", "map"))
+        kind = self._random.choice(("plain", "direct", "dsync", "reader", "map"))
         self._shadow.note(f"reopen {kind}")
         if kind in ("map", "plain"):
             self._open.unmap()
@@ -243,6 +246,7 @@ class Deeds:
 #: What a deed needs and how often it is chosen.
 DEEDS: dict[str, tuple[set[str], int]] = {
     "read": (set(), 12),
+    "read_only": (set(), 4),
     "direct_read": (set(), 8),
     "load": ({"map"}, 6),
     "receive": (set(), 3),

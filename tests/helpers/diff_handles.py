@@ -7,7 +7,13 @@ import errno
 import mmap
 import os
 
-FLAGS = {"plain": 0, "direct": os.O_DIRECT, "dsync": os.O_DSYNC, "append": os.O_APPEND}
+FLAGS = {
+    "plain": os.O_RDWR,
+    "direct": os.O_RDWR | os.O_DIRECT,
+    "dsync": os.O_RDWR | os.O_DSYNC,
+    "append": os.O_RDWR | os.O_APPEND,
+    "reader": os.O_RDONLY,
+}
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
 
@@ -31,7 +37,7 @@ class Handles:
                 assert self._source is not None
                 self._fds[kind] = os.open(self._source, os.O_RDONLY)
             else:
-                self._fds[kind] = os.open(self._path, os.O_RDWR | FLAGS[kind])
+                self._fds[kind] = os.open(self._path, FLAGS[kind])
         return self._fds[kind]
 
     def open_all(self) -> None:

@@ -55,6 +55,8 @@ class Worker(SizeDeeds):
         if source:
             with open(source[1], "rb") as file:
                 self._source = file.read()
+        if self._random.random() < 0.5:  # so that a reader is there before the first writer
+            self._handles.pread("reader", 0, SECTOR)
         if "reopen" not in able:
             self._handles.open_all()
         self._able = set(able)
