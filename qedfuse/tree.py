@@ -34,12 +34,18 @@ SHOWN_SUFFIX = ".raw"
 
 #: Up to so many files keep their inode numbers for as long as they exist, even if the kernel forgets them.
 _MANY = 4096
+#: How often a directory is listed when something in it leads to one more host that does not answer.
+_ATTEMPTS = 3
 
 _log = logging.getLogger("qedfuse")
 
 
-#: Of a source directory: by shown name the path of the image, and what a look at it has found.
-Listing = dict[bytes, tuple[str, Peek]]
+class Listing(NamedTuple):
+    """Of a source directory: by shown name the path of each image, and what a look at it has found; names of links that
+    lead to hosts that do not answer."""
+
+    images: dict[bytes, tuple[str, Peek]]
+    unknown: set[bytes]
 
 
 class Node:
@@ -173,8 +179,8 @@ class Tree:
         for directory in self.directories:
             listing = listings[directory]
             if listing is not None:
-                self._seen[directory] = set(listing)
-                for name, (path, peek) in listing.items():
+                self._seen[directory] = set(listing.images) | (listing.unknown & self._seen[directory])
+                for name, (path, peek) in listing.images.items():
                     key = key_of(peek.status)
                     if name not in shown:
                         result.append(self._to_entry(name, path, peek))
@@ -185,7 +191,7 @@ class Tree:
             for name in self._seen[directory]:
                 shown.setdefault(name, (directory, None))
         self._note_hidden(hidden)
-        if self.directories and None not in listings.values():
+        if self.directories and not any(listing is None or listing.unknown for listing in listings.values()):
             self._prune(present)
         result.sort(key=lambda entry: entry.name)
         return result
@@ -197,11 +203,15 @@ class Tree:
         self.hidden = hidden
 
     async def _list_into(self, listings: dict[str, Listing | None], directory: str) -> None:
-        try:
-            listings[directory] = await look(partial(self._scan, directory))
-        except NoAnswerError as error:
-            self._note_missing(directory, error.message)
-            listings[directory] = None
+        """A link that leads to a host that does not answer holds up the first attempt, and is left out of the next."""
+        for _ in range(_ATTEMPTS):
+            try:
+                listings[directory] = await look(partial(self._scan, directory))
+                return
+            except NoAnswerError as error:
+                reason = error.message
+        self._note_missing(directory, reason)
+        listings[directory] = None
 
     async def look(self, node: Node) -> Peek:
         """A look at a node whose image is not open. Raises OSError(ESTALE) if the file is another one by now."""
@@ -309,27 +319,32 @@ class Tree:
 
     def _scan(self, directory: str) -> Listing:
         """Every image of a directory by shown name; NAME.qed hides NAME."""
-        found: Listing = {}
+        found: dict[bytes, tuple[str, Peek]] = {}
+        unknown: set[bytes] = set()
         try:
             with Walk() as walk:
                 walk.start(directory)
                 for candidate in _list(walk):
-                    peek = self._peeker.look_in(walk, candidate)
+                    name = os.fsencode(shown_name(candidate))
+                    try:
+                        peek = self._peeker.look_in(walk, candidate)
+                    except NoAnswerError:
+                        unknown.add(name)
+                        continue
                     if peek is None or not _is_shown(candidate, peek):
                         continue
-                    name = os.fsencode(shown_name(candidate))
                     if name not in found or candidate.endswith(SUFFIX):
                         found[name] = os.path.join(directory, candidate), peek
         except LeadsBackError as error:
             self._note_missing(directory, f"lies in a qedfuse mount ({error.mountpoint})")
-            return {}
+            return Listing({}, set())
         except OSError as error:
             if cannot_tell(error):
                 raise
             self._note_missing(directory, os.strerror(error.errno or errno.EIO).lower())
-            return {}
+            return Listing({}, set())
         self._missing.discard(directory)
-        return found
+        return Listing(found, unknown)
 
     def _note_missing(self, directory: str, reason: str) -> None:
         if directory not in self._missing:

@@ -190,6 +190,7 @@ def test_an_image(place: Place) -> None:
             write_now(writer)
         time.sleep(0.5)
         finish(run("stat", raw))  # it ends
+        assert finish(run("ls", place.point))[:2] == (0, b"good.raw\n")
         assert_alive(place.point)
         assert status(place.point)["pid"] == mount.pid()
         place.host.go_on()
