@@ -229,7 +229,7 @@ class Walk:
         self._pins.append(pin)
 
     def _judge(self, fd: int, trusted: bool) -> _Pin:
-        """`trusted`: it may lie on a mount that is not to be seen, as the root of a chroot does."""
+        """`trusted`: it may lie on a mount that is not to be seen."""
         above = self._pins[-1] if self._pins else None
         mount = mount_id(fd)
         forbidden: OSError | None = None
@@ -240,7 +240,7 @@ class Walk:
             fstype = found.fstype if found else None
             if found is not None and is_qedfuse(found):
                 forbidden = LeadsBackError(found.mountpoint)
-            elif found is None and not trusted:
+            elif found is None and not trusted and mount != _root_mount():
                 forbidden = OSError(errno.EXDEV, os.strerror(errno.EXDEV))
             enter(mount)
         inside = above is not None and above.inside
@@ -256,6 +256,15 @@ class Walk:
     def _let_go(self) -> None:
         while self._pins:
             os.close(self._pins.pop().fd)
+
+
+def _root_mount() -> int:
+    """In a chroot it may be one that is not to be seen."""
+    fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return mount_id(fd)
+    finally:
+        os.close(fd)
 
 
 def _open_trusted(directory: str) -> int:
