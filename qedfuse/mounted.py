@@ -73,6 +73,7 @@ class MountedImage:
         "_lock",
         "_nursery",
         "_open",
+        "_ours",
         "_retired",
         "_retiring",
         "_stop",
@@ -124,6 +125,7 @@ class MountedImage:
         self._waiting = 0
         self._retiring = False
         self._keeping = False
+        self._ours = False
         self._lock = trio.Lock()
         self._upgrading = trio.Lock()
         self._closed = trio.Event()
@@ -146,8 +148,16 @@ class MountedImage:
 
     @property
     def busy(self) -> bool:
-        """Whether it is open, or on its way there or back: whatever changes the file meanwhile is us."""
-        return self._keeping or self._users + self._waiting > 0
+        """Whether it is open, or on its way there or back."""
+        return self._keeping or self._is_used()
+
+    def _is_used(self) -> bool:
+        return self._users + self._waiting > 0
+
+    @property
+    def changing(self) -> bool:
+        """Whether we may have changed its file since `mark`, or somebody uses it who would lose it."""
+        return self._ours or self._is_used()
 
     async def acquire(self, *, to_write: bool) -> Image:
         """The open image; `release` it. If it is `to_write` it is open for writing, unless the file may not be written.
@@ -197,7 +207,8 @@ class MountedImage:
         async with self._upgrading:
             if image.writable:
                 return
-            self.cached.may_keep(image)  # to know what others have changed: the rest is us
+            self.cached.note_changes(image)  # the rest is us
+            self._ours = True
             try:
                 await self._upgrade(image)
             except OSError as error:
@@ -227,14 +238,23 @@ class MountedImage:
             await self._closed.wait()
 
     async def close_if_idle(self) -> bool:
-        """Close the image now if it only lingers. Returns whether it did."""
+        """Close the image now if it only lingers; wait for that, and for a close that has begun. Returns whether it was
+        closed meanwhile. Cancellation is harmless."""
+        if not self._keeping or self._is_used():
+            return False
+        closed = self._closed
         async with self._lock:
-            if self.opened is None or self._users or self._waiting or self._retiring:
+            image = self.opened
+            if image is None:
+                return closed.is_set()
+            if self._is_used() or image.failed is not None:  # it would not be closed
                 return False
             self._retire()
+            if self.unwritten is not None:
+                self._wake.set()
             retired = self._retired
         await retired.wait()
-        return self.opened is None
+        return closed.is_set()
 
     def _retire(self) -> None:
         self._retiring = True
@@ -268,7 +288,7 @@ class MountedImage:
                 closing = True
                 self.opened = None
                 self.size = image.size
-                if isinstance(image.storage, FileStorage) and image.writable and not self._stop.is_set():
+                if isinstance(image.storage, FileStorage) and image.writable and self._matters_how_it_is_left():
                     with contextlib.suppress(OSError):  # no descriptor left: then it counts as changed by others
                         spare = os.dup(image.storage.fileno())
             self.failure = image.failed
@@ -281,7 +301,7 @@ class MountedImage:
             if spare is not None:
                 with trio.CancelScope(shield=True):
                     await self._leave_file(spare)
-            self._keeping = False
+            self._keeping = self._ours = False
             self._closed.set()
             self._retired.set()
             if closing:
@@ -308,6 +328,8 @@ class MountedImage:
             self._retiring = False
             self._retired.set()
             self._retired = trio.Event()
+            if not self._stop.is_set():
+                self._hurry = trio.Event()
             self._lock.release()
             if image.failed is not None:
                 await self._stop.wait()
@@ -316,8 +338,6 @@ class MountedImage:
                 await self._wake.wait()
             pause = min(2 * pause, _LAST_PAUSE)
             self._wake = trio.Event()
-            if not self._stop.is_set():
-                self._hurry = trio.Event()
 
     def _note_unwritten(self, error: OSError) -> None:
         if self.unwritten is None or self.unwritten.errno != error.errno:
@@ -344,12 +364,16 @@ class MountedImage:
             self.failure = QedfuseError(self.path, "closing failed, see the log")
             _log.error("%s: closing failed", self.path, exc_info=error)
 
+    def _matters_how_it_is_left(self) -> bool:
+        return self.mtime_ns is not None or not self._stop.is_set()
+
     async def _leave_file(self, fd: int) -> None:
-        """Remember how we left the file. The descriptor still holds the image's lock: nobody else has changed it, and
-        nobody does until that would show."""
+        """Set the time that the kernel wants, and remember how we left the file. The descriptor still holds the image's
+        lock: nobody else has changed it, and nobody does until that would show."""
         try:
             status = await self._call(partial(self._set_times, fd))
-            await trio.sleep(min(max(0, status.st_ctime_ns + TICK - time.time_ns()), TICK) / 1e9)
+            if not self._stop.is_set():
+                await trio.sleep(min(max(0, status.st_ctime_ns + TICK - time.time_ns()), TICK) / 1e9)
             self.note_state(status)
         except OSError as error:
             _log.warning("%s", describe(error, self.path))

@@ -133,7 +133,7 @@ async def make_writable(image: Image) -> None:
     """
     readers = image.storage
     assert isinstance(readers, FileStorage)
-    storage = await look(partial(_claim, readers), discard=_drop)
+    storage = await look(partial(_claim, readers), discard=partial(_unclaim, readers))
     try:
         header = await read_header(storage)
         if _kind_of(header) != _kind_of(image.header):
@@ -173,6 +173,13 @@ def _claim(readers: FileStorage) -> FileStorage:
     except BaseException:
         drop_writers_locks(readers.fileno())
         raise
+
+
+def _unclaim(readers: FileStorage, storage: FileStorage) -> None:
+    """`_claim` undone."""
+    _drop(storage)
+    with suppress(OSError):  # closed meanwhile
+        drop_writers_locks(readers.fileno())
 
 
 def _drop(storage: FileStorage) -> None:

@@ -34,25 +34,35 @@ _State = tuple[Identity, FileMark | _Opening]
 class CachedPages:
     """What the kernel may have cached of one raw file: of which state of the chain's files. It begins with nothing."""
 
-    __slots__ = ("_dropping", "_opening", "_ours", "_states")
+    __slots__ = ("_dropping", "_opening", "_ours", "_stale", "_states")
 
     def __init__(self) -> None:
         self._states: list[_State | None] = []  # from the top down; None: as nothing ever is
         self._ours = False  # the top one is being written by us
         self._opening = object()
+        self._stale = False  # since no open has had them dropped yet: one may have been refused
         self._dropping = 0.0
 
     def note_open(self, image: Image) -> None:
         """The image was opened, and nothing has been changed through it."""
         self._ours = False
         self._opening = object()
-        self._compare(image)
+        self.note_changes(image)
         self._ours = image.writable
 
     def may_keep(self, image: Image) -> bool:
-        """Whether an open of the raw file may leave the kernel its pages."""
-        self._compare(image)
+        """Whether an open of the raw file, which is answered now, may leave the kernel its pages."""
+        self.note_changes(image)
+        if self._stale:
+            self._stale = False
+            self._dropping = time.monotonic() + _DROPPING
         return time.monotonic() >= self._dropping
+
+    def note_changes(self, image: Image) -> None:
+        """Have a look at what others may have changed until now."""
+        if not self.is_current(image):
+            self._stale = True
+        self._states = self._look_at(image)
 
     def note_writing(self) -> None:
         """The image was opened for writing."""
@@ -67,11 +77,6 @@ class CachedPages:
     def note_own_change(self, status: os.stat_result) -> None:
         """The image's file is in a state to which we have brought it."""
         self._states[:1] = [self._state_of(status)]
-
-    def _compare(self, image: Image) -> None:
-        if not self.is_current(image):
-            self._dropping = time.monotonic() + _DROPPING
-        self._states = self._look_at(image)
 
     def _look_at(self, image: Image) -> list[_State | None]:
         found = [self._state_of(image.storage.stat())]

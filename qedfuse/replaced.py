@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
-
-import trio
+from functools import partial
 
 from qedfuse.image import Image
-from qedfuse.storage import Storage, identity
+from qedfuse.storage import FileStorage, Storage, identity
+from qedfuse.threads import look
+
+_DELETED = " (deleted)"
 
 
 def may_be_replaced(image: Image) -> bool:
@@ -23,12 +25,26 @@ def may_be_replaced(image: Image) -> bool:
 
 async def check_not_replaced(image: Image) -> None:
     """Raises OSError(ESTALE) if the image's file has no name any more, and its old one is another file's."""
-    if may_be_replaced(image) and await trio.to_thread.run_sync(_is_another, image.storage, abandon_on_cancel=True):
+    if may_be_replaced(image) and await look(partial(_is_replaced, image.storage)):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
-def _is_another(storage: Storage) -> bool:
+def _is_replaced(storage: Storage) -> bool:
+    return any(_is_another(path, storage) for path in {storage.path, _last_name(storage)})
+
+
+def _is_another(path: str, storage: Storage) -> bool:
     try:
-        return identity(os.stat(storage.path)) != identity(storage.stat())
+        return identity(os.stat(path)) != identity(storage.stat())
     except OSError:
         return False
+
+
+def _last_name(storage: Storage) -> str:
+    """It may have been renamed since it was opened. Source: proc(5) on /proc/pid/fd."""
+    if not isinstance(storage, FileStorage):
+        return storage.path
+    try:
+        return os.readlink(f"/proc/self/fd/{storage.fileno()}").removesuffix(_DELETED)
+    except OSError:
+        return storage.path

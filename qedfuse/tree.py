@@ -37,6 +37,9 @@ _MANY = 4096
 #: How often a directory is listed when something in it leads to one more host that does not answer.
 _ATTEMPTS = 3
 
+#: Seconds that idle images may take to make way for one that they exclude.
+_WAY_PATIENCE = 5.0
+
 _log = logging.getLogger("qedfuse")
 
 
@@ -73,7 +76,7 @@ class Node:
         """Whether `peek` saw this node's file as we know it."""
         if self.key != key_of(peek.status):
             return False
-        if self.mounted.busy or peek.time <= self.mounted.closed_at:
+        if self.mounted.changing or peek.time <= self.mounted.closed_at:
             return True  # it has changed since, but by us
         known, size = (self.mounted.mark, self.mounted.size) if self.mounted.mark else (self.mark, self.size)
         found = mark_of(peek.status)
@@ -246,10 +249,24 @@ class Tree:
         try:
             return await self._open(node, to_write)
         except InUseError:  # by one of ours perhaps, of which it is the backing file
-            idle = [await node.mounted.close_if_idle() for node in self.nodes]
-            if not any(idle):
+            if not await self._make_way():
                 raise
         return await self._open(node, to_write)
+
+    async def _make_way(self) -> bool:
+        """Close all images that only linger. Returns whether any was closed. Those that take long are not waited for:
+        they may never be."""
+        closed = []
+
+        async def close(mounted: MountedImage) -> None:
+            if await mounted.close_if_idle():
+                closed.append(mounted)
+
+        with trio.move_on_after(_WAY_PATIENCE):
+            async with trio.open_nursery() as nursery:
+                for mounted in {node.mounted for node in self.nodes if node.mounted.open}:
+                    nursery.start_soon(close, mounted)
+        return bool(closed)
 
     async def _open(self, node: Node, to_write: bool) -> Image:
         image = await node.mounted.acquire(to_write=False)

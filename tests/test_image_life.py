@@ -1,0 +1,310 @@
+"""What happens between the last use of an image in a directory mount and the next one, and when an upgrade fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfuse import threads
+from qedfuse import tree as tree_module
+from qedfuse.create import create_image
+from qedfuse.errors import InUseError
+from qedfuse.image import Image
+from qedfuse.mounted import MountedImage
+from qedfuse.opening import make_writable, open_image
+from qedfuse.storage import FileStorage
+from qedfuse.threads import NoAnswerError
+from qedfuse.tree import Node, Tree
+from tests.helpers.cli import Name, qemu_img
+from tests.helpers.expect import raises_errno
+from tests.helpers.modes import MODES, Mode
+from tests.helpers.mounts import mounted, status, wait_for_exit, wait_until
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "images"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Path:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+def make(path: Path, size: str = "1M", *options: Name) -> Path:
+    qemu_img("create", "-q", "-f", "qed", *options, path, size)
+    return path
+
+
+def until_closed(point: Path) -> None:
+    wait_until(lambda: status(point)["images"] == [])
+
+
+@contextmanager
+def read_by_qemu(image: Path) -> Iterator[None]:
+    command = ["qemu-io", "-r", "-f", "qed", str(image)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"read 0 512\n")
+        process.stdin.flush()
+        assert b"read" in process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.stdin.close()
+
+
+# -- at the mount -----------------------------------------------------------------------------------------------------
+
+
+def test_an_open_that_is_refused_drops_no_pages_and_the_next_one_does(source: Path, point: Path) -> None:
+    """What the refused one saw is not forgotten, however long the next one takes to come."""
+    base = source / "base"
+    base.write_bytes(b"\1" * MIB)
+    image, raw = make(source / "top.qed", "1M", "-b", "base", "-F", "raw"), point / "top.raw"
+    with mounted(source, point):
+        for _ in range(2):
+            assert raw.read_bytes() == b"\1" * MIB
+            until_closed(point)
+        base.write_bytes(b"\2" * MIB)
+        with read_by_qemu(image), raises_errno(errno.EBUSY):
+            os.open(raw, os.O_RDWR)
+        time.sleep(1.2)
+        until_closed(point)
+        assert raw.read_bytes() == b"\2" * MIB
+
+
+def test_an_image_that_was_overwritten_right_after_it_was_read(source: Path, point: Path) -> None:
+    """By a tool without locks: it has another size, and the kernel must not keep the old one."""
+    image, raw = make(source / "a.qed"), point / "a.raw"
+    larger = make(source.parent / "larger.qed", "2M")
+    with mounted(source, point):
+        assert len(raw.read_bytes()) == MIB
+        shutil.copyfile(larger, image)
+        time.sleep(0.1)
+        with raw.open("r+b", buffering=0) as file:
+            file.write(b"x" * 4096)
+            os.fsync(file.fileno())
+        until_closed(point)
+        assert raw.read_bytes() == b"x" * 4096 + bytes(2 * MIB - 4096)
+
+
+def fill_with_time(raw: Path) -> None:
+    raw.write_bytes(b"x" * MIB)
+    os.utime(raw, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("over_file", [False, True], ids=["directory", "file"])
+def test_the_time_that_was_set_outlives_the_mount(source: Path, point: Path, over_file: bool) -> None:
+    image, raw = make(source / "a.qed"), point / "a.raw"
+    if over_file:
+        raw.touch()
+    with mounted(*((image, raw) if over_file else (source, point))) as mount:
+        pid = mount.pid()
+        fill_with_time(raw)
+        subprocess.run(["fusermount3", "-u", str(mount.point)], check=True)  # before it is closed
+        wait_for_exit(pid)
+    assert image.stat().st_mtime == 1e9
+
+
+@MODES
+def test_one_that_was_renamed_and_then_replaced_cannot_be_synced(source: Path, point: Path, mode: Mode) -> None:
+    image, new = make(source / "a.qed"), make(source.parent / "new.qed")
+    with mounted(*mode, source, point), (point / "a.raw").open("r+b", buffering=0) as file:
+        image.rename(source / "b.qed")
+        file.write(b"x" * 4096)
+        os.fsync(file.fileno())
+        new.rename(source / "b.qed")
+        file.write(b"y" * 4096)
+        with raises_errno(errno.ESTALE):
+            os.fsync(file.fileno())
+
+
+def test_an_image_in_use_does_not_disturb_one_that_has_failed(source: Path, point: Path) -> None:
+    from tests.test_idle_close import failing_syncs
+
+    make(source / "a.qed")
+    other = make(source / "b.qed")
+    with mounted(source, point) as mount:
+        fd = os.open(point / "a.raw", os.O_RDWR)
+        os.pwrite(fd, b"x" * 4096, 0)
+        with failing_syncs(mount.pid()), raises_errno(errno.EIO):
+            os.fsync(fd)
+        with raises_errno(errno.EIO):
+            os.close(fd)
+        with read_by_qemu(other):
+            for _ in range(2):
+                with raises_errno(errno.EBUSY):
+                    os.open(point / "b.raw", os.O_RDWR)
+        assert (point / "a.raw").read_bytes()[:1] == b"x"
+        mount.umount()
+
+
+# -- without a mount --------------------------------------------------------------------------------------------------
+
+Body = Callable[[MountedImage, "Openings"], Awaitable[None]]
+
+
+class Openings:
+    """Opens real images; to close one takes until `may_close`."""
+
+    def __init__(self) -> None:
+        self.closing = trio.Event()
+        self.may_close = trio.Event()
+
+    @asynccontextmanager
+    async def open(self, path: str) -> AsyncIterator[Image]:
+        async with open_image(path, read_only=True) as image:
+            yield image
+            self.closing.set()
+            await self.may_close.wait()
+
+
+def run(path: Path, body: Body, *, linger: float = 60.0) -> None:
+    async def main() -> None:
+        await create_image(str(path), MIB)
+        openings = Openings()
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                mounted = MountedImage(str(path), openings.open, nursery, read_only=False, linger=linger)
+                await body(mounted, openings)
+                openings.may_close.set()
+                await mounted.close()
+
+    trio.run(main)
+
+
+async def _fail(self: FileStorage) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_one_that_has_failed_makes_no_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        image = await mounted.acquire(to_write=True)
+        await image.write(0, b"x" * 4096)
+        with monkeypatch.context() as patch:
+            patch.setattr(FileStorage, "sync", _fail)
+            with raises_errno(errno.EIO):
+                await image.flush()
+        mounted.release()
+        with trio.fail_after(5):
+            for _ in range(2):
+                await trio.sleep(0.1)
+                assert not await mounted.close_if_idle()
+                assert await mounted.acquire(to_write=False) is image
+                mounted.release()
+
+    run(tmp_path / "a.qed", body, linger=0.01)
+
+
+async def _no_space(self: FileStorage, offset: int, buffers: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_one_that_could_not_be_written_makes_way_as_soon_as_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        openings.may_close.set()
+        image = await mounted.acquire(to_write=True)
+        await image.write(0, b"x" * 4096)
+        mounted.release()
+        with monkeypatch.context() as patch:
+            patch.setattr(FileStorage, "write", _no_space)
+            for _ in range(3):
+                assert not await mounted.close_if_idle()
+            assert mounted.unwritten is not None
+        with trio.fail_after(1):
+            assert await mounted.close_if_idle()
+
+    run(tmp_path / "a.qed", body)
+
+
+def test_a_close_that_has_begun_is_waited_for(tmp_path: Path) -> None:
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        await mounted.acquire(to_write=True)
+        mounted.release()
+        closed = []
+
+        async def make_way() -> None:
+            closed.append(await mounted.close_if_idle())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make_way)
+            await openings.closing.wait()
+            nursery.start_soon(make_way)
+            await trio.sleep(0.05)
+            assert not closed
+            openings.may_close.set()
+        assert closed == [True, True]
+
+    run(tmp_path / "a.qed", body)
+
+
+def test_one_that_cannot_be_closed_keeps_no_other_one_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_module, "_WAY_PATIENCE", 0.2)
+
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        image = await mounted.acquire(to_write=False)
+        tree = Tree()
+        tree.add(mounted, image)
+        mounted.release()
+
+        class Taken:
+            open = False
+            opened = object()
+
+            async def acquire(self, *, to_write: bool) -> Image:
+                raise InUseError("other.qed", "taken")
+
+        node = Node(99, Taken(), (0, 0), tree.nodes[0].mark, 0, fixed=True)  # type: ignore[arg-type]
+        with trio.fail_after(5), pytest.raises(InUseError):
+            await tree.acquire(node, to_write=True)
+
+    run(tmp_path / "a.qed", body)
+
+
+def test_an_upgrade_that_took_too_long_leaves_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was given up, and comes to its end all the same."""
+    path = tmp_path / "a.qed"
+    really_open = FileStorage.open
+    ended = []
+
+    def slowly(*args: object, **kwargs: object) -> FileStorage:
+        time.sleep(0.5)
+        try:
+            return really_open(*args, **kwargs)  # type: ignore[arg-type]
+        finally:
+            ended.append(True)
+
+    async def main() -> None:
+        await create_image(str(path), MIB)
+        async with open_image(path, read_only=True) as image:
+            with monkeypatch.context() as patch:
+                patch.setattr(threads, "PATIENCE", 0.1)
+                patch.setattr(FileStorage, "open", slowly)
+                with pytest.raises(NoAnswerError):
+                    await make_writable(image)
+                await trio.sleep(1)
+            assert ended
+            with read_by_qemu(path):
+                pass
+            await make_writable(image)
+            await image.write(0, b"x")
+
+    trio.run(main)
