@@ -161,17 +161,17 @@ def _claim(readers: FileStorage) -> FileStorage:
     """A second opening of a file, with a writer's locks. Blocks."""
     if isinstance(readers, RemoteFile):
         enter(readers.mount)
-    add_writers_locks(readers.fileno(), readers.path)
+    storage = FileStorage.open(readers.path, True, pin=readers.fileno())  # before the locks: it may not be allowed
     try:
-        storage = FileStorage.open(readers.path, True, pin=readers.fileno())
+        add_writers_locks(readers.fileno(), readers.path)
         try:
             share_writers_locks(storage.fileno())
             return storage if readers.local else isolate(storage)
         except BaseException:
-            _drop(storage)
+            drop_writers_locks(readers.fileno())
             raise
     except BaseException:
-        drop_writers_locks(readers.fileno())
+        _drop(storage)
         raise
 
 

@@ -256,7 +256,7 @@ class Operations(pyfuse3.Operations):
         if mtime is not None and self.enable_writeback_cache:
             node.mounted.mtime_ns = mtime  # the kernel is the master of it
         if not image.writable:
-            node.mounted.note_state(image.storage.stat())
+            node.mounted.note_state(os.fstat(fd))
 
     @_translated
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -26,6 +26,7 @@ from qedfuse.threads import NoAnswerError
 from qedfuse.tree import Node, Tree
 from tests.helpers.cli import Name, qemu_img
 from tests.helpers.expect import raises_errno
+from tests.helpers.guests import filesystem
 from tests.helpers.modes import MODES, Mode
 from tests.helpers.mounts import mounted, status, wait_for_exit, wait_until
 
@@ -153,6 +154,22 @@ def test_an_image_in_use_does_not_disturb_one_that_has_failed(source: Path, poin
                     os.open(point / "b.raw", os.O_RDWR)
         assert (point / "a.raw").read_bytes()[:1] == b"x"
         mount.umount()
+
+
+def test_what_cannot_be_written_needs_no_lock_of_a_writer(source: Path, point: Path) -> None:
+    """Any number of mounts may show an image on a read-only file system, as before the first one came."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a file system")
+    first, second = point / "first", point / "second"
+    first.touch()
+    second.touch()
+    with filesystem(Path("none"), source, "-t", "tmpfs"):
+        image = make(source / "a.qed")
+        subprocess.run(["mount", "-o", "remount,ro", str(source)], check=True)
+        with mounted(image, first), mounted(image, second):
+            assert second.read_bytes() == bytes(MIB)
+            with raises_errno(errno.EROFS):
+                os.open(second, os.O_RDWR)
 
 
 # -- without a mount --------------------------------------------------------------------------------------------------
