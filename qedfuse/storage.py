@@ -153,7 +153,11 @@ class FileStorage:
         """
         name = os.fspath(path)
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        fd = os.open(name if pin is None else f"/proc/self/fd/{pin}", flags)
+        try:
+            fd = os.open(name if pin is None else f"/proc/self/fd/{pin}", flags)
+        except OSError as error:
+            error.filename = name
+            raise
         try:
             mode = os.fstat(fd).st_mode
             if stat.S_ISDIR(mode):

@@ -248,25 +248,16 @@ class Tree:
             await self.look(node)
         try:
             return await self._open(node, to_write)
-        except InUseError:  # by one of ours perhaps, of which it is the backing file
-            if not await self._make_way():
-                raise
+        except InUseError:  # by one of ours perhaps, of which it is the backing file; it may be closed by now
+            await self._make_way()
         return await self._open(node, to_write)
 
-    async def _make_way(self) -> bool:
-        """Close all images that only linger. Returns whether any was closed. Those that take long are not waited for:
-        they may never be."""
-        closed = []
-
-        async def close(mounted: MountedImage) -> None:
-            if await mounted.close_if_idle():
-                closed.append(mounted)
-
+    async def _make_way(self) -> None:
+        """Close all images that only linger. Those that take long are not waited for: they may never be closed."""
         with trio.move_on_after(_WAY_PATIENCE):
             async with trio.open_nursery() as nursery:
                 for mounted in {node.mounted for node in self.nodes if node.mounted.open}:
-                    nursery.start_soon(close, mounted)
-        return bool(closed)
+                    nursery.start_soon(mounted.close_if_idle)
 
     async def _open(self, node: Node, to_write: bool) -> Image:
         image = await node.mounted.acquire(to_write=False)

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from qedfuse.errors import InUseError
 from qedfuse.image import Image
 from qedfuse.mounted import MountedImage
 from qedfuse.opening import make_writable, open_image
+from qedfuse.peek import FileKey, FileMark
 from qedfuse.storage import FileStorage
 from qedfuse.threads import NoAnswerError
 from qedfuse.tree import Node, Tree
@@ -273,6 +275,32 @@ def test_a_close_that_has_begun_is_waited_for(tmp_path: Path) -> None:
     run(tmp_path / "a.qed", body)
 
 
+class Taken:
+    """A MountedImage whose file others have, for so many `times`."""
+
+    open = False
+    opened = object()
+
+    def __init__(self, times: int) -> None:
+        self._times = times
+
+    async def acquire(self, *, to_write: bool) -> None:
+        self._times -= 1
+        if self._times >= 0:
+            raise InUseError("other.qed", "taken")
+
+    async def make_writable(self) -> None:
+        pass
+
+    def key(self) -> FileKey:
+        return 0, 0
+
+
+def test_the_one_in_the_way_may_be_gone_before_it_is_looked_for() -> None:
+    node = Node(99, Taken(1), (0, 0), FileMark(0, 0, 0), 0, fixed=True)  # type: ignore[arg-type]
+    trio.run(partial(Tree().acquire, node, to_write=True))
+
+
 def test_one_that_cannot_be_closed_keeps_no_other_one_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_module, "_WAY_PATIENCE", 0.2)
 
@@ -282,14 +310,7 @@ def test_one_that_cannot_be_closed_keeps_no_other_one_waiting(tmp_path: Path, mo
         tree.add(mounted, image)
         mounted.release()
 
-        class Taken:
-            open = False
-            opened = object()
-
-            async def acquire(self, *, to_write: bool) -> Image:
-                raise InUseError("other.qed", "taken")
-
-        node = Node(99, Taken(), (0, 0), tree.nodes[0].mark, 0, fixed=True)  # type: ignore[arg-type]
+        node = Node(99, Taken(2), (0, 0), tree.nodes[0].mark, 0, fixed=True)  # type: ignore[arg-type]
         with trio.fail_after(5), pytest.raises(InUseError):
             await tree.acquire(node, to_write=True)
 
@@ -323,5 +344,25 @@ def test_an_upgrade_that_took_too_long_leaves_no_locks(tmp_path: Path, monkeypat
                 pass
             await make_writable(image)
             await image.write(0, b"x")
+
+    trio.run(main)
+
+
+def test_why_it_cannot_be_upgraded_is_said_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.qed"
+
+    def refuse(*args: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), args[0])
+
+    async def main() -> None:
+        await create_image(str(path), MIB)
+        async with open_image(path, read_only=True) as image:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "open", refuse)
+                with pytest.raises(OSError, match="Too many open files") as caught:
+                    await make_writable(image)
+            assert caught.value.filename == str(path)
+            with read_by_qemu(path):
+                pass
 
     trio.run(main)
