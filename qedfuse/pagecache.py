@@ -6,6 +6,7 @@ change can be set, but ctime cannot. What is written through the mount goes thro
 harm.
 
 A change within a tick of the host's clock after another one may leave no trace: a state so fresh is not relied on.
+Stores through mmap(2) that leave no trace (into a page that is dirty already, or on tmpfs) cannot be noticed.
 Block devices have no time of change: they are as they were for as long as they are open, and locked.
 """
 
