@@ -71,7 +71,7 @@ def test_the_trace_sees_what_is_opened(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     code, names, _ = opened_by(over(b"../secret", features=5)(directory), "info", "--backing-chain")
     assert code == 0
-    assert str(directory / "../secret") in names
+    assert "secret" in names, "a name is walked a component at a time"
 
 
 # -- --backing-root and --no-backing ----------------------------------------------------------------------------------
@@ -166,9 +166,14 @@ def outcome(path: Path, size: int) -> list[bytes | None] | None:
         os.close(fd)
 
 
-def change(path: Path, size: int) -> None:
-    """Write here and there; whatever cannot be done is an errno."""
-    fd = os.open(path, os.O_RDWR)
+def change(path: Path, size: int) -> bool:
+    """Write here and there; whatever cannot be done is an errno. Returns whether it can be opened for writing."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return False
     try:
         for at in sorted({0, 4096 + 512, 12288, max(0, size - 512)}):
             with suppress(OSError):
@@ -177,6 +182,7 @@ def change(path: Path, size: int) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
+    return True
 
 
 HEADERS = [case for case in CASES if case.info and not case.size]
@@ -206,7 +212,7 @@ def test_a_directory_of_hostile_images(tmp_path: Path) -> None:
             else:
                 read += 1
                 assert None not in found or names[name].check == 2, names[name].name
-                change(path, size)
+                assert change(path, size) or names[name].check == 2, names[name].name
             assert time.monotonic() - start < 30, names[name].name
             assert find_daemon(point) == pid
         assert (point / "sound.raw").read_bytes()[: 2 * C] == b"\x45" * C + b"\x46" * C

@@ -79,7 +79,8 @@ def test_no_temporary_file_is_needed(tmp_path: Path, image: Path, raw: Path, opt
         'mount --bind "$1" /mnt && mount -o remount,ro,bind / || exit 77; '
         "for each in /tmp /var/tmp; do mount -t tmpfs -o ro none $each || exit 77; done; "
         "[ ! -w /dev/shm ] || mount -t tmpfs -o ro none /dev/shm || exit 77; cd /; shift; "
-        '"$@" mount $OPTIONS /mnt/disk.qed /mnt/disk.raw && head -c 3 /mnt/disk.raw && "$@" umount /mnt/disk.raw'
+        '"$@" mount --log-file /dev/null $OPTIONS /mnt/disk.qed /mnt/disk.raw && head -c 3 /mnt/disk.raw && '
+        '"$@" umount /mnt/disk.raw'
     )
     words = [*new_namespace(), "sh", "-c", script, "sh", str(tmp_path), sys.executable, "-m", "qedfuse"]
     env = environment({"OPTIONS": " ".join([*EXTRA_OPTIONS, *options]), "TMPDIR": "/nowhere"})
