@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,12 +131,23 @@ def _cleaned_up(point: Path) -> Iterator[None]:
 
 
 def abort(point: Path) -> None:
-    """Make the kernel give up on the mount at `point`, if there is one: whoever waits for it gets an error."""
-    mount = mount_at(point)
-    if mount is not None:
-        switch = Path("/sys/fs/fuse/connections", mount.device.partition(":")[2], "abort")
-        if switch.exists():
-            switch.write_text("1")
+    """Make the kernel give up on the mount at `point`, if there is one: whoever waits for it gets an error. The files
+    for that are mounted if they are not; nothing happens for an ordinary user who may not."""
+    mount = find_mount(os.path.join(os.path.realpath(point.parent), point.name))  # asks nothing of the mount itself
+    if mount is None or mount.fstype != FSTYPE:
+        return
+    connection = mount.device.partition(":")[2]
+    switch = Path("/sys/fs/fuse/connections", connection, "abort")
+    if switch.exists():
+        switch.write_text("1")
+        return
+    with tempfile.TemporaryDirectory() as place:
+        words = ["mount", "-t", "fusectl", "none", place]
+        if subprocess.run(words, capture_output=True, check=False, timeout=TIMEOUT).returncode == 0:
+            try:
+                Path(place, connection, "abort").write_text("1")
+            finally:
+                subprocess.run(["umount", place], check=True, timeout=TIMEOUT)
 
 
 def is_mounted(point: Path) -> bool:
