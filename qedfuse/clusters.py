@@ -7,6 +7,7 @@ fails, nothing refers to what it allocated.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 
 import trio
@@ -168,15 +169,26 @@ class ClusterWriter:
         if kind is Kind.DATA:
             await self._zero_data(host, rest)
         elif growing and kind is Kind.UNALLOCATED and self._below(image_end, rest):
-            # Give the cluster data of its own, up to the image's end.
-            data = await read_layer(self._backing, image_end - skip, skip)
-            host, room = await self._allocate(1)
-            try:
-                await self._put(host, [data])
-                await self._set_entries(image_end - skip, room, host)
-            except BaseException:
-                self._release(host, room)
-                raise
+            await self._own(image_end - skip, skip)
+
+    async def own(self, offset: int, image_end: int) -> None:
+        """Give the cluster at `offset` data of its own, if what the backing file has there is to be changed: what
+        takes space is done then. It reads as before."""
+        kind, _length, _host = (await self._tables.map(offset, 1))[0]
+        start = offset & -self._cluster_size
+        if kind is Kind.UNALLOCATED and self._below(offset, 1):
+            await self._own(start, min(self._cluster_size, image_end - start))
+
+    async def _own(self, start: int, size: int) -> None:
+        """Give the cluster at `start` data of its own: the first `size` bytes that the backing file has there."""
+        data = await read_layer(self._backing, start, size)
+        host, room = await self._allocate(1)
+        try:
+            await self._put(host, [data])
+            await self._set_entries(start, room, host)
+        except BaseException:
+            self._release(host, room)
+            raise
 
     # -- for the fast path --------------------------------------------------------------------------------------------
 
@@ -215,8 +227,11 @@ class ClusterWriter:
     async def _zero_data(self, host: int, size: int) -> None:
         """Zero part of a cluster in place."""
         if size < _PUNCH_MIN:
-            await self._put(host, [memoryview(_ZEROES)[:size]])
-            return
+            try:
+                return await self._put(host, [memoryview(_ZEROES)[:size]])
+            except OSError as error:  # a hole of a full file system takes no zeroes, and needs none
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
         try:
             await self._storage.punch(host, size)
         finally:

@@ -42,7 +42,8 @@ found by reading the tables (`reserve.py`) before any of them changed. It is syn
 zeroed: what was read may be younger than what is on the disk, where an entry may still lead to it. Then it is zeroed in
 large steps, each followed by a sync, and only then handed out. From there on a device is like a file.
 
-Shrinking goes the other way round: the smaller size is durable before anything behind it is dropped or zeroed. What is
+Shrinking goes the other way round: the smaller size is durable before anything behind it is dropped or zeroed. Before
+that comes what may lack space: a cluster of its own for the last sector, if the backing file's is to be cut. What is
 cut off inside of a cluster is zeroed in place, then, before the answer. After a crash in between it is still there,
 behind the end: growing zeroes it, too, but a QEMU that grows the image would show it. Inside of the last sector, which
 stays in the image if the size asked for is no multiple of 512, it reads as before or as zeroes, as after any write.

@@ -334,9 +334,13 @@ class Image:
 
     async def _shrink(self, end: int) -> None:
         """The header first: a crash must not leave a large image that has lost its end. Then all behind `end` goes,
-        first the rest of its sector, which stays inside the image, and of its cluster."""
+        first the rest of its sector, which stays inside the image, and of its cluster. What may lack space comes before
+        all that: no error must leave an image that is smaller but for that."""
+        clusters = await self._begin_change()
         committer = self._committer_of()
         old, size = self._size, round_up(end, SECTOR_SIZE)
+        if end < size:
+            await clusters.own(end, old)
         if size < old:
             self._size = size
             try:
