@@ -61,7 +61,8 @@ class CheckResult:
 
     `problems` are the first lines of all `problem_count`, found before a repair. `past_end_clusters` (also in `leaks`)
     are allocated past the image's end. `cut_end`: up to where the file (bytes) would have to reach for the tables and
-    clusters that begin inside and end behind it; 0 if there are none. `header` is the header that is in the file.
+    clusters that begin inside and end behind it; 0 if there are none, as far as is known: `tables_not_followed` are L2
+    tables that overlap something. `header` is the header that is in the file.
     """
 
     filename: str
@@ -79,6 +80,7 @@ class CheckResult:
     punched_clusters: int = 0
     overlaps: int = 0
     cut_end: int = 0
+    tables_not_followed: int = 0
     problems: list[str] = field(default_factory=list)
     problem_count: int = 0
 
@@ -195,6 +197,7 @@ async def _scan(storage: Storage, header: Header, progress: Progress | None) -> 
         elif again := used.mark(offset // header.cluster_size, header.table_size):
             result.overlaps += again
             result.corruptions += again
+            result.tables_not_followed += 1
             result.note(f"l1 entry {index}: the l2 table at {offset:#x} overlaps other tables or data")
         else:
             chunks = TableChunks(storage, offset, geometry.table_bytes, breathe)

@@ -15,8 +15,8 @@ Only what is inside can be read: QEMU says EINVAL to the rest, and we EIO. On th
 
 - *closed cleanly*: it has no other references, unless it was damaged, and then each reader of them is told. There is
   one exception. A file that ends in a part of a cluster grows with the first allocation, and what was cut off would
-  read as half zeroes from then on. So such a file is checked; if something is cut off it is refused, and `check`
-  decides.
+  read as half zeroes from then on. So such a file is checked; if something is cut off, or if that cannot be told, it is
+  refused, and `check` decides.
 - *not closed cleanly, without a backing file*: this is what a crash leaves. A reference outside the file was made after
   the last sync, and so was its target: it becomes 0, and reads as zeroes, as before. So does one that is wrong, as in
   QEMU. One that is cut off was under way: the file grows, what is there of it stays, and the rest reads as zeroes.
@@ -59,6 +59,10 @@ async def recover(storage: Storage, header: Header) -> Header:
                 storage.path,
                 f"the file is cut off inside of what is in use ({storage.size()} bytes, it should have at least "
                 f"{found.cut_end}); copy out what can be read, or drop it with `qedfuse check -r all`",
+            )
+        if found.tables_not_followed or found.check_errors:
+            raise CorruptError(
+                storage.path, "the file ends inside a cluster, and its tables do not tell whose; see `qedfuse check`"
             )
     elif storage.size() < size_in_sectors(storage):
         await storage.truncate(size_in_sectors(storage))
