@@ -74,9 +74,10 @@ def mount(
     images, directories = _sort_sources(sources, mountpoint, over_file)
     parsed = _check_backing_root(parsed)
 
-    if fastpath:  # before anything imports pyfuse3
-        with contextlib.suppress(ImportError):  # the daemon tries again, and logs it
-            import qedfuse.fastpath  # noqa: F401
+    # Before anything imports pyfuse3, and also if it is to answer nothing: pyfuse3's own read of /dev/fuse waits, and
+    # the event loop with it, when the request of which it was told has been withdrawn.
+    with contextlib.suppress(ImportError):  # the daemon tries again, and logs it
+        import qedfuse.fastpath  # noqa: F401
 
     from qedfuse.daemon import MountConfig, serve
     from qedfuse.launch import inherited_descriptors, open_standard_files, run_in_background
