@@ -60,8 +60,8 @@ class CachedPages:
         return time.monotonic() >= self._dropping
 
     def note_changes(self, image: Image) -> None:
-        """Have a look at what others may have changed until now."""
-        if not self.is_current(image):
+        """Have a look at what others may have changed until now. Before the first open nothing is cached."""
+        if self._states and not self.is_current(image):
             self._stale = True
         self._states = self._look_at(image)
 

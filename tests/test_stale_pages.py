@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,3 +163,24 @@ def test_pages_are_kept_otherwise(source: Path, point: Path) -> None:
         os.link(top, source / "other.img")
         wait_until(lambda: raw.stat().st_mode & 0o777 == 0o640)
         assert raw.stat().st_ino == number
+
+
+@pytest.mark.parametrize("over_file", [True, False], ids=["file", "directory"])
+def test_the_pages_of_the_first_reader_are_there_for_the_next_one(source: Path, point: Path, over_file: bool) -> None:
+    """At once: nothing had been cached before it that could be wrong."""
+    _base, top = make_chain(source)
+    time.sleep(0.1)  # whatever a change leaves to be seen is to be seen
+    raw = point / "top.raw"
+    if over_file:
+        raw = source / "raw"
+        raw.touch()
+    with mounted(top if over_file else source, raw if over_file else point):
+        assert raw.read_bytes() == b"\1" * MIB
+        reads = requests(raw if over_file else point)
+        assert raw.read_bytes() == b"\1" * MIB
+        assert requests(raw if over_file else point) == reads
+
+
+def requests(point: Path) -> int:
+    number: int = status(point)["requests"]["read"]
+    return number
