@@ -1,4 +1,4 @@
-"""What holds for a whole run.
+"""What holds for a whole run, and where tests of mounts have their files.
 
 At its end: the figures that the tests have printed, in lines that begin with `figures:`.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             for line in report.capstdout.splitlines():
                 if line.startswith(PREFIX):
                     terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {line.removeprefix(PREFIX)}")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A directory for images."""
+    path = tmp_path / "images"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Path:
+    """A directory to mount over."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A file to mount over."""
+    path = tmp_path / "disk.raw"
+    path.touch()
+    return path

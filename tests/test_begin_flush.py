@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +21,9 @@ from qedfuse.image import Image
 from qedfuse.opening import open_image
 from tests.helpers.cli import qemu_img
 from tests.helpers.expect import raises_errno
+from tests.helpers.injection import injected
 from tests.helpers.modes import NEEDS_NATIVE
-from tests.helpers.mounts import Mounted, counters, mounted
+from tests.helpers.mounts import counters, mounted
 
 KIB = 1 << 10
 FRESH = 512 * KIB
@@ -206,33 +205,10 @@ def test_what_needs_an_event_loop_is_refused() -> None:
 # -- on a mount -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def injected(mount: Mounted, what: str) -> Iterator[None]:
-    """strace meddles with the daemon's system calls (see its -e inject)."""
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
-    command = ["strace", "-f", "-e", f"inject={what}", "-o", "/dev/null", "-p", str(mount.pid())]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
-        assert strace.stderr is not None
-        try:
-            assert "attached" in strace.stderr.readline()
-            yield
-        finally:
-            strace.terminate()
-            strace.communicate(timeout=20)
-
-
 def timed(call: Callable[[], object]) -> float:
     started = time.monotonic()
     call()
     return time.monotonic() - started
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.touch()
-    return path
 
 
 @pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
@@ -244,7 +220,7 @@ def test_a_slow_sync_holds_nobody_up(tmp_path: Path, raw: Path, backing: bool) -
         try:
             os.pwrite(fd, b"x" * 4096, 0)
             os.fsync(fd)
-            with injected(mount, "fdatasync:delay_enter=400000"):
+            with injected(mount.pid(), "fdatasync:delay_enter=400000"):
                 os.pwrite(fd, b"y" * 4096, FRESH)
                 threads = [threading.Thread(target=os.fsync, args=(fd,)) for _ in range(4)]
                 started = time.monotonic()
@@ -324,7 +300,7 @@ class TestNative:
                 os.fsync(fd)
                 os.pwrite(fd, b"y" * 4096, 0)
             threads = [threading.Thread(target=os.fsync, args=(fd,)) for fd in files]
-            with injected(mount, "fdatasync:delay_enter=500000"):
+            with injected(mount.pid(), "fdatasync:delay_enter=500000"):
                 started = time.monotonic()
                 for thread in threads:
                     thread.start()
@@ -341,7 +317,7 @@ class TestNative:
             os.pwrite(fd, b"x" * 4096, 0)
             os.fsync(fd)
             os.pwrite(fd, b"y" * 4096, 0)
-            with injected(mount, f"fdatasync:error=EIO{delay}"), raises_errno(errno.EIO):
+            with injected(mount.pid(), f"fdatasync:error=EIO{delay}"), raises_errno(errno.EIO):
                 os.fsync(fd)
             with raises_errno(errno.EIO):
                 os.fsync(fd)

@@ -54,13 +54,6 @@ def words(mode: str) -> list[str]:
     return ["--no-fastpath"] if mode == "off" else []
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.touch()
-    return path
-
-
 def create(path: Path, size: str, *options: object) -> Path:
     qemu_img("create", "-q", "-f", "qed", *map(str, options), path, size)
     return path

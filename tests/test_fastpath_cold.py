@@ -20,13 +20,6 @@ pytestmark = NEEDS_NATIVE
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.touch()
-    return path
-
-
 def chain(tmp_path: Path, rnd: random.Random) -> tuple[Path, list[Path], bytearray]:
     """An image over a QED image over a raw file, 8 MiB, each with something of its own. The image, all files, what it
     reads as."""

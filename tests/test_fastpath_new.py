@@ -19,12 +19,11 @@ from tests.test_fastpath import (
     mode,
     opened,
     pytestmark,
-    raw,
     run_fallocate,
     words,
 )
 
-__all__ = ["mode", "pytestmark", "raw"]  # fixtures, and the same reason to be skipped
+__all__ = ["mode", "pytestmark"]  # fixtures, and the same reason to be skipped
 
 _PUNCH_HOLE = 3
 

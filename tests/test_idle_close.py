@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from qedfuse.control import Client
 from tests.helpers.cli import Name, Result, one_line, qemu_img, qemu_io
 from tests.helpers.expect import raises_errno
 from tests.helpers.guests import assert_clean, filesystem
+from tests.helpers.injection import injected
 from tests.helpers.modes import MODES, Mode
 from tests.helpers.mounts import Mounted, is_mounted, kill, mount_at, mounted, status, wait_for_exit, wait_until
 
@@ -40,13 +39,6 @@ def source(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs root to mount a small file system")
     with filesystem(Path("none"), tmp_path / "images", "-t", "tmpfs", "-o", "size=4M") as path:
         yield path
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
 
 
 def make(image: Path, *, overlay: bool) -> Path:
@@ -224,24 +216,6 @@ def is_free(image: Path) -> bool:
 # -- a sync that fails ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def failing_syncs(pid: int) -> Iterator[None]:
-    """The daemon's syncs are EIO."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
-    command = ["strace", "-f", "-p", str(pid), "-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            if "attached" not in line:
-                pytest.skip(f"strace cannot attach to the daemon: {line.strip()}")
-            yield
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=20)
-
-
 @MODES
 @CACHED
 def test_a_failed_sync_is_remembered(tmp_path: Path, point: Path, mode: Mode, flags: int) -> None:
@@ -252,7 +226,7 @@ def test_a_failed_sync_is_remembered(tmp_path: Path, point: Path, mode: Mode, fl
     with mounted(*mode, directory, point) as mount:
         fd = os.open(raw, os.O_RDWR)
         os.pwrite(fd, b"x" * 4096, 0)
-        with failing_syncs(mount.pid()), raises_errno(errno.EIO):
+        with injected(mount.pid(), "fdatasync:error=EIO"), raises_errno(errno.EIO):
             os.fsync(fd)
         with raises_errno(errno.EIO):  # close(2) says it, too
             os.close(fd)

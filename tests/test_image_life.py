@@ -29,24 +29,11 @@ from qedfuse.tree import Node, Tree
 from tests.helpers.cli import Name, qemu_img
 from tests.helpers.expect import raises_errno
 from tests.helpers.guests import filesystem
+from tests.helpers.injection import injected
 from tests.helpers.modes import MODES, Mode
 from tests.helpers.mounts import mounted, status, wait_for_exit, wait_until
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "images"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
 
 
 def make(path: Path, size: str = "1M", *options: Name) -> Path:
@@ -139,14 +126,12 @@ def test_one_that_was_renamed_and_then_replaced_cannot_be_synced(source: Path, p
 
 
 def test_an_image_in_use_does_not_disturb_one_that_has_failed(source: Path, point: Path) -> None:
-    from tests.test_idle_close import failing_syncs
-
     make(source / "a.qed")
     other = make(source / "b.qed")
     with mounted(source, point) as mount:
         fd = os.open(point / "a.raw", os.O_RDWR)
         os.pwrite(fd, b"x" * 4096, 0)
-        with failing_syncs(mount.pid()), raises_errno(errno.EIO):
+        with injected(mount.pid(), "fdatasync:error=EIO"), raises_errno(errno.EIO):
             os.fsync(fd)
         with raises_errno(errno.EIO):
             os.close(fd)

@@ -43,13 +43,6 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.touch()
-    return path
-
-
 @contextmanager
 def started(
     image: str | Path, raw: Path, preexec: Callable[[], None] | None = None, pass_fds: tuple[int, ...] = ()

@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
-import signal
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from qedfuse.limits import most_requests
 from tests.helpers.cli import qemu_img, qemu_io
+from tests.helpers.injection import injected
 from tests.helpers.modes import MODES, Mode
 from tests.helpers.mounts import mounted, wait_until
 
 MANY = 150
 
 
-@contextmanager
-def slow_syncs(pid: int, seconds: float) -> Iterator[None]:
+def slow_syncs(pid: int, seconds: float) -> AbstractContextManager[None]:
     """Each of the daemon's syncs takes so long, or until the end of the block."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
-    inject = f"inject=fdatasync:delay_enter={int(seconds * 1e6)}"
-    command = ["strace", "-f", "-p", str(pid), "-e", "trace=fdatasync", "-e", inject]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            if "attached" not in line:
-                pytest.skip(f"strace cannot attach to the daemon: {line.strip()}")
-            yield
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+    return injected(pid, f"fdatasync:delay_enter={int(seconds * 1e6)}", seconds=60)
 
 
 def mark_unclean(image: Path) -> None:

@@ -28,13 +28,6 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.touch()
-    return path
-
-
 def check(image: Path, *, leaks: bool = False) -> None:
     """Closed cleanly: no errors, and not marked as in need of a check. `leaks`: clusters were freed."""
     done = subprocess.run(["qemu-img", "check", str(image)], capture_output=True, text=True, check=False)

@@ -10,27 +10,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 from tests.helpers.expect import raises_errno
 from tests.helpers.mounts import is_mounted, mounted, status, wait_until
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "images"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
 
 
 def make(path: Path, size: str = "1M", fill: int | None = None) -> Path:

@@ -27,13 +27,6 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.touch()
-    return path
-
-
 def assert_clean(image: Path, fill: int, offset: int = 30 * MIB) -> None:
     """Closed: the marks are off, and what was written is there."""
     assert not json.loads(qemu_img("info", "--output=json", image))["dirty-flag"]

@@ -22,13 +22,6 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.touch()
-    return path
-
-
 @pytest.fixture(autouse=True)
 def _fuse() -> None:
     need_fuse()

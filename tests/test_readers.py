@@ -24,20 +24,6 @@ KIB, MIB = 1 << 10, 1 << 20
 DIRECT = os.O_RDONLY | os.O_DIRECT
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "images"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
-
-
 def make(path: Path, fill: int, *, base: str | None = None) -> Path:
     options = ["-b", base, "-F", "qed"] if base else []
     qemu_img("create", "-q", "-f", "qed", *options, path, "1M")

@@ -15,20 +15,6 @@ from tests.helpers.cli import Result, qedfuse, qemu_img
 from tests.helpers.mounts import EXTRA_OPTIONS, mounted, need_fuse, wait_until
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Path:
-    path = tmp_path / "point"
-    path.mkdir()
-    return path
-
-
 def make(path: Path) -> Path:
     qemu_img("create", "-q", "-f", "qed", path, "1M")
     return path

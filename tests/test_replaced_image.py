@@ -16,20 +16,6 @@ from tests.helpers.mounts import mounted, status, wait_until
 MIB = 1 << 20
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "images"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
-
-
 def make(path: Path, fill: int, size: str = "1M") -> Path:
     qemu_img("create", "-q", "-f", "qed", path, size)
     qemu_io(path, f"write -P {fill} 0 64k")

@@ -16,20 +16,6 @@ from tests.helpers.mounts import mounted, status, wait_until
 MIB = 1 << 20
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "images"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def point(tmp_path: Path) -> Path:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    return path
-
-
 def make_chain(source: Path) -> tuple[Path, Path]:
     """A raw base, and the image on top, with another one between them."""
     base, middle, top = source / "base", source / "middle.qed", source / "top.qed"

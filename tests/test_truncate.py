@@ -31,13 +31,6 @@ def image(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return path
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.touch()
-    return path
-
-
 def check(image: Path) -> int:
     return subprocess.run(["qemu-img", "check", "-q", str(image)], check=False).returncode
 
