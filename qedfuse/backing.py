@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qedfuse.errors import FormatError, QedfuseError, UnsupportedError
-from qedfuse.storage import FileStorage
+from qedfuse.file_storage import FileStorage
 from qedfuse.threads import NoAnswerError
 from qedfuse.walk import LeadsBackError, Walk
 

@@ -20,6 +20,7 @@ import trio
 
 from qedfuse.backing import ANY_BACKING, BackingPolicy, open_backing_file, resolve_backing, shown
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
+from qedfuse.file_storage import FileStorage
 from qedfuse.filelock import lock
 from qedfuse.header import HEADER_BYTES, Header, decode_backing_name
 from qedfuse.image import Image
@@ -29,7 +30,7 @@ from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
 from qedfuse.remote_file import isolate
-from qedfuse.storage import FileStorage, Identity, Storage, identity
+from qedfuse.storage import Identity, Storage, identity
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.walk import LeadsBackError, Walk
 

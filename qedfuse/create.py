@@ -19,10 +19,11 @@ import trio
 
 from qedfuse.chain import open_backing
 from qedfuse.errors import QedfuseError, UsageError
+from qedfuse.file_storage import FileStorage
 from qedfuse.filelock import lock
 from qedfuse.geometry import SECTOR_SIZE, Geometry, round_up
 from qedfuse.header import FEATURE_BACKING_FILE, FEATURE_BACKING_FORMAT_NO_PROBE, HEADER_BYTES, MAX_BACKING_NAME, Header
-from qedfuse.storage import FileStorage, Storage
+from qedfuse.storage import Storage
 
 
 def new_header(

@@ -17,12 +17,12 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from qedfuse.file_storage import FileStorage
 from qedfuse.handover import HandOver
 from qedfuse.image import Image
 from qedfuse.layer import Layer
 from qedfuse.offload import sync_with
 from qedfuse.raw import RawLayer
-from qedfuse.storage import FileStorage
 
 _flags = sys.getdlopenflags()
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)

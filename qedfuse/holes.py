@@ -16,11 +16,11 @@ import os
 import time
 from contextlib import aclosing
 
+from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
 from qedfuse.layer import Kind, Layer
 from qedfuse.mapping import walk
 from qedfuse.scan import Breather
-from qedfuse.storage import FileStorage
 
 #: Seconds; time for a terabyte of tables that say "zeroes" and "data" cluster by cluster.
 PATIENCE = 2.0

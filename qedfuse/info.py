@@ -1,7 +1,7 @@
 """What an image is: its header, its backing file's name, its size on the host. Opens nothing else.
 
-This is the one place besides `storage.py` that opens a host file: a look at a header needs no event loop, and loading
-one takes longer than the look. What needs the engine (a backing chain, a check) is imported where it is used.
+This is the one place besides `file_storage.py` that opens a host file: a look at a header needs no event loop, and
+loading one takes longer than the look. What needs the engine (a backing chain, a check) is imported where it is used.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _check(fd: int, path: str, header: Header, deadline: float) -> None:
     import trio
 
     from qedfuse.check import CheckResult, check_image
-    from qedfuse.storage import FileStorage
+    from qedfuse.file_storage import FileStorage
 
     async def run() -> CheckResult:
         storage = FileStorage(path, os.dup(fd), writable=False)

@@ -13,6 +13,7 @@ import trio
 from qedfuse.backing import ANY_BACKING, BackingPolicy
 from qedfuse.chain import Chain, open_backing, open_layer, read_backing_name, read_header
 from qedfuse.errors import InUseError, UsageError
+from qedfuse.file_storage import FileStorage
 from qedfuse.filelock import add_writers_locks, drop_writers_locks, share_writers_locks
 from qedfuse.header import FEATURE_NEED_CHECK, Header
 from qedfuse.image import Image
@@ -21,7 +22,6 @@ from qedfuse.probe import QED, probe_format
 from qedfuse.recovery import recover
 from qedfuse.remote_file import RemoteFile, isolate
 from qedfuse.repair import write_header
-from qedfuse.storage import FileStorage
 from qedfuse.threads import enter, look
 
 __all__ = [

@@ -21,6 +21,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from qedfuse.attributes import Attributes, directory_attributes, host_blocks, raw_attributes
 from qedfuse.changes import change_owner, change_times
 from qedfuse.complaints import Complaints, Unopened
+from qedfuse.file_storage import FileStorage
 from qedfuse.geometry import DEFAULT_CLUSTER_SIZE
 from qedfuse.image import Image
 from qedfuse.layer import Layer
@@ -29,7 +30,6 @@ from qedfuse.oversize import Oversize
 from qedfuse.peek import Peek
 from qedfuse.replaced import check_not_replaced
 from qedfuse.rootclock import RootClock
-from qedfuse.storage import FileStorage
 from qedfuse.threads import look
 from qedfuse.tree import ROOT, Entry, Node, Tree
 

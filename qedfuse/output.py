@@ -19,8 +19,9 @@ import trio
 
 from qedfuse.create import make_file, sync_directory
 from qedfuse.errors import QedfuseError
+from qedfuse.file_storage import FileStorage
 from qedfuse.filelock import lock
-from qedfuse.storage import Buffer, FileStorage, Identity, identity
+from qedfuse.storage import Buffer, Identity, identity
 
 #: So much at a time the host is told to begin writing out: little is left for the sync at the end.
 _WRITEBACK_BYTES = 8 << 20

@@ -15,8 +15,9 @@ from typing import TypeVar
 
 import trio
 
+from qedfuse.file_storage import FileStorage
 from qedfuse.mount_table import find_by_id, is_remote, mount_id
-from qedfuse.storage import Buffer, FileStorage
+from qedfuse.storage import Buffer
 from qedfuse.threads import enter, look
 
 T = TypeVar("T")

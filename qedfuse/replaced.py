@@ -11,8 +11,9 @@ import errno
 import os
 from functools import partial
 
+from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
-from qedfuse.storage import FileStorage, Storage, identity
+from qedfuse.storage import Storage, identity
 from qedfuse.threads import look
 
 _DELETED = " (deleted)"

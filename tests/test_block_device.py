@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
+from qedfuse.file_storage import FileStorage
 from qedfuse.opening import open_image
-from qedfuse.storage import FileStorage
 from tests.helpers.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 from tests.helpers.devices import device_with, qemu_is_refused
 from tests.helpers.expect import raises_errno

@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from qedfuse.check import check_image
+from qedfuse.file_storage import FileStorage
 from qedfuse.header import HEADER_BYTES, Header
-from qedfuse.storage import FileStorage
 from tests.helpers.check_images import (
     header_of,
 )

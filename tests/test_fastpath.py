@@ -421,7 +421,7 @@ def test_errors_of_fallocate_reach_the_caller(tmp_path: Path, raw: Path) -> None
 
 
 def run_fallocate(fd: int, mode: int, offset: int, size: int) -> None:
-    from qedfuse.storage import _fallocate
+    from qedfuse.file_storage import _fallocate
 
     _fallocate(fd, mode, offset, size)
 

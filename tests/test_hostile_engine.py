@@ -16,12 +16,12 @@ import trio
 
 from qedfuse.check import Repair, check_image
 from qedfuse.errors import CorruptError
+from qedfuse.file_storage import FileStorage
 from qedfuse.geometry import MAX_OFFSET
 from qedfuse.header import Header
 from qedfuse.holes import next_data, next_hole
 from qedfuse.image import Image
 from qedfuse.opening import open_image
-from qedfuse.storage import FileStorage
 from tests.helpers.cli import environment, qemu_img
 from tests.helpers.expect import raises_errno
 from tests.helpers.hostile import GIANT, GOOD, C, entries, giant, good, wide, words

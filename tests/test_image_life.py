@@ -19,11 +19,11 @@ from qedfuse import threads
 from qedfuse import tree as tree_module
 from qedfuse.create import create_image
 from qedfuse.errors import InUseError
+from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
 from qedfuse.mounted import MountedImage
 from qedfuse.opening import make_writable, open_image
 from qedfuse.peek import FileKey, FileMark
-from qedfuse.storage import FileStorage
 from qedfuse.threads import NoAnswerError
 from qedfuse.tree import Node, Tree
 from tests.helpers.cli import Name, qemu_img

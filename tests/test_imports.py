@@ -24,6 +24,7 @@ ORDER = """
     qcow2_header
     probe peek
     storage filelock
+    file_storage
     remote_file
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
@@ -145,7 +146,7 @@ def test_fuse_stays_at_the_edge(module: str) -> None:
 def test_image_data_goes_through_storage(module: str) -> None:
     """Tests replace `Storage` to inject faults and crashes: what goes past it is not tested."""
     allowed = {
-        "storage": FILE_CALLS,
+        "file_storage": FILE_CALLS,
         "info": {"pread"},  # the header alone, so that `qedfuse info` starts without an event loop
         "peek": {"pread"},  # the same for a directory of images, most of which are never opened
         "offload": {"fdatasync"},  # to know it when it sees it

@@ -19,8 +19,8 @@ import trio
 import qedfuse
 from qedfuse.chain import read_header
 from qedfuse.check import CheckResult, check_image
+from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
-from qedfuse.storage import FileStorage
 from tests.helpers.cli import ROOT, qemu_img
 
 SIZE = 1 << 20

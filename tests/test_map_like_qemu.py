@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from qedfuse.file_storage import FileStorage
 from qedfuse.qcow2 import read_qcow2_header
 from qedfuse.qcow2_refcounts import is_preallocated
-from qedfuse.storage import FileStorage
 from tests.helpers.cli import environment, qedfuse, qemu_img, qemu_io
 
 MIB = 1 << 20

@@ -14,12 +14,12 @@ import trio
 
 from qedfuse.create import create_image
 from qedfuse.errors import InUseError, QedfuseError
+from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
 from qedfuse.mounted import MountedImage
 from qedfuse.opening import make_writable, open_image
 from qedfuse.pagecache import TICK
 from qedfuse.peek import mark_of
-from qedfuse.storage import FileStorage
 
 MIB = 1 << 20
 

@@ -13,9 +13,9 @@ import trio.testing
 
 import qedfuse
 from qedfuse.errors import InUseError, QedfuseError, UsageError
+from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
 from qedfuse.opening import open_image
-from qedfuse.storage import FileStorage
 from tests.helpers.chains import (
     SIZE,
     check_is_clean,

@@ -16,11 +16,12 @@ import pytest
 import trio
 
 from qedfuse.errors import CorruptError, QedfuseError
+from qedfuse.file_storage import FileStorage
 from qedfuse.header import Header
 from qedfuse.image import Image
 from qedfuse.opening import open_image
 from qedfuse.recovery import recover
-from qedfuse.storage import FileStorage, Storage
+from qedfuse.storage import Storage
 from tests.helpers.images import POOL, read_header
 from tests.helpers.ram import RamFile, RamStorage
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfuse.storage import INLINE_WRITE_LIMIT, FileStorage, Storage
+from qedfuse.file_storage import INLINE_WRITE_LIMIT, FileStorage
+from qedfuse.storage import Storage
 from tests.helpers.expect import raises_errno
 from tests.helpers.ram import PAGE, Chaos, RamFile, RamStorage
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfuse import storage as module
-from qedfuse.storage import FileStorage
+from qedfuse import file_storage as module
+from qedfuse.file_storage import FileStorage
 from tests.helpers.expect import raises_errno
 
 

@@ -82,9 +82,9 @@ def check(output: str, repair: str | None, share: bool, quiet: bool, image: str)
 async def _check(path: str, repair: str | None, share: bool, bar: Bar) -> CheckResult | None:
     """None: the file is something else."""
     from qedfuse.check import Repair, check_image
+    from qedfuse.file_storage import FileStorage
     from qedfuse.filelock import lock
     from qedfuse.header import HEADER_BYTES, MAGIC, Header
-    from qedfuse.storage import FileStorage
 
     storage = FileStorage.open(path, repair is not None)
     try:

@@ -12,8 +12,8 @@ from typing import Any
 import trio
 
 from qedfuse.check import CheckResult, Repair, check_image
+from qedfuse.file_storage import FileStorage
 from qedfuse.header import HEADER_BYTES, Header
-from qedfuse.storage import FileStorage
 from tests.helpers.check_images import (
     CLUSTER,
     Ram,

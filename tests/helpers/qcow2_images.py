@@ -13,11 +13,11 @@ import pytest
 import trio
 
 from qedfuse.errors import CorruptError, describe
+from qedfuse.file_storage import FileStorage
 from qedfuse.layer import Layer, Run, read_layer
 from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
-from qedfuse.storage import FileStorage
 
 T = TypeVar("T")
 
