@@ -399,7 +399,7 @@ class Daemon:
             "images": [node.mounted.status() for node in self._tree.nodes if node.mounted.opened],
             "unopened-images": self._operations.unopened.status(paths) if self._operations else [],
             "hidden-images": [
-                {"filename": path, "hidden-by": by} for path, by in islice(self._tree.hidden.items(), _LISTED)
+                {"filename": path, "hidden-by": by} for path, by in islice(self._tree.sources.hidden.items(), _LISTED)
             ],
             "requests": self.requests(),
         }

@@ -113,7 +113,7 @@ class Operations(pyfuse3.Operations):
         self._synced: set[int] = set()
         self._listings: dict[int, list[Entry]] = {}
         self._next_handle = 1
-        self._names_timeout = NAMES_TIMEOUT if tree.directories else FIXED_NAMES_TIMEOUT
+        self._names_timeout = NAMES_TIMEOUT if tree.sources else FIXED_NAMES_TIMEOUT
 
     def init(self) -> None:
         self.initialized.set()
@@ -343,7 +343,7 @@ class Operations(pyfuse3.Operations):
     async def _host_space(self, files: list[FileStorage]) -> os.statvfs_result:
         """Of the file system that has the images; rather of a local one, which answers."""
         files.sort(key=lambda file: not file.local)
-        return await (files[0].statvfs() if files else self._tree.statvfs())
+        return await (files[0].statvfs() if files else self._tree.sources.statvfs())
 
     # -- small parts --------------------------------------------------------------------------------------------------
 

@@ -4,51 +4,30 @@ Images named on the command line are open as long as the mount lives. Those of a
 looked up on the host each time, and a file is the same node as before if it is the same file and nobody else changed it
 meanwhile. A changed file becomes a new node, since the kernel keeps what it knows of the old one (pages and, with the
 writeback cache, the size).
-
-Host files are looked at in threads of their own (`threads.py`), each directory by itself: one that does not answer
-keeps no other one from being listed. Names that were seen in it are not looked for in those behind it, which it would
-hide: they would be other images.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import NamedTuple
 
 import trio
 
-from qedfuse.errors import InUseError, QedfuseError, printable
+from qedfuse.errors import InUseError, QedfuseError
 from qedfuse.image import Image
 from qedfuse.mounted import MountedImage
-from qedfuse.peek import FileKey, FileMark, Peek, Peeker, cannot_tell, key_of, mark_of
-from qedfuse.threads import NoAnswerError, look
-from qedfuse.walk import LeadsBackError, Walk
+from qedfuse.peek import FileKey, FileMark, Peek, key_of, mark_of
+from qedfuse.sources import Found, Sources, shown_name
 
 ROOT = 1
-SUFFIX = ".qed"
-SHOWN_SUFFIX = ".raw"
 
 #: Up to so many files keep their inode numbers for as long as they exist, even if the kernel forgets them.
 _MANY = 4096
-#: How often a directory is listed when something in it leads to one more host that does not answer.
-_ATTEMPTS = 3
 
 #: Seconds that idle images may take to make way for one that they exclude.
 _WAY_PATIENCE = 5.0
-
-_log = logging.getLogger("qedfuse")
-
-
-class Listing(NamedTuple):
-    """Of a source directory: by shown name the path of each image, and what a look at it has found; names of links that
-    lead to hosts that do not answer."""
-
-    images: dict[bytes, tuple[str, Peek]]
-    unknown: set[bytes]
 
 
 class Node:
@@ -96,7 +75,7 @@ class Tree:
     """The files of a mount, by inode number and by name.
 
     `root`: the one image that is the mount's root, None for a directory. `make` makes the MountedImage of a path in one
-    of the source `directories`. `hidden`: images that are not shown (at the last listing), and those that hide them.
+    of the source `directories`.
     """
 
     def __init__(
@@ -105,16 +84,12 @@ class Tree:
         make: Callable[[str], MountedImage] | None = None,
     ) -> None:
         self.root: Node | None = None
-        self.directories = list(directories)
+        self.sources = Sources(directories)
         self._make = make
         self._nodes: dict[int, Node] = {}
         self._by_key: dict[FileKey, Node] = {}
         self._fixed: dict[bytes, Node] = {}
-        self._peeker = Peeker()
         self._next_id = ROOT + 1
-        self._missing: set[str] = set()
-        self.hidden: dict[str, str] = {}
-        self._seen: dict[str, set[bytes]] = {directory: set() for directory in self.directories}
 
     # -- images of the command line -----------------------------------------------------------------------------------
 
@@ -152,87 +127,28 @@ class Tree:
         fixed = self._fixed.get(name)
         if fixed is not None:
             return Entry(name, fixed, None)
-        for directory in self.directories:
-            seen = self._seen[directory]
-            try:
-                found = await look(partial(self._find, directory, os.fsdecode(name)))
-            except NoAnswerError as error:
-                self._note_missing(directory, error.message)
-                if name in seen:
-                    raise NoAnswerError(directory) from None
-                continue
-            if found:
-                seen.add(name)
-                return self._to_entry(name, *found)
-            seen.discard(name)
-        return None
+        found = await self.sources.find(name)
+        return self._to_entry(name, found) if found else None
 
     async def entries(self) -> list[Entry]:
-        """All there is, by name. Forgets what is gone and unknown to the kernel. A name in an earlier directory hides
-        that in a later one."""
+        """All there is, by name. Forgets what is gone and unknown to the kernel."""
         result = [Entry(name, node, None) for name, node in self._fixed.items()]
-        listings: dict[str, Listing | None] = {}
-        async with trio.open_nursery() as nursery:
-            for directory in self.directories:
-                nursery.start_soon(self._list_into, listings, directory)
-        shown: dict[bytes, tuple[str, FileKey | None]]
-        shown = {name: (node.mounted.path, node.key) for name, node in self._fixed.items()}
-        hidden = {}
-        present = set()
-        for directory in self.directories:
-            listing = listings[directory]
-            if listing is not None:
-                self._seen[directory] = set(listing.images) | (listing.unknown & self._seen[directory])
-                for name, (path, peek) in listing.images.items():
-                    key = key_of(peek.status)
-                    if name not in shown:
-                        result.append(self._to_entry(name, path, peek))
-                        present.add(key)
-                    elif shown[name][1] != key:
-                        hidden[path] = shown[name][0]
-                    shown.setdefault(name, (path, key))
-            for name in self._seen[directory]:
-                shown.setdefault(name, (directory, None))
-        self._note_hidden(hidden)
-        if self.directories and not any(listing is None or listing.unknown for listing in listings.values()):
-            self._prune(present)
+        if self.sources:
+            fixed = {name: (node.mounted.path, node.key) for name, node in self._fixed.items()}
+            found, complete = await self.sources.list(fixed)
+            result += [self._to_entry(name, image) for name, image in found.items()]
+            if complete:
+                self._prune({key_of(image.peek.status) for image in found.values()})
         result.sort(key=lambda entry: entry.name)
         return result
 
-    def _note_hidden(self, hidden: dict[str, str]) -> None:
-        for path, by in hidden.items():
-            if self.hidden.get(path) != by:
-                _log.warning("%s", printable(f"{path}: not shown, since {by} has its name in an earlier source"))
-        self.hidden = hidden
-
-    async def _list_into(self, listings: dict[str, Listing | None], directory: str) -> None:
-        """A link that leads to a host that does not answer holds up the first attempt, and is left out of the next."""
-        for _ in range(_ATTEMPTS):
-            try:
-                listings[directory] = await look(partial(self._scan, directory))
-                return
-            except NoAnswerError as error:
-                reason = error.message
-        self._note_missing(directory, reason)
-        listings[directory] = None
-
     async def look(self, node: Node) -> Peek:
         """A look at a node whose image is not open. Raises OSError(ESTALE) if the file is another one by now."""
-        peek = await look(partial(self._peeker.look, node.mounted.path))
+        peek = await self.sources.look(node.mounted.path)
         if peek is None or not node.is_at(peek):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         node.may_write = peek.writable
         return peek
-
-    async def statvfs(self) -> os.statvfs_result:
-        """The space of the file system with the first directory that answers."""
-        error: OSError = NoAnswerError()
-        for directory in self.directories:
-            try:
-                return await look(partial(_statvfs, directory))
-            except OSError as problem:
-                error = problem
-        raise error
 
     async def acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
         """A node's open image; to be released with `node.mounted.release()`.
@@ -293,9 +209,10 @@ class Tree:
     def nodes(self) -> list[Node]:
         return list(self._nodes.values())
 
-    # -- the host's directories ---------------------------------------------------------------------------------------
+    # -- nodes --------------------------------------------------------------------------------------------------------
 
-    def _to_entry(self, name: bytes, path: str, peek: Peek) -> Entry:
+    def _to_entry(self, name: bytes, found: Found) -> Entry:
+        path, peek = found
         key = key_of(peek.status)
         node = self._by_key.get(key)
         if node is not None and not node.fixed:
@@ -313,57 +230,11 @@ class Tree:
             node.may_write = peek.writable
         return Entry(name, node, peek)
 
-    def _find(self, directory: str, name: str) -> tuple[str, Peek] | None:
-        if not name.endswith(SHOWN_SUFFIX):
-            return None
-        stem = name.removesuffix(SHOWN_SUFFIX)
-        for candidate in (stem + SUFFIX, stem):
-            if stem and shown_name(candidate) == name:
-                path = os.path.join(directory, candidate)
-                peek = self._peeker.look(path)
-                if peek is not None and _is_shown(candidate, peek):
-                    return path, peek
-        return None
-
-    def _scan(self, directory: str) -> Listing:
-        """Every image of a directory by shown name; NAME.qed hides NAME."""
-        found: dict[bytes, tuple[str, Peek]] = {}
-        unknown: set[bytes] = set()
-        try:
-            with Walk() as walk:
-                walk.start(directory)
-                for candidate in _list(walk):
-                    name = os.fsencode(shown_name(candidate))
-                    try:
-                        peek = self._peeker.look_in(walk, candidate)
-                    except NoAnswerError:
-                        unknown.add(name)
-                        continue
-                    if peek is None or not _is_shown(candidate, peek):
-                        continue
-                    if name not in found or candidate.endswith(SUFFIX):
-                        found[name] = os.path.join(directory, candidate), peek
-        except LeadsBackError as error:
-            self._note_missing(directory, f"lies in a qedfuse mount ({error.mountpoint})")
-            return Listing({}, set())
-        except OSError as error:
-            if cannot_tell(error):
-                raise
-            self._note_missing(directory, os.strerror(error.errno or errno.EIO).lower())
-            return Listing({}, set())
-        self._missing.discard(directory)
-        return Listing(found, unknown)
-
-    def _note_missing(self, directory: str, reason: str) -> None:
-        if directory not in self._missing:
-            self._missing.add(directory)
-            _log.error("%s", printable(f"{directory}: {reason}"))
-
     def _prune(self, present: set[FileKey]) -> None:
         for node in self.nodes:
             if node.stale or node.key not in present:
                 self._drop(node)
-        self._peeker.keep_only(present)
+        self.sources.keep_only(present)
 
     def _drop(self, node: Node) -> None:
         """Forget a node, unless somebody still refers to it."""
@@ -375,30 +246,3 @@ class Tree:
     def _take_id(self) -> int:
         self._next_id += 1
         return self._next_id - 1
-
-
-def _statvfs(directory: str) -> os.statvfs_result:
-    with Walk() as walk:
-        walk.start(directory)
-        return os.statvfs(walk.fd)
-
-
-def _list(directory: Walk) -> list[str]:
-    """The names of what may be an image."""
-    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
-    try:
-        with os.scandir(fd) as entries:
-            return [entry.name for entry in entries if entry.is_file(follow_symlinks=False) or entry.is_symlink()]
-    finally:
-        os.close(fd)
-
-
-def shown_name(name: str) -> str:
-    """The raw file's name for an image file's: NAME.raw for NAME.qed, else the full name and .raw."""
-    stem = name.removesuffix(SUFFIX)
-    return (stem or name) + SHOWN_SUFFIX
-
-
-def _is_shown(name: str, peek: Peek) -> bool:
-    """Whether a file is shown: by its name, valid or not, or by what it begins with."""
-    return peek.is_qed or (name.endswith(SUFFIX) and name != SUFFIX)

@@ -34,7 +34,7 @@ ORDER = """
     image recovery
     chain holes pagecache replaced rootclock
     opening create info handover
-    mounted
+    mounted sources
     tree
     oversize
     fastpath library

@@ -13,7 +13,8 @@ import trio
 from qedfuse.create import create_image
 from qedfuse.mounted import MountedImage
 from qedfuse.opening import open_image
-from qedfuse.tree import Tree, shown_name
+from qedfuse.sources import shown_name
+from qedfuse.tree import Tree
 from tests.helpers.expect import raises_errno
 
 MIB = 1 << 20
