@@ -227,11 +227,10 @@ class Daemon:
 
     def _watch_sizes(self, nursery: trio.Nursery, mount: Mount) -> Oversize:
         point = os.fsencode(self._config.mountpoint)
-        major, minor = map(int, mount.device.split(":"))
         return Oversize(
             nursery,
             lambda node: point if node is self._tree.root else os.path.join(point, node.name),
-            os.makedev(major, minor),
+            mount.st_dev,
             pyfuse3.invalidate_inode,
         )
 

@@ -9,8 +9,9 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
+from qedfuse.mounts import Mount, read_mounts
+
 _CGROUP = "/proc/self/cgroup"
-_MOUNTINFO = "/proc/self/mountinfo"
 
 
 def memory_limit() -> int | None:
@@ -20,8 +21,7 @@ def memory_limit() -> int | None:
     with suppress(OSError, ValueError):
         with open(_CGROUP, "rb") as file:
             groups = os.fsdecode(file.read()).split("\n")[:-1]
-        with open(_MOUNTINFO, "rb") as file:
-            mounts = os.fsdecode(file.read()).split("\n")[:-1]
+        mounts = read_mounts()
         limits = [*_limits_v1(groups, mounts), *_limits_v2(groups, mounts)]
     limit = min(limits, default=None)
     return limit if limit is not None and limit < _machine_memory() else None
@@ -31,7 +31,7 @@ def _machine_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _limits_v1(groups: Iterable[str], mounts: Iterable[str]) -> Iterator[int]:
+def _limits_v1(groups: Iterable[str], mounts: Iterable[Mount]) -> Iterator[int]:
     for line in groups:
         _id, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
@@ -39,7 +39,7 @@ def _limits_v1(groups: Iterable[str], mounts: Iterable[str]) -> Iterator[int]:
                 yield from _numbers(directory, "memory.stat", "hierarchical_memory_limit")  # with its ancestors'
 
 
-def _limits_v2(groups: Iterable[str], mounts: Iterable[str]) -> Iterator[int]:
+def _limits_v2(groups: Iterable[str], mounts: Iterable[Mount]) -> Iterator[int]:
     for line in groups:
         id, _controllers, path = line.split(":", 2)
         if id == "0":
@@ -52,16 +52,14 @@ def _limits_v2(groups: Iterable[str], mounts: Iterable[str]) -> Iterator[int]:
                     directory = os.path.dirname(directory)
 
 
-def _directories(path: str, mounts: Iterable[str], fstype: str, controller: str | None) -> Iterator[tuple[str, str]]:
+def _directories(path: str, mounts: Iterable[Mount], fstype: str, controller: str | None) -> Iterator[tuple[str, str]]:
     """The directory of the cgroup `path` in each mount of its hierarchy that shows it, and the mountpoint."""
-    for line in mounts:
-        left, _, right = line.partition(" - ")
-        root, mountpoint = left.split(" ")[3:5]
-        found, _source, options = [*right.split(" "), "", ""][:3]
-        if found != fstype or (controller is not None and controller not in options.split(",")):
+    for mount in mounts:
+        if mount.fstype != fstype or (controller is not None and controller not in mount.options.split(",")):
             continue
-        if path == root or path.startswith(root.rstrip("/") + "/"):
-            yield os.path.join(mountpoint, path[len(root) :].strip("/")).rstrip("/"), mountpoint
+        if path == mount.root or path.startswith(mount.root.rstrip("/") + "/"):
+            below = path[len(mount.root) :].strip("/")
+            yield os.path.join(mount.mountpoint, below).rstrip("/"), mount.mountpoint
 
 
 def _numbers(directory: str, file: str, key: str | None) -> Iterator[int]:

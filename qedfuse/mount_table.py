@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import select
 import threading
-from contextlib import suppress
 
-from qedfuse.mounts import FSTYPE, Mount, parse_mount
+from qedfuse.mounts import Mount, parse_mount
 
 #: File systems behind which there is another process or machine, which may stop answering. With "fuse." and a word
 #: behind it they are any FUSE file system's.
@@ -37,10 +36,6 @@ def mount_id(fd: int) -> int:
     return int(rest.split(None, 1)[0])
 
 
-def is_qedfuse(mount: Mount | None) -> bool:
-    return mount is not None and mount.fstype == FSTYPE
-
-
 def is_remote(mount: Mount | None) -> bool:
     """Whether it may stop answering for as long as another process or machine does."""
     return mount is not None and (mount.fstype in _REMOTE or mount.fstype.startswith("fuse."))
@@ -50,7 +45,6 @@ class _Table:
     """The mounts that this process sees. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self.forget()
         os.register_at_fork(after_in_child=self.forget)
 
@@ -72,16 +66,9 @@ class _Table:
             return self._mounts.get(id)
 
     def _read(self) -> None:
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        pieces = []
-        while piece := os.read(self._fd, 1 << 20):
-            pieces.append(piece)
-        mounts = {}
-        for line in b"".join(pieces).split(b"\n"):
-            with suppress(ValueError):
-                mount = parse_mount(line)
-                mounts[mount.id] = mount
-        self._mounts = mounts
+        with open(self._fd, "rb", closefd=False) as table:
+            table.seek(0)
+            self._mounts = {mount.id: mount for mount in map(parse_mount, table)}
 
 
 _table = _Table()

@@ -16,57 +16,84 @@ from qedfuse.errors import QedfuseError
 
 FSTYPE = "fuse.qedfuse"
 
+MNT_FORCE = 1
+
 _MOUNTINFO = "/proc/self/mountinfo"
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 class Mount(NamedTuple):
-    """A line of mountinfo. `device` is "major:minor", `owner` the uid that mounted it (fuse only, else None)."""
+    """A line of mountinfo. `device` is "major:minor", `root` the directory in the file system that is mounted,
+    `options` are the file system's own."""
 
     id: int
     parent: int
     device: str
+    root: str
     mountpoint: str
     fstype: str
     source: str
-    owner: int | None
+    options: str
+
+    @property
+    def owner(self) -> int | None:
+        """The uid that mounted it (fuse only, else None)."""
+        found = re.search(r"(?:^|,)user_id=([0-9]+)", self.options)
+        return int(found[1]) if found else None
+
+    @property
+    def st_dev(self) -> int:
+        """The device number as stat(2) has it."""
+        major, minor = self.device.split(":")
+        return os.makedev(int(major), int(minor))
+
+    @property
+    def is_qedfuse(self) -> bool:
+        return self.fstype == FSTYPE
+
+
+def read_mounts() -> list[Mount]:
+    """All mounts that are to be seen here. Raises OSError, ValueError."""
+    with open(_MOUNTINFO, "rb") as table:
+        return [parse_mount(line) for line in table]
 
 
 def find_mount(mountpoint: str) -> Mount | None:
     """What is mounted at this path (absolute, without symbolic links); of several, the one on top."""
-    with open(_MOUNTINFO, "rb") as table:
-        here = [mount for mount in map(parse_mount, table) if mount.mountpoint == mountpoint]
+    here = [mount for mount in read_mounts() if mount.mountpoint == mountpoint]
     below = {mount.parent for mount in here}
     return next((mount for mount in here if mount.id not in below), None)
-
-
-def mounts_of(device: str) -> list[Mount]:
-    """All mounts of the file system with this device number that are to be seen here."""
-    with open(_MOUNTINFO, "rb") as table:
-        return [mount for mount in map(parse_mount, table) if mount.device == device]
 
 
 def parse_mount(line: bytes) -> Mount:
     """One line of mountinfo. Its names are bytes, in whatever encoding: they are taken apart before they are decoded,
     since in some of those a byte of a character looks like a backslash. Raises ValueError."""
     left, _, right = line.rstrip(b"\n").partition(b" - ")
-    id, parent, device, _root, mountpoint, *_ = left.split(b" ")
+    id, parent, device, root, mountpoint, *_ = left.split(b" ")
     fstype, source, options = [*right.split(b" "), b"", b"", b""][:3]
-    owner = re.search(rb"(?:^|,)user_id=(\d+)", options)
     return Mount(
         int(id),
         int(parent),
         device.decode("ascii"),
+        _unescape(root),
         _unescape(mountpoint),
         os.fsdecode(fstype),
         _unescape(source),
-        int(owner[1]) if owner else None,
+        os.fsdecode(options),
     )
 
 
 def _unescape(name: bytes) -> str:
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes((int(found[1], 8) & 0xFF,)), name))
+
+
+def umount2(mountpoint: str, flags: int) -> int:
+    """The system call, which follows no symbolic link. Returns an errno, 0 if it is done."""
+    done = _libc.umount2(os.fsencode(mountpoint), flags | _UMOUNT_NOFOLLOW) == 0
+    return 0 if done else ctypes.get_errno()
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
@@ -76,10 +103,9 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     if it is in use, EPERM if it is somebody else's.
     """
     if os.geteuid() == 0:
-        flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
-        if ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(mountpoint), flags) == 0:
+        code = umount2(mountpoint, _MNT_DETACH if lazy else 0)
+        if code == 0:
             return
-        code = ctypes.get_errno()
         if code != errno.EPERM:  # root, but of a container: let fusermount3 try
             raise _failure(mountpoint, code, os.strerror(code).lower())
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]

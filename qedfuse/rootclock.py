@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable
 
 import trio
@@ -37,9 +36,8 @@ class RootClock:
     """
 
     def __init__(self, mount: Mount, count: Callable[[], int]) -> None:
-        major, minor = mount.device.split(":")
         self._mountpoint = mount.mountpoint
-        self._device = os.makedev(int(major), int(minor))
+        self._device = mount.st_dev
         self._count = count
         self._told = 0
         self._complained = False

@@ -18,7 +18,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from qedfuse.mount_table import find_by_id, is_qedfuse, mount_id
+from qedfuse.mount_table import find_by_id, mount_id
 from qedfuse.threads import enter
 
 #: As many symbolic links as the kernel follows.
@@ -238,7 +238,7 @@ class Walk:
         else:
             found = find_by_id(mount)
             fstype = found.fstype if found else None
-            if found is not None and is_qedfuse(found):
+            if found is not None and found.is_qedfuse:
                 forbidden = LeadsBackError(found.mountpoint)
             elif found is None and not trusted and mount != _root_mount():
                 forbidden = OSError(errno.EXDEV, os.strerror(errno.EXDEV))

@@ -35,7 +35,8 @@ async def other_status() -> dict[str, Any]:
 
 
 def mount(owner: int | None = None) -> Mount:
-    return Mount(1, 0, DEVICE, "/mnt", "fuse.qedfuse", "x", os.geteuid() if owner is None else owner)
+    options = f"rw,user_id={os.geteuid() if owner is None else owner}"
+    return Mount(1, 0, DEVICE, "/", "/mnt", "fuse.qedfuse", "x", options)
 
 
 def with_server(body: Callable[[ControlServer], Awaitable[None]]) -> None:

@@ -17,8 +17,8 @@ ORDER = """
     errors geometry rangelock hosts blocks limits
     offload
     blocking
-    header allocator pages complaints launch logs mounts memory_limit
-    mount_table threads connection
+    header allocator pages complaints launch logs mounts
+    memory_limit mount_table threads connection
     rendezvous
     walk
     qcow2_header

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse import dirty_limit, memory_limit
+from qedfuse import dirty_limit, memory_limit, mounts
 from qedfuse.dirty_limit import fit_options, set_dirty_limit
 from qedfuse.mount_options import MountOptions
 from qedfuse.mounts import find_mount
@@ -127,7 +127,7 @@ class Machine:
         self.top.mkdir()
         self._cgroup, self._mountinfo = tmp_path / "cgroup", tmp_path / "mountinfo"
         monkeypatch.setattr(memory_limit, "_CGROUP", str(self._cgroup))
-        monkeypatch.setattr(memory_limit, "_MOUNTINFO", str(self._mountinfo))
+        monkeypatch.setattr(mounts, "_MOUNTINFO", str(self._mountinfo))
 
     def is_in(self, cgroup: str, mount: str) -> None:
         self._cgroup.write_text(cgroup)
@@ -174,6 +174,13 @@ def test_a_container_sees_a_part_of_the_hierarchy(machine: Machine) -> None:
     machine.is_in("0::/\n", V2)
     machine.set("memory.max", 70 * MIB)
     assert memory_limit.memory_limit() == 70 * MIB
+
+
+def test_names_that_mountinfo_escapes(machine: Machine) -> None:
+    """systemd's own have backslashes."""
+    machine.is_in("0::/a\\x2db/c\n", V2.replace(" / ", r" /a\134x2db ", 1))
+    machine.set("c/memory.max", 80 * MIB)
+    assert memory_limit.memory_limit() == 80 * MIB
 
 
 def test_more_than_the_machine_has_is_no_limit(machine: Machine) -> None:

@@ -19,9 +19,15 @@ def test_a_line() -> None:
         b"36 35 0:53 / /mnt/a\\040b\\011c\\134 rw,nosuid shared:1 master:2 - "
         b"fuse.qedfuse /images/x\\040y.qed rw,user_id=1000,group_id=5\n"
     )
-    assert parse_mount(line) == Mount(36, 35, "0:53", "/mnt/a b\tc\\", "fuse.qedfuse", "/images/x y.qed", 1000)
+    found = parse_mount(line)
+    assert found == Mount(
+        *(36, 35, "0:53", "/", "/mnt/a b\tc\\", "fuse.qedfuse", "/images/x y.qed", "rw,user_id=1000,group_id=5")
+    )
+    assert (found.owner, found.st_dev, found.is_qedfuse) == (1000, os.makedev(0, 53), True)
     line = b"1 0 254:0 / / rw - ext4 /dev/root rw"
-    assert parse_mount(line) == Mount(1, 0, "254:0", "/", "ext4", "/dev/root", None)
+    found = parse_mount(line)
+    assert found == Mount(1, 0, "254:0", "/", "/", "ext4", "/dev/root", "rw")
+    assert (found.owner, found.st_dev, found.is_qedfuse) == (None, os.makedev(254, 0), False)
 
 
 def test_the_mount_on_top_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

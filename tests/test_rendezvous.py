@@ -64,7 +64,8 @@ def reachable(owner: int | None = None, device: str = DEVICE) -> bool:
 
 
 def mount(owner: int | None = None) -> Mount:
-    return Mount(1, 0, DEVICE, "/mnt", "fuse.qedfuse", "x", os.geteuid() if owner is None else owner)
+    options = f"rw,user_id={os.geteuid() if owner is None else owner}"
+    return Mount(1, 0, DEVICE, "/", "/mnt", "fuse.qedfuse", "x", options)
 
 
 def need_root() -> None:

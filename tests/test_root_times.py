@@ -83,7 +83,7 @@ def test_the_process_keeps_descriptors_and_signals(tmp_path: Path) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-NOWHERE = Mount(1, 1, "0:0", "/nowhere", FSTYPE, "", None)
+NOWHERE = Mount(1, 1, "0:0", "/", "/nowhere", FSTYPE, "", "")
 
 
 # -- the clock --------------------------------------------------------------------------------------------------------

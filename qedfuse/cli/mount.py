@@ -14,7 +14,7 @@ import click
 from qedfuse.cli.params import backing_options, file_name
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
 from qedfuse.mount_options import MountOptions, parse_mount_options
-from qedfuse.mounts import FSTYPE, find_mount
+from qedfuse.mounts import find_mount
 from qedfuse.walk import LeadsBackError, Walk
 
 
@@ -100,9 +100,10 @@ def _check_mountpoint(mountpoint: str) -> tuple[bool, str]:
     """Whether it is a file (or a directory), and its real path."""
     path = os.path.realpath(mountpoint)
     here = find_mount(path)
-    if here is not None and here.fstype == FSTYPE:
-        alive = "is already a qedfuse mount"
-        raise QedfuseError(mountpoint, f"{alive} (of {here.source}); qedfuse umount it first", errno.EBUSY)
+    if here is not None and here.is_qedfuse:
+        raise QedfuseError(
+            mountpoint, f"is already a qedfuse mount (of {here.source}); qedfuse umount it first", errno.EBUSY
+        )
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:

@@ -10,7 +10,7 @@ import click
 from qedfuse.cli.params import file_name
 from qedfuse.control import Client
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError
-from qedfuse.mounts import FSTYPE, Mount, find_mount, mounts_of, unmount
+from qedfuse.mounts import Mount, find_mount, read_mounts, unmount
 
 #: Seconds that the kernel has to tell the daemon.
 _GRACE = 5.0
@@ -61,7 +61,9 @@ def _check_that_all_is_written(mount: Mount, mountpoint: str) -> None:
 
 def _others(mount: Mount) -> dict[int, str]:
     """Bind mounts of a mount: mountpoints by mount id."""
-    return {other.id: other.mountpoint for other in mounts_of(mount.device) if other.id != mount.id}
+    return {
+        other.id: other.mountpoint for other in read_mounts() if other.device == mount.device and other.id != mount.id
+    }
 
 
 def _check_that_it_ends(mount: Mount, mountpoint: str, elsewhere: list[str]) -> None:
@@ -84,6 +86,6 @@ def _check_that_it_ends(mount: Mount, mountpoint: str, elsewhere: list[str]) -> 
 def find_qedfuse_mount(mountpoint: str) -> Mount:
     """The qedfuse mount at this path. Raises QedfuseError if there is none."""
     mount = find_mount(os.path.realpath(mountpoint))
-    if mount is None or mount.fstype != FSTYPE:
+    if mount is None or not mount.is_qedfuse:
         raise QedfuseError(mountpoint, "is not a qedfuse mount", errno.EINVAL)
     return mount
