@@ -10,15 +10,13 @@ import os
 import threading
 from contextlib import suppress
 
-from qedfuse.mounts import find_mount
+from qedfuse.mounts import MNT_FORCE, find_mount, umount2
 
 _CONTROL = "/sys/fs/fuse/connections"
 
 _CLONE_NEWNS = 0x20000
 _MS_REC = 0x4000
 _MS_PRIVATE = 0x40000
-_MNT_FORCE = 1
-_UMOUNT_NOFOLLOW = 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,12 +59,20 @@ def abort(mountpoint: str, device: str) -> None:
         os.close(fd)
     here = find_mount(mountpoint)
     if here is not None and here.device == device and os.geteuid() == 0:
-        _libc.umount2(os.fsencode(mountpoint), _MNT_FORCE | _UMOUNT_NOFOLLOW)
+        umount2(mountpoint, MNT_FORCE)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fuse in fuse_descriptors():
+        os.dup2(null, fuse, inheritable=False)  # the last descriptor of it
+
+
+def fuse_descriptors() -> list[int]:
+    """This process's descriptors of /dev/fuse."""
+    found = []
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                os.dup2(null, int(name), inheritable=False)  # the last descriptor of it
+                found.append(int(name))
+    return found
 
 
 def _open(device: str, name: str, flags: int) -> int:

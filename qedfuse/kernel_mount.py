@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pyfuse3
 
+from qedfuse.connection import fuse_descriptors
 from qedfuse.errors import QedfuseError
 from qedfuse.mount_options import MountOptions
 from qedfuse.offload import watch
@@ -46,10 +47,8 @@ def mount(operations: pyfuse3.Operations, mountpoint: str, source: str, options:
             lines = os.fsdecode(complaints()).strip().splitlines()
             reason = lines[0] if lines else "libfuse gives no reason"
             raise QedfuseError(mountpoint, f"cannot mount: {reason}") from None
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                watch(int(name))
+    for fd in fuse_descriptors():
+        watch(fd)
 
 
 def tell_root_size(size: int) -> None:
