@@ -151,12 +151,6 @@ class Committer:
         self._size = size
         self.note_change()
 
-    async def clear_autoclear(self) -> None:
-        """Clear autoclear bits that we do not know, durably: we are about to change what they vouch for."""
-        header = self.header.with_known_autoclear()
-        if header != self.header:
-            await self._write_header(header)
-
     async def prepare(self) -> None:
         """To be called before anything changes. Raises OSError, and can be called again, also when cancelled."""
         if self._reserve is not None and not self._reserve.known:

@@ -89,11 +89,6 @@ class Image:
         self.writable = True
         self._writing.set()
 
-    async def start(self) -> None:
-        """What must be in the file before the first write: unknown autoclear bits are cleared, durably."""
-        if self._committer:
-            await self._committer.clear_autoclear()
-
     async def run_background(self) -> None:
         """Commit on a timer; runs until cancelled. An image without it is safe, but commits only on flush."""
         await self._writing.wait()

@@ -21,7 +21,6 @@ from qedfuse.offload import to_its_end
 from qedfuse.probe import QED, probe_format
 from qedfuse.recovery import recover
 from qedfuse.remote_file import RemoteFile, isolate
-from qedfuse.repair import write_header
 from qedfuse.threads import enter, look
 
 __all__ = [
@@ -120,9 +119,7 @@ async def _open(
         assert isinstance(header, Header)
         if not read_only:
             header = await recover(storage, header)
-        image = Image(storage, header, chain.build_backing(), writable=not read_only, fixed_size=fixed_size)
-        await image.start()
-        return image
+        return Image(storage, header, chain.build_backing(), writable=not read_only, fixed_size=fixed_size)
 
 
 async def make_writable(image: Image) -> None:
@@ -139,9 +136,6 @@ async def make_writable(image: Image) -> None:
         if _kind_of(header) != _kind_of(image.header):
             raise InUseError(image.path, "was changed by another process while it was read here")
         header = await recover(storage, header)
-        if header != header.with_known_autoclear():
-            header = header.with_known_autoclear()
-            await write_header(storage, header)
         await image.begin_writing(header, partial(readers.become, storage))
     except BaseException:
         with trio.CancelScope(shield=True):
@@ -153,7 +147,7 @@ async def make_writable(image: Image) -> None:
 
 
 def _kind_of(header: Header) -> Header:
-    """All of a header that a check does not change."""
+    """All of a header that `recover` does not change."""
     return header.with_feature(FEATURE_NEED_CHECK, False).with_known_autoclear()
 
 

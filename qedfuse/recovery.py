@@ -25,7 +25,8 @@ Only what is inside can be read: QEMU says EINVAL to the rest, and we EIO. On th
   would show: such an image is refused, and `check -r all` decides. So it is on a block device, whose end is where it
   was before the crash.
 
-Double references keep their data each, by a copy (repair.py). What nothing refers to is given back.
+Double references keep their data each, by a copy (repair.py). What nothing refers to is given back. Autoclear bits that
+we do not know are cleared: what they vouch for is about to change.
 
 Read-only, nothing is written, and the same rule says what is seen: without a backing file, what is outside or wrong in
 an unclean image reads as zeroes; everything else that is not inside is an error.
@@ -38,6 +39,7 @@ import logging
 from qedfuse.check import CheckResult, Repair, check_image
 from qedfuse.errors import CorruptError
 from qedfuse.header import Header
+from qedfuse.repair import write_header
 from qedfuse.storage import Storage, size_in_sectors
 
 _log = logging.getLogger("qedfuse")
@@ -50,9 +52,18 @@ async def recover(storage: Storage, header: Header) -> Header:
     """
     if header.needs_check:
         header = await _repair(storage, header)
-    if storage.fixed:
-        return header
-    if size_in_sectors(storage) % header.cluster_size:
+    if not storage.fixed:
+        await _complete_end(storage, header)
+    if header != header.with_known_autoclear():
+        header = header.with_known_autoclear()
+        await write_header(storage, header)
+    return header
+
+
+async def _complete_end(storage: Storage, header: Header) -> None:
+    """See to it that no cluster in use is cut off by the file's end. Raises CorruptError."""
+    size = size_in_sectors(storage)
+    if size % header.cluster_size:
         found = await check_image(storage, header)
         if found.cut_end:
             raise CorruptError(
@@ -64,9 +75,8 @@ async def recover(storage: Storage, header: Header) -> Header:
             raise CorruptError(
                 storage.path, "the file ends inside a cluster, and its tables do not tell whose; see `qedfuse check`"
             )
-    elif storage.size() < size_in_sectors(storage):
-        await storage.truncate(size_in_sectors(storage))
-    return header
+    elif storage.size() < size:
+        await storage.truncate(size)
 
 
 async def _repair(storage: Storage, header: Header) -> Header:

@@ -89,7 +89,6 @@ async def put_below(layer: Qcow2Layer, found: dict[int, bytes | None]) -> None:
     storage = RamStorage("image")
     await write_image(storage, new_header("image", size, TINY, b"base"), b"base")
     image = Image(storage, read_header(storage.file), layer, writable=True, pool=POOL)
-    await image.start()
     for at, data in found.items():
         if at < size:
             assert data is None or await image.read(at, LENGTH) == data[: size - at]

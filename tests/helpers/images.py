@@ -106,9 +106,7 @@ async def open_chain(
     header = read_header(storage.file)
     header.validate_file_size(storage.file.size, "ram")
     header = await recover(storage, header)
-    image = Image(storage, header, chain.layer_below(), writable=True, fixed_size=fixed_size, pool=pool or POOL)
-    await image.start()
-    return image
+    return Image(storage, header, chain.layer_below(), writable=True, fixed_size=fixed_size, pool=pool or POOL)
 
 
 async def repaired(storage: RamStorage, header: Header) -> Header:

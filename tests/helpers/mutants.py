@@ -204,7 +204,6 @@ class Trial:
         if not isinstance(recovered, Header):
             return
         image = Image(storage, recovered, self.victim.chain.layer_below(), writable=True, pool=POOL)
-        await image.start()
         await self.change(image)
         await self.attempt(image.close)
 
