@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container
 
-from qedfuse.errors import InUseError, QedfuseError, describe
+from qedfuse.errors import InUseError, QedfuseError, describe, leaves
 
 #: What is no news: the caller's own doing, or the kernel will ask again.
 _SILENT = frozenset((errno.ESTALE, errno.EROFS, errno.EPERM, errno.EFBIG, errno.ENOENT))
@@ -32,12 +32,12 @@ class Complaints:
         `broken`: an image that is not valid, or that qedfuse does not support, is EIO whatever its error's errno says.
         An exception that is no OSError is a bug: EIO, and its traceback in the log.
         """
-        leaves = list(_leaves(error))
-        bug = next((leaf for leaf in leaves if not isinstance(leaf, OSError)), None)
+        causes = list(leaves(error))
+        bug = next((cause for cause in causes if not isinstance(cause, OSError)), None)
         if bug is not None:
             self._say(f"{action}: internal error: {type(bug).__name__}: {bug}; this is a bug", error)
             return errno.EIO
-        cause = leaves[0]
+        cause = causes[0]
         assert isinstance(cause, OSError)
         if broken and isinstance(cause, QedfuseError) and not isinstance(cause, InUseError):
             code = errno.EIO
@@ -64,7 +64,7 @@ class Unopened:
         self._reasons: dict[str, str] = {}
 
     def note(self, path: str, error: Exception) -> None:
-        cause = next(_leaves(error))
+        cause = next(leaves(error))
         self._reasons.pop(path, None)
         self._reasons[path] = describe(cause, path) if isinstance(cause, OSError) else f"{path}: internal error"
         if len(self._reasons) > _LISTED:
@@ -77,11 +77,3 @@ class Unopened:
     def status(self, paths: Container[str]) -> list[dict[str, str]]:
         """Those among `paths`, for `qedfuse status`."""
         return [{"filename": path, "error": why} for path, why in self._reasons.items() if path in paths]
-
-
-def _leaves(error: Exception) -> Iterator[Exception]:
-    if isinstance(error, ExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Iterator
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -82,6 +83,15 @@ class UsageError(QedfuseError):
 
     default_errno = _errno.EINVAL
     exit_code = EXIT_USAGE
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """What really happened: trio wraps what comes out of a nursery in groups."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
 
 
 def printable(text: str) -> str:

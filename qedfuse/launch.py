@@ -20,7 +20,7 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, QedfuseError, describe
+from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, QedfuseError, describe, leaves
 from qedfuse.limits import explain_shortage
 
 _log = logging.getLogger("qedfuse")
@@ -137,8 +137,7 @@ def _serve(serve: Callable[[Link], int], link: Link) -> int:
 
 def _explain(error: BaseException) -> tuple[str, int | None]:
     """One line, and the exit code; None for a bug."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = next(leaves(error))
     if (shortage := explain_shortage(error)) is not None:
         return shortage, EXIT_FAILED
     if isinstance(error, QedfuseError):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import click
 
 from qedfuse import __version__
-from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, QedfuseError, describe, printable
+from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, QedfuseError, describe, leaves, printable
 from qedfuse.limits import explain_shortage
 
 
@@ -149,7 +149,7 @@ def _explain(error: BaseException) -> int:
     """Print the one line for what ended a command. Returns the exit code."""
     if isinstance(error, SystemExit):
         raise error
-    causes = list(_leaves(error))
+    causes = list(leaves(error))
     if any(isinstance(cause, (KeyboardInterrupt, click.Abort)) for cause in causes):
         return EXIT_INTERRUPTED
     shortages = [line for cause in causes if (line := explain_shortage(cause)) is not None]
@@ -167,15 +167,6 @@ def _explain(error: BaseException) -> int:
     assert isinstance(cause, click.ClickException)
     _say(cause.format_message())
     return EXIT_FAILED
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """What really happened: trio wraps what comes out of a nursery in groups."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
 
 
 def _explain_os_error(error: OSError) -> int:
