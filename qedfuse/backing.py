@@ -93,8 +93,7 @@ def open_backing_file(image: str, path: str, policy: BackingPolicy) -> FileStora
             raise
         _check_inside(image, path, walk, policy.root)
         _check_type(image, path, os.fstat(pin).st_mode, allow_device=policy.root is None)
-        fd = os.open(f"/proc/self/fd/{pin}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    return FileStorage(path, fd, writable=False)
+        return FileStorage.open(path, False, pin=pin)
 
 
 @contextmanager

@@ -54,10 +54,10 @@ class Worker(ABC):
         """Whether the worker was idle, and is the caller's now."""
         return self._claimed.acquire(blocking=False)
 
+    @abstractmethod
     def attempt(self, call: Call) -> bool:
         """Begin a call, and wait for it on the spot, for a moment. Returns whether it is done; in any case it must be
         finished."""
-        return self._attempt(call)
 
     async def wait_long(self) -> None:
         """Wait with the event loop until the call is done, whoever is cancelled."""
@@ -70,9 +70,6 @@ class Worker(ABC):
             return self._finish()
         finally:
             self._claimed.release()
-
-    @abstractmethod
-    def _attempt(self, call: Call) -> bool: ...
 
     @abstractmethod
     def _finish(self) -> object: ...
@@ -92,7 +89,7 @@ class _Thread(Worker):
         self._error: BaseException | None = None
         threading.Thread(target=self._work, name="offload", daemon=True).start()
 
-    def _attempt(self, call: Call) -> bool:
+    def attempt(self, call: Call) -> bool:
         self._calls.put(call)
         return any(fd == self.done for fd, _events in self._poll.poll(PATIENCE_MS))
 
@@ -130,7 +127,7 @@ class _SyncThread(Worker):
         super().__init__(syncer.fileno())
         self._syncer = syncer
 
-    def _attempt(self, call: Call) -> bool:
+    def attempt(self, call: Call) -> bool:
         assert isinstance(call, partial)
         return self._syncer.attempt(call.args[0], PATIENCE_MS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
 from qedfuse.cli.params import (
@@ -79,12 +81,7 @@ def info(
 def _read_chain(image: str, share: bool, backing_root: str | None, no_backing: bool) -> list[ImageInfo]:
     import trio
 
-    policy = backing_policy(backing_root, no_backing)
-
-    async def run() -> list[ImageInfo]:
-        return await read_chain(image, share=share, policy=policy)
-
-    return trio.run(run)
+    return trio.run(partial(read_chain, image, share=share, policy=backing_policy(backing_root, no_backing)))
 
 
 def _describe(item: ImageInfo) -> str:
