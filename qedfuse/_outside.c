@@ -1,5 +1,6 @@
 /*
- * Setting the times of a mount's root from outside the daemon that serves it. Used by rootclock.py, which tells why.
+ * Setting the times or the size of a mount's file from outside the daemon that serves it. Used by rootclock.py and
+ * oversize.py, which tell why.
  *
  * A thread of the daemon must not do it: once the request has been taken, the kernel lets nobody interrupt a thread that
  * waits for the answer. If the daemon is killed meanwhile, its threads share the descriptor of /dev/fuse, which is what
@@ -29,10 +30,15 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+/* What the child has opened: it has no other descriptors, and truncate(2) takes none of O_PATH. */
+#define FIRST_FD "/proc/self/fd/0"
+
 struct errand {
     const char *path;
     unsigned long long device;
+    enum { TIMES, SIZE } what;
     struct timespec times[2];
+    unsigned long long limit;
     /* what came of it */
     volatile bool done;
     volatile int error;
@@ -51,7 +57,11 @@ static int run(struct errand *errand)
     if (makedev(status.stx_dev_major, status.stx_dev_minor) != errand->device)
         return ENODEV;
     errand->size = status.stx_size;
-    return utimensat(fd, "", errand->times, AT_EMPTY_PATH) ? errno : 0;
+    if (errand->what == TIMES)
+        return utimensat(fd, "", errand->times, AT_EMPTY_PATH) ? errno : 0;
+    if (errand->size <= errand->limit)
+        return 0;
+    return truncate(FIRST_FD, errand->limit + 1) ? errno : 0;
 }
 
 /* Returns an errno: of making the child. */
@@ -74,43 +84,60 @@ static __attribute__((noinline)) int send_out(struct errand *errand)
     return error;
 }
 
+/* Have it done, for the file at `path`, a bytes object, which is given up. */
+static PyObject *do_outside(struct errand *errand, PyObject *path)
+{
+    int error;
+    errand->path = PyBytes_AS_STRING(path);
+    Py_BEGIN_ALLOW_THREADS
+    error = send_out(errand);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(path);
+    if (!error && !errand->done)
+        error = ECANCELED; /* it was killed */
+    if (!error)
+        error = errand->error;
+    if (!error)
+        return PyLong_FromUnsignedLongLong(errand->size);
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
 static PyObject *set_times(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    struct errand errand = {0};
+    struct errand errand = {.what = TIMES};
     long long times[2];
     PyObject *path;
     if (!PyArg_ParseTuple(args, "O&KLL:set_times", PyUnicode_FSConverter, &path, &errand.device, &times[0], &times[1]))
         return NULL;
-    errand.path = PyBytes_AS_STRING(path);
     for (int i = 0; i < 2; i++) { /* tv_nsec is never negative, tv_sec may be */
         errand.times[i].tv_sec = times[i] / 1000000000 - (times[i] % 1000000000 < 0);
         errand.times[i].tv_nsec = (times[i] % 1000000000 + 1000000000) % 1000000000;
     }
-    int error;
-    Py_BEGIN_ALLOW_THREADS
-    error = send_out(&errand);
-    Py_END_ALLOW_THREADS
-    if (!error && !errand.done)
-        error = ECANCELED; /* it was killed */
-    if (!error)
-        error = errand.error;
-    Py_DECREF(path);
-    if (!error)
-        return PyLong_FromUnsignedLongLong(errand.size);
-    errno = error;
-    return PyErr_SetFromErrno(PyExc_OSError);
+    return do_outside(&errand, path);
+}
+
+static PyObject *cut(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    struct errand errand = {.what = SIZE};
+    PyObject *path;
+    if (!PyArg_ParseTuple(args, "O&KK:cut", PyUnicode_FSConverter, &path, &errand.device, &errand.limit))
+        return NULL;
+    return do_outside(&errand, path);
 }
 
 static PyMethodDef methods[] = {
     {"set_times", set_times, METH_VARARGS,
      "set_times(mountpoint, device, atime_ns, mtime_ns) -> size in bytes that the kernel believes in"},
+    {"cut", cut, METH_VARARGS,
+     "cut(path, device, limit) -> size in bytes that the kernel believed in; one over the limit is cut to limit + 1"},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "qedfuse._outside",
-    .m_doc = "Setting a mount's times from outside its daemon. Used by qedfuse.rootclock only.",
+    .m_doc = "Setting times and sizes in a mount from outside its daemon.",
     .m_size = -1,
     .m_methods = methods,
 };

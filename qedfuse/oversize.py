@@ -4,23 +4,22 @@ With the writeback cache the kernel is the master of a file's size. It takes any
 the file is longer from then on; that the image cannot be (EFBIG) the kernel hears when it hands the data out. The data
 is lost, which the next fsync says, once. But the size stays, and nothing but truncate(2) makes a file shorter.
 
-So a process truncates it: a short-lived one, as the daemon would wait for itself. Before that the kernel is made to
-hand out what it still has (a notification). The process asks for a size that no image can have, one byte more than the
-limit: by this `setattr` knows it, and answers with the size that the image has then, so that nothing is cut off that
-has reached us. What another process writes between the two, behind the image's end and inside the limit, would be: it
-is a moment of microseconds after a program has failed, but it is there.
+So a child truncates it (`_outside.c`). Before that the kernel is made to hand out what it still has (a notification).
+The child asks for a size that no image can have, one byte more than the limit: by this `setattr` knows it, and answers
+with the size that the image has then, so that nothing is cut off that has reached us. What another process writes
+between the two, behind the image's end and inside the limit, would be: it is a moment of microseconds after a program
+has failed, but it is there.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
+from qedfuse import _outside
 from qedfuse.errors import describe
 from qedfuse.image import Image
 from qedfuse.tree import Node
@@ -29,17 +28,6 @@ from qedfuse.tree import Node
 _DELAY = 0.1
 #: Seconds that it may take.
 _PATIENCE = 20.0
-
-#: Arguments: the raw file's path, the mount's device number, the most that the image can have, in bytes. Only the mount
-#: itself is touched, and only if the kernel believes in more.
-_SCRIPT = """
-import os, sys
-path, device, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
-status = os.fstat(fd)
-if status.st_dev == device and status.st_size > limit:
-    os.truncate(f"/proc/self/fd/{fd}", limit + 1)
-"""
 
 _log = logging.getLogger("qedfuse")
 
@@ -56,7 +44,7 @@ class Oversize:
         self._device = device
         self._hand_out = hand_out
         self._busy: dict[int, int] = {}  # by node, how many writes were too far out
-        self._threads = trio.CapacityLimiter(4)  # a hand-out waits for writes, which may need one of trio's own
+        self._threads = trio.CapacityLimiter(4)  # they wait for requests, which may need one of trio's own
 
     def note(self, node: Node, image: Image, offset: int) -> None:
         """A write at `offset` was past the limit. Returns at once."""
@@ -68,7 +56,7 @@ class Oversize:
             self._nursery.start_soon(self._restore, node, image.path, limit)
 
     def asks(self, node: Node, image: Image, size: int) -> bool:
-        """Whether it is our process that truncates, and wants the true size."""
+        """Whether it is our child that truncates, and wants the true size."""
         return node.id in self._busy and size == image.geometry.max_image_size + 1
 
     async def _restore(self, node: Node, path: str, limit: int) -> None:
@@ -86,15 +74,6 @@ class Oversize:
             del self._busy[node.id]
 
     async def _truncate(self, node: Node, limit: int) -> None:
-        await trio.to_thread.run_sync(self._hand_out, node.id, abandon_on_cancel=True, limiter=self._threads)
-        words = [os.fsdecode(self._path_of(node)), str(self._device), str(limit)]
-        done = await trio.run_process(
-            [sys.executable, "-I", "-S", "-c", _SCRIPT, *words],
-            stdin=subprocess.DEVNULL,
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
-        if done.returncode:
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            raise RuntimeError(last[0])
+        in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True, limiter=self._threads)
+        await in_thread(self._hand_out, node.id)
+        await in_thread(_outside.cut, self._path_of(node), self._device, limit)

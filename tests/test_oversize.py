@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from qedfuse import _outside
 from tests.helpers.chains import check_is_clean, qemu_bytes, qemu_img
+from tests.helpers.expect import raises_errno
 from tests.helpers.mounts import mounted, wait_until
 
 MIB = 1 << 20
@@ -68,3 +70,19 @@ def test_direct_io_tells_at_once(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="too large"):
             file.write(b"x")
         assert raw.stat().st_size == MIB
+
+
+def test_only_what_is_over_the_limit_is_cut_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_bytes(b"x" * 5000)
+    link.symlink_to(file)
+    device = file.stat().st_dev
+    for path, number, code in ((file, device + 1, errno.ENODEV), (tmp_path / "no", device, errno.ENOENT)):
+        with raises_errno(code):
+            _outside.cut(os.fsencode(path), number, 100)
+    with raises_errno(errno.EINVAL):  # truncate(2) of a link itself
+        _outside.cut(os.fsencode(link), device, 0)
+    assert _outside.cut(os.fsencode(file), device, 5000) == 5000
+    assert file.read_bytes() == b"x" * 5000
+    assert _outside.cut(os.fsencode(file), device, 100) == 5000
+    assert file.read_bytes() == b"x" * 101
