@@ -113,6 +113,3 @@ class Geometry:
 
     def start_of_cluster(self, offset: int) -> int:
         return offset & -self.cluster_size
-
-    def in_cluster(self, offset: int) -> int:
-        return offset & (self.cluster_size - 1)

@@ -75,12 +75,12 @@ _FLAGS: dict[str, dict[str, bool]] = {
 }
 
 
-def parse_mount_options(texts: Iterable[str], start: MountOptions | None = None) -> MountOptions:
-    """The options in the comma-separated `texts`, on top of `start`; of two that contradict the later one counts.
+def parse_mount_options(texts: Iterable[str]) -> MountOptions:
+    """The options in the comma-separated `texts`; of two that contradict the later one counts.
 
     Raises UsageError for a word that nobody knows, or a value that makes no sense.
     """
-    options = start or MountOptions()
+    options = MountOptions()
     for text in texts:
         for word in filter(None, (word.strip() for word in text.split(","))):
             options = _apply(options, word)

@@ -41,7 +41,8 @@ export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:handle_abort=1:log_path=$copy
 export PYTHONMALLOC=malloc
 status=0
 ./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath*.py tests/test_begin_flush.py \
-    tests/test_seek_model.py tests/test_clustermap.py tests/test_check.py tests/test_root_times.py tests/test_oversize.py "$@" || status=$?
+    tests/test_seek_model.py tests/test_clustermap.py tests/test_check.py tests/test_root_times.py \
+    tests/test_oversize.py "$@" || status=$?
 if compgen -G "$copy/report*" >/dev/null; then
     cat "$copy"/report*
     status=1

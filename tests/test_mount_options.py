@@ -38,7 +38,7 @@ def test_every_option() -> None:
 
 def test_later_words_win() -> None:
     assert parse_mount_options(["ro,uid=1", "rw,uid=2"]) == MountOptions(uid=2)
-    assert parse_mount_options(["rw"], MountOptions(read_only=True, gid=3)) == MountOptions(gid=3)
+    assert parse_mount_options(["ro", "gid=3,rw"]) == MountOptions(gid=3)
 
 
 def test_fstabs_own_words_mean_nothing_here() -> None:

@@ -22,14 +22,7 @@ EXIT_UNSUPPORTED = 63
 class _Check(click.Command):
     """Wrong usage must not exit with 2, which says that the image is corrupt."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            message = error.format_message().rstrip(".")
-            raise click.ClickException(
-                f"{message[:1].lower()}{message[1:]} (try '{ctx.command_path} --help')"
-            ) from None
+    usage_exit_code = EXIT_FAILED
 
 
 @click.command(
@@ -62,7 +55,7 @@ def check(output: str, repair: str | None, share: bool, quiet: bool, image: str)
     from qedfuse.blocking import run_blocking
 
     if share and repair:
-        raise click.ClickException("-U is for looking only: it excludes -r (try 'qedfuse check --help')")
+        raise click.UsageError("-U is for looking only: it excludes -r")
     bar = Bar("checking", sys.stderr.isatty() and not quiet)
     try:
         with share_hint(target=image if repair else None):

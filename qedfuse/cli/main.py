@@ -180,7 +180,7 @@ def _explain_usage(error: click.UsageError) -> int:
     command = error.ctx.command_path if error.ctx is not None else "qedfuse"
     message = error.format_message().rstrip(".")
     _say(f"{message[:1].lower()}{message[1:]} (try '{command} --help')", command)
-    return EXIT_USAGE
+    return getattr(error.ctx and error.ctx.command, "usage_exit_code", EXIT_USAGE)
 
 
 def _explain_bug(cause: BaseException, error: BaseException) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import click
 
-from qedfuse.cli.params import backing_options, file_name
+from qedfuse.cli.params import backing_options, check_backing_root, file_name
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
 from qedfuse.mount_options import MountOptions, parse_mount_options
 from qedfuse.mounts import find_mount
@@ -169,6 +169,5 @@ def _check_source(source: str, path: str) -> None:
 def _check_backing_root(options: MountOptions) -> MountOptions:
     if options.backing_root is None:
         return options
-    if not os.path.isdir(options.backing_root):
-        raise UsageError(options.backing_root, "is not a directory (--backing-root)")
+    check_backing_root(options.backing_root)
     return replace(options, backing_root=os.path.realpath(options.backing_root))

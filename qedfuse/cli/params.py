@@ -125,12 +125,17 @@ def backing_options(command: Callable[P, T]) -> Callable[P, T]:
     return root(none(command))
 
 
+def check_backing_root(root: str | None) -> None:
+    """Raises UsageError if it is no directory."""
+    if root is not None and not os.path.isdir(root):
+        raise UsageError(root, "is not a directory (--backing-root)")
+
+
 def backing_policy(root: str | None, none: bool) -> BackingPolicy:
     """What `backing_options` ask for. Raises UsageError if `root` is no directory."""
     from qedfuse.backing import BackingPolicy
 
-    if root is not None and not os.path.isdir(root):
-        raise UsageError(root, "is not a directory (--backing-root)")
+    check_backing_root(root)
     return BackingPolicy(allowed=not none, root=root)
 
 
