@@ -24,9 +24,6 @@ from qedfuse.hosts import Host, HostCall
 
 T = TypeVar("T")
 
-#: A system call that may wait, ready to be made.
-Call = Callable[[], object]
-
 
 class _Way(Enum):
     TRIO = auto()
@@ -71,7 +68,7 @@ class Stepper:
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self.call: Call | None = None
+        self.call: HostCall | None = None
         self._coroutine = coroutine
         self._step(functools.partial(coroutine.send, None))
 
@@ -90,14 +87,14 @@ class Stepper:
             return
         finally:
             _way.reset(token)
-        if not isinstance(call, functools.partial):
+        if not isinstance(call, HostCall):
             self._coroutine.close()
             raise RuntimeError("a coroutine needs an event loop")
         self.call = call
 
 
 @types.coroutine
-def _give_out(call: Call) -> Generator[Call, Any, Any]:
+def _give_out(call: HostCall) -> Generator[HostCall, Any, Any]:
     return (yield call)
 
 
@@ -112,7 +109,7 @@ async def in_thread(host: Host, function: Callable[..., T], *args: object) -> T:
         return cast(T, await _give_out(call))
     from qedfuse.offload import offload
 
-    return await offload(call)
+    return cast(T, await offload(call))
 
 
 def in_background(call: Callable[[], object]) -> None:

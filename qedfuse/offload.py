@@ -21,15 +21,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from queue import SimpleQueue
-from typing import Protocol, TypeVar, cast
+from typing import Protocol
 
 import trio
 
 from qedfuse.hosts import HostCall
-
-T = TypeVar("T")
 
 Call = Callable[[], object]
 
@@ -55,7 +52,7 @@ class Worker(ABC):
         return self._claimed.acquire(blocking=False)
 
     @abstractmethod
-    def attempt(self, call: Call) -> bool:
+    def attempt(self, call: HostCall) -> bool:
         """Begin a call, and wait for it on the spot, for a moment. Returns whether it is done; in any case it must be
         finished."""
 
@@ -84,12 +81,12 @@ class _Thread(Worker):
         self._poll.register(self.done, select.POLLIN)
         if watched is not None:
             self._poll.register(watched, select.POLLIN)
-        self._calls: SimpleQueue[Call] = SimpleQueue()
+        self._calls: SimpleQueue[HostCall] = SimpleQueue()
         self._result: object = None
         self._error: BaseException | None = None
         threading.Thread(target=self._work, name="offload", daemon=True).start()
 
-    def attempt(self, call: Call) -> bool:
+    def attempt(self, call: HostCall) -> bool:
         self._calls.put(call)
         return any(fd == self.done for fd, _events in self._poll.poll(PATIENCE_MS))
 
@@ -127,8 +124,7 @@ class _SyncThread(Worker):
         super().__init__(syncer.fileno())
         self._syncer = syncer
 
-    def attempt(self, call: Call) -> bool:
-        assert isinstance(call, partial)
+    def attempt(self, call: HostCall) -> bool:
         return self._syncer.attempt(call.args[0], PATIENCE_MS)
 
     def _finish(self) -> object:
@@ -206,14 +202,14 @@ def in_background(call: Call) -> None:
         _offload.background.put(call)
 
 
-def idle_worker(call: Call) -> Worker | None:
+def idle_worker(call: HostCall) -> Worker | None:
     """A worker for the call, claimed: it must attempt and finish it."""
-    if isinstance(call, HostCall) and not call.host.local:
+    if not call.host.local:
         return None
     if _offload.thread is None:
         _offload.make()
     workers = [_offload.thread]
-    if isinstance(call, partial) and call.func is os.fdatasync:
+    if call.func is os.fdatasync:
         workers.insert(0, _offload.sync_thread)
     return next((worker for worker in workers if worker is not None and worker.claim()), None)
 
@@ -222,22 +218,20 @@ def idle_worker(call: Call) -> Worker | None:
 _limiters: trio.lowlevel.RunVar[dict[int, trio.CapacityLimiter]] = trio.lowlevel.RunVar("_limiters")
 
 
-def _limiter(call: Call) -> trio.CapacityLimiter | None:
-    if not isinstance(call, HostCall):
-        return None
+def _limiter(device: int) -> trio.CapacityLimiter:
     try:
         limiters = _limiters.get()
     except LookupError:
         limiters = {}
         _limiters.set(limiters)
-    limiter = limiters.get(call.host.device)
+    limiter = limiters.get(device)
     if limiter is None:
-        limiter = limiters[call.host.device] = trio.CapacityLimiter(_THREADS)
+        limiter = limiters[device] = trio.CapacityLimiter(_THREADS)
     return limiter
 
 
 @trio.lowlevel.enable_ki_protection
-async def offload(call: Callable[[], T]) -> T:
+async def offload(call: HostCall) -> object:
     """`call()` in a thread. Cancellation waits for it, and so does a KeyboardInterrupt: its buffers are in use until it
     ends. Raises what it raises."""
     if time.monotonic() > _offload.due:  # a turn for the others now and then, not with each call
@@ -254,13 +248,13 @@ async def offload(call: Callable[[], T]) -> T:
             except KeyboardInterrupt as error:  # which no scope shields from
                 interrupt = error
         try:
-            return cast(T, worker.finish())
+            return worker.finish()
         finally:
             if interrupt is not None:
                 raise interrupt
     with trio.CancelScope(shield=True):
         try:
-            return await trio.to_thread.run_sync(call, limiter=_limiter(call))
+            return await trio.to_thread.run_sync(call, limiter=_limiter(call.host.device))
         except RuntimeError:  # no thread to be had (a system call raises none): late is better than not at all
             return call()
     raise AssertionError("a shielded scope lets no cancellation end it")

@@ -7,7 +7,6 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from qedfuse.offload import idle_worker
 from qedfuse.pages import PagePool, shared_pool
 from tests.helpers.cli import qedfuse as qedfuse_command
 from tests.helpers.cli import qemu_img
+from tests.helpers.host_calls import local_call
 
 SIZE = 32 << 20
 
@@ -78,7 +78,7 @@ def test_each_has_its_own_data(tmp_path: Path) -> None:
 
 
 def test_a_worker_has_one_call_at_a_time() -> None:
-    call = partial(os.getpid)
+    call = local_call(os.getpid)
     worker = idle_worker(call)
     assert worker is not None
     try:

@@ -6,13 +6,19 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import trio
 import trio.testing
 
 from qedfuse import offload as module
-from qedfuse.offload import PATIENCE_MS, in_background, offload
+from qedfuse.offload import PATIENCE_MS, in_background
+from tests.helpers.host_calls import local_call
+
+
+async def offload(function: Callable[[], object]) -> object:
+    return await module.offload(local_call(function))
 
 
 def test_results_and_exceptions_come_back() -> None:
@@ -124,7 +130,7 @@ def test_a_request_ends_the_waiting_on_the_spot(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_child_process_has_a_worker_of_its_own() -> None:
-    async def call() -> int:
+    async def call() -> object:
         return await offload(os.getpid)
 
     assert trio.run(call) == os.getpid()

@@ -20,6 +20,7 @@ from qedfuse.header import FEATURE_BACKING_FILE, FEATURE_BACKING_FORMAT_NO_PROBE
 from qedfuse.layer import Layer, read_layer
 from qedfuse.mount_table import find_by_id
 from qedfuse.offload import offload
+from tests.helpers.host_calls import local_call
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ def make_qed(path: Path, backing: str | bytes | None = None, *, raw: bool = Fals
 def no_descriptor_leaks() -> Iterator[None]:
     """The process has the same files open before and after."""
     trio.run(trio.to_thread.run_sync, os.getpid)  # trio's own, once and for all
-    trio.run(offload, os.getpid)  # and ours
+    trio.run(offload, local_call(os.getpid))  # and ours
     find_by_id(0)
     before = sorted(os.listdir("/proc/self/fd"))
     yield
