@@ -195,7 +195,7 @@ class ClusterWriter:
     def offer(self) -> tuple[int, int]:
         """From where to where in the file there are clusters that somebody else may take, from the front, before
         anything else happens here."""
-        return self._allocator.next_free(self._committer.file_size)
+        return self._allocator.next_free(self._committer.growth.file_size)
 
     def take_offered(self, offset: int, size: int, lost: int, filled: int, pages: Sequence[int]) -> None:
         """`size` bytes from the front of the offer were taken. See `Image.note_written`."""
@@ -244,11 +244,11 @@ class ClusterWriter:
     async def _allocate(self, clusters: int) -> tuple[int, int]:
         """(offset, bytes) of new clusters that the file covers, at most `clusters`. Raises OSError."""
         while self._storage.fixed and not self._allocator.has_free(self._cluster_size):
-            await self._committer.extend(self._cluster_size)
+            await self._committer.growth.extend(self._cluster_size)
         run = self._allocator.allocate(clusters)
         self._tables.file_end = self._allocator.end
         try:
-            await self._committer.extend()
+            await self._committer.growth.extend()
         except BaseException:  # nothing was handed out, or every later commit would fail to cover it, too
             self._allocator.take_back(*run)
             self._tables.file_end = self._allocator.end
@@ -287,8 +287,8 @@ class ClusterWriter:
         index = offset >> self._bits >> PAGE_BITS
         await self._tables.load(index)
         table_bytes = self._tables.geometry.table_bytes
-        while not (self._tables.has_table(index) or self._committer.covers(table_bytes)):
-            await self._committer.extend(table_bytes)
+        while not (self._tables.has_table(index) or self._committer.growth.covers(table_bytes)):
+            await self._committer.growth.extend(table_bytes)
         page = await self._tables.prepare(index, self._allocator)
         first = (offset >> self._bits) & _ENTRY_MASK
         for position in range(first, first + (size >> self._bits)):

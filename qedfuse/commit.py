@@ -76,7 +76,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
@@ -84,9 +83,9 @@ import trio
 
 from qedfuse.allocator import Allocator
 from qedfuse.errors import QedfuseError
+from qedfuse.growth import DeviceGrowth, FileGrowth, Growth
 from qedfuse.header import FEATURE_NEED_CHECK, Header
 from qedfuse.pages import PageMap
-from qedfuse.reserve import Reserve
 from qedfuse.storage import Storage
 from qedfuse.tables import Tables
 
@@ -100,12 +99,6 @@ IDLE_DELAY = 5.0
 MAX_DIRTY_PAGES = 256
 #: Runs of freed clusters at which they do, too: a few hundred bytes each.
 _MAX_RELEASED_RUNS = 128 << 10
-#: The file grows by this many clusters at a time, but not by more than the bytes below: one truncate for many.
-_GROW_CLUSTERS = 1024
-_GROW_BYTES = 64 << 20
-#: Bytes of a device that are zeroed ahead at a time: at first, and at most.
-_ZERO_MIN = 1 << 20
-_ZERO_MAX = 64 << 20
 
 _Group = list[tuple[PageMap, int, int, bytes]]
 
@@ -127,10 +120,11 @@ class Committer:
         self._trusted = True
         self._closed = False
         self._header_known = True  # the file's header is `header`: no write of another one has failed
-        self.file_size = storage.size()  # bytes; clusters handed out may lie beyond until `extend`
-        self._reserve = Reserve(storage, header) if storage.fixed else None
-        self._zeroed = 0  # bytes of a device that were zeroed, to be handed out
-        self._growing = trio.Lock()
+        self.growth: Growth = (
+            DeviceGrowth(storage, allocator, self, header)
+            if storage.fixed
+            else FileGrowth(storage, allocator, self, header.cluster_size)
+        )
         self._size = header.image_size  # what the header shall say after the next commit with sync
         self._running = trio.Semaphore(1, max_value=1)  # a lock that belongs to no task
         self._started = 0
@@ -150,68 +144,6 @@ class Committer:
         """The image has grown; the header follows with the next commit."""
         self._size = size
         self.note_change()
-
-    async def prepare(self) -> None:
-        """To be called before anything changes. Raises OSError, and can be called again, also when cancelled."""
-        if self._reserve is not None and not self._reserve.known:
-            await self._reserve.find()
-
-    @property
-    def room(self) -> int | None:
-        """Bytes that new clusters can take on a device; before `prepare`, its size. None: the file system knows."""
-        return None if self._reserve is None else self._reserve.total + self._allocator.unused
-
-    def covers(self, room: int = 0) -> bool:
-        """Whether the file covers every cluster handed out, and a run of `room` bytes that can be."""
-        return self.file_size >= self._allocator.end + (room if room and not self._allocator.has_free(room) else 0)
-
-    async def extend(self, room: int = 0) -> None:
-        """Step 0: let the file cover every cluster handed out, and a run of `room` bytes that can be. Raises OSError,
-        ENOSPC if a device has none."""
-        if self.covers(room):
-            return
-        async with self._growing:
-            if self._reserve is not None:
-                await self._zero_more(self._reserve, room)
-                return
-            end = self._allocator.end + room
-            if self.file_size < end:
-                cluster_size = self.header.cluster_size
-                size = end + min(_GROW_CLUSTERS * cluster_size, _GROW_BYTES) // cluster_size * cluster_size
-                try:
-                    await self._storage.truncate(size)
-                except OSError as error:
-                    if error.errno != errno.EFBIG:
-                        raise
-                    size = end  # close to the host's limit: without a reserve
-                    await self._storage.truncate(size)
-                self.file_size = size
-                self.unsynced = True
-
-    async def _zero_more(self, reserve: Reserve, room: int) -> None:
-        """Step 0 on a device. A device is full when nothing is on its way back either."""
-        while not self._allocator.has_free(room):
-            runs = await reserve.take(room, min(max(self._zeroed, _ZERO_MIN), _ZERO_MAX))
-            if runs:
-                await self._zero(reserve, runs)
-            elif self._allocator.recycling:
-                await self.flush()
-            else:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.path)
-
-    async def _zero(self, reserve: Reserve, runs: list[tuple[int, int]]) -> None:
-        try:
-            if not self._zeroed:
-                await self._sync(alone=True)
-            for offset, size in runs:
-                await self._storage.punch(offset, size)
-            await self._sync(alone=True)
-        except BaseException:
-            reserve.put_back(runs)
-            raise
-        for run in runs:
-            self._allocator.put_free(*run)
-            self._zeroed += run[1]
 
     # -- durability -------------------------------------------------------------------------------------------------
 
@@ -256,7 +188,7 @@ class Committer:
         """`flush`, as a coroutine for a `Stepper`, to be driven from now to its end. None: it would have to wait for
         somebody. Raises OSError."""
         self.check()
-        if self._committing or not (self._header_known and self.covers(0)):
+        if self._committing or not (self._header_known and self.growth.covers()):
             return None
         return self._flush_alone()
 
@@ -332,7 +264,7 @@ class Committer:
             if not self._header_known:
                 await self._write_header(self.header)
             if group:
-                await self.extend()
+                await self.growth.extend()
                 await self._mark()
                 table_bits = tables.geometry.table_page_bits
                 new: _Group = []
@@ -400,23 +332,28 @@ class Committer:
         self.header = header
         self._header_known = True
 
-    async def _sync(self, *, alone: bool = False) -> None:
-        """`alone`: it is for what this task has written and for nothing else, while a commit may be running.
+    async def _sync(self) -> None:
+        self.check()
+        self.unsynced = self._unsynced_tables = False
+        try:
+            await self.sync_alone()
+        except OSError:
+            raise
+        except BaseException:  # it may not have been made at all: the next flush has as much to do as this one
+            self.unsynced = self._unsynced_tables = True
+            raise
+
+    async def sync_alone(self) -> None:
+        """A sync for what the caller has written and for nothing else, while a commit may be running. Raises OSError.
 
         Before and after, another task's may have failed: the kernel tells that once, to whichever comes first.
         """
         self.check()
-        if not alone:
-            self.unsynced = self._unsynced_tables = False
         try:
             await self._storage.sync()
         except OSError as error:
             self.failed = error
             log.error("%s: sync failed: %s; the image is read-only from now on", self._storage.path, error.strerror)
-            raise
-        except BaseException:  # it may not have been made at all: the next flush has as much to do as this one
-            if not alone:
-                self.unsynced = self._unsynced_tables = True
             raise
         self.check()
 
@@ -486,11 +423,7 @@ class Committer:
         """
         try:
             await self.flush()
-            end = self._allocator.trim()
-            if end < self.file_size and self._reserve is None:
-                self.unsynced = True
-                await self._storage.truncate(end)
-                self.file_size = end
+            await self.growth.cut(self._allocator.trim())
             if self.unsynced:
                 await self._sync()
             await self.clean()

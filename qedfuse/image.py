@@ -133,13 +133,13 @@ class Image:
     def room(self) -> int | None:
         """Bytes that new clusters can take on a block device, at most; None: the host's file system knows."""
         if self._committer:
-            return self._committer.room
+            return self._committer.growth.room
         return 0 if self.storage.fixed else None
 
     async def measure_room(self) -> int | None:
         """As `room`, exactly: reads all tables, the first time. Raises OSError."""
         if self._committer:
-            await self._committer.prepare()
+            await self._committer.growth.prepare()
         return self.room
 
     @property
@@ -416,7 +416,7 @@ class Image:
         """What every change begins with: may it be, and is there memory for more dirty pages?"""
         committer = self._committer_of()
         committer.check()
-        await committer.prepare()
+        await committer.growth.prepare()
         if committer.crowded:
             await committer.write_back()
         return self._writer

@@ -175,9 +175,9 @@ def test_not_while_the_file_has_to_grow(tmp_path: Path) -> None:
             await prepare(image)
             committer = image._committer
             assert committer is not None
-            committer.file_size -= 128 << 20
+            committer.growth.file_size -= 128 << 20
             assert image.begin_flush() is None
-            committer.file_size += 128 << 20
+            committer.growth.file_size += 128 << 20
             drive(begin(image))
 
     trio.run(main)

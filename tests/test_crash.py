@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse import commit
+from qedfuse import growth as growing
 from qedfuse.header import Header
 from tests.helpers.crash import SEED, STATES
 from tests.helpers.history import SECTOR, Guest
@@ -44,7 +44,7 @@ RUNS = len(SCENARIOS) * len(BELOW) + 2 * len(TABLE_SCENARIOS) + 8
 def growth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file grows by what is needed, so that it often does; over a short backing file in large steps, as in life."""
     if "shorter" not in request.node.name:
-        monkeypatch.setattr(commit, "_GROW_CLUSTERS", 0)
+        monkeypatch.setattr(growing, "_GROW_CLUSTERS", 0)
 
 
 class Totals:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qedfuse import commit
+from qedfuse import growth as growing
 from qedfuse.allocator import Allocator
 from qedfuse.clusters import ClusterWriter
 from qedfuse.commit import Committer
@@ -27,7 +27,7 @@ from tests.helpers.table_scenarios import TABLE_SCENARIOS, cut_and_fill_again, c
 @pytest.fixture(autouse=True)
 def growth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file grows by what is needed, so that it often does."""
-    monkeypatch.setattr(commit, "_GROW_CLUSTERS", 0)
+    monkeypatch.setattr(growing, "_GROW_CLUSTERS", 0)
 
 
 #: What a state is judged bad for: its contents, its tables, guest data where a table is looked for.

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfuse import commit
+from qedfuse import growth as growing
 from qedfuse.allocator import Allocator
 from qedfuse.check import Repair, check_image
-from qedfuse.commit import Committer
 from qedfuse.errors import QedfuseError
+from qedfuse.growth import DeviceGrowth
 from qedfuse.reserve import Reserve
 from tests.helpers.check_images import Builder
 from tests.helpers.crash import SEED, CrashStorage
@@ -58,8 +58,8 @@ DEVICE = 48 * CLUSTER + SECTOR
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster is zeroed when it is needed, and no sooner: it is the more often looked at."""
-    monkeypatch.setattr(commit, "_ZERO_MIN", CLUSTER)
-    monkeypatch.setattr(commit, "_ZERO_MAX", CLUSTER)
+    monkeypatch.setattr(growing, "_ZERO_MIN", CLUSTER)
+    monkeypatch.setattr(growing, "_ZERO_MAX", CLUSTER)
 
 
 async def chain_on_device(backing: str, size: int = DEVICE) -> tuple[Chain, bytes]:
@@ -124,23 +124,23 @@ def expect_failure(scenario: Scenario, backing: str) -> None:
 def test_stale_bytes(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
     """Handed out as they are."""
 
-    async def broken(self: Committer, reserve: Reserve, runs: list[tuple[int, int]]) -> None:
+    async def broken(self: DeviceGrowth, runs: list[tuple[int, int]]) -> None:
         for run in runs:
             self._allocator.put_free(*run)
 
-    monkeypatch.setattr(Committer, "_zero", broken)
+    monkeypatch.setattr(DeviceGrowth, "_zero", broken)
     expect_failure(allocate, backing)
 
 
 def test_zeroes_that_are_not_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backing file, the barrier would do."""
 
-    async def broken(self: Committer, reserve: Reserve, runs: list[tuple[int, int]]) -> None:
+    async def broken(self: DeviceGrowth, runs: list[tuple[int, int]]) -> None:
         for run in runs:
             await self._storage.punch(*run)
             self._allocator.put_free(*run)
 
-    monkeypatch.setattr(Committer, "_zero", broken)
+    monkeypatch.setattr(DeviceGrowth, "_zero", broken)
     expect_failure(allocate, "alone")
 
 
@@ -148,14 +148,14 @@ def test_the_tables_are_read_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was released in the meantime is free twice."""
     original = Reserve.take
 
-    async def never(self: Committer) -> None:
+    async def never(self: DeviceGrowth) -> None:
         pass
 
     async def late(self: Reserve, least: int, most: int) -> list[tuple[int, int]]:
         await self.find()
         return await original(self, least, most)
 
-    monkeypatch.setattr(Committer, "prepare", never)
+    monkeypatch.setattr(DeviceGrowth, "prepare", never)
     monkeypatch.setattr(Reserve, "take", late)
 
     async def main() -> None:
@@ -333,7 +333,7 @@ def test_no_room_for_a_table() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_at_random(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything, on a device with little room, opened again and again; what fails fails with ENOSPC."""
-    monkeypatch.setattr(commit, "_ZERO_MAX", (1 + seed % 3) * CLUSTER)
+    monkeypatch.setattr(growing, "_ZERO_MAX", (1 + seed % 3) * CLUSTER)
 
     async def main() -> None:
         rnd = random.Random(seed)

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 import trio
 
-from qedfuse import commit
+from qedfuse import growth as growing
 from qedfuse.commit import MAX_DIRTY_PAGES
 from qedfuse.errors import QedfuseError
 from qedfuse.geometry import Geometry
@@ -197,7 +197,7 @@ def test_a_table_is_made_once() -> None:
 @pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
 def test_readers_never_see_a_recycled_cluster(backing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clusters are freed and come back elsewhere at full speed, while slow readers read all of it."""
-    monkeypatch.setattr(commit, "_GROW_CLUSTERS", 0)
+    monkeypatch.setattr(growing, "_GROW_CLUSTERS", 0)
 
     async def main(seed: int) -> None:
         rnd = random.Random(seed)

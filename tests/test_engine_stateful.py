@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from qedfuse import commit
+from qedfuse import growth as growing
 from qedfuse.geometry import Geometry, round_up
 from qedfuse.image import Image
 from qedfuse.pages import PagePool
@@ -79,7 +79,7 @@ class ImageMachine(RuleBasedStateMachine):
         seed=st.one_of(st.none(), st.integers(0, 1000)),
         small_pool=st.booleans(),
         punches=st.booleans(),
-        growth=st.sampled_from([0, commit._GROW_CLUSTERS]),
+        growth=st.sampled_from([0, growing._GROW_CLUSTERS]),
     )
     def make(
         self,
@@ -92,7 +92,7 @@ class ImageMachine(RuleBasedStateMachine):
         punches: bool,
         growth: int,
     ) -> None:
-        commit._GROW_CLUSTERS, self.growth_before = growth, commit._GROW_CLUSTERS
+        growing._GROW_CLUSTERS, self.growth_before = growth, growing._GROW_CLUSTERS
         self.chaos = None if seed is None else Chaos(seed)
         self.pool = SMALL_POOL if small_pool else POOL
         self.punches = punches
@@ -259,7 +259,7 @@ class ImageMachine(RuleBasedStateMachine):
             if self.image is not None:
                 self.end()
         finally:
-            commit._GROW_CLUSTERS = getattr(self, "growth_before", commit._GROW_CLUSTERS)
+            growing._GROW_CLUSTERS = getattr(self, "growth_before", growing._GROW_CLUSTERS)
 
     def end(self) -> None:
         self.close()

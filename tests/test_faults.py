@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import trio
 
-from qedfuse import commit
+from qedfuse import growth as growing
 from tests.helpers.crash import SEED
 from tests.helpers.faults import Fault
 from tests.helpers.images import (
@@ -57,7 +57,7 @@ INJECTED: Counter[str] = Counter()
 @pytest.fixture(autouse=True)
 def growth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file grows often."""
-    monkeypatch.setattr(commit, "_GROW_CLUSTERS", 0)
+    monkeypatch.setattr(growing, "_GROW_CLUSTERS", 0)
 
 
 def trial_of(scenario: Scenario, chain: Chain, flat: bytes, fault: Fault | None) -> Trial:

@@ -29,6 +29,7 @@ ORDER = """
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
     qcow2 tables attributes changes reserve qcow2_refcounts dirty_limit
+    growth
     commit repair
     clusters check
     image recovery

@@ -1,0 +1,156 @@
+"""How an image's file comes by new clusters: step 0 of the rulebook in `commit.py`.
+
+A file grows by truncate, many clusters at a time. A block device cannot grow: what is free on it is zeroed, durably,
+before it is handed out (`reserve.py` has found it).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import trio
+
+from qedfuse.allocator import Allocator
+from qedfuse.header import Header
+from qedfuse.reserve import Reserve
+from qedfuse.storage import Storage
+
+#: A file grows by this many clusters at a time, but not by more than the bytes below: one truncate for many.
+_GROW_CLUSTERS = 1024
+_GROW_BYTES = 64 << 20
+#: Bytes of a device that are zeroed ahead at a time: at first, and at most.
+_ZERO_MIN = 1 << 20
+_ZERO_MAX = 64 << 20
+
+
+class Durability(Protocol):
+    """What makes changes to the file durable; see `commit.Committer`."""
+
+    unsynced: bool
+
+    async def flush(self) -> None: ...
+    async def sync_alone(self) -> None: ...
+
+
+class Growth(ABC):
+    """Of one image that is open for writing. Sizes are bytes. Every call may raise OSError, and can be repeated then,
+    also when it was cancelled. `file_size`: clusters handed out may lie behind it until `extend`."""
+
+    def __init__(self, storage: Storage, allocator: Allocator, durability: Durability) -> None:
+        self.file_size = storage.size()
+        self._storage = storage
+        self._allocator = allocator
+        self._durability = durability
+        self._growing = trio.Lock()
+
+    @abstractmethod
+    async def prepare(self) -> None:
+        """To be called before anything changes."""
+
+    @property
+    @abstractmethod
+    def room(self) -> int | None:
+        """Bytes that new clusters can take. None: the file system knows."""
+
+    def covers(self, room: int = 0) -> bool:
+        """Whether the file covers every cluster handed out, and a run of `room` bytes that can be."""
+        return self.file_size >= self._allocator.end + (room if room and not self._allocator.has_free(room) else 0)
+
+    async def extend(self, room: int = 0) -> None:
+        """Let the file cover every cluster handed out, and a run of `room` bytes that can be; ENOSPC if a device has
+        none."""
+        if not self.covers(room):
+            async with self._growing:
+                await self._extend(room)
+
+    @abstractmethod
+    async def _extend(self, room: int) -> None: ...
+
+    @abstractmethod
+    async def cut(self, end: int) -> None:
+        """Give up what lies behind `end`, as far as the file can."""
+
+
+class FileGrowth(Growth):
+    """Of a file."""
+
+    def __init__(self, storage: Storage, allocator: Allocator, durability: Durability, cluster_size: int) -> None:
+        super().__init__(storage, allocator, durability)
+        self._cluster_size = cluster_size
+
+    async def prepare(self) -> None:
+        """Nothing is to be known before."""
+
+    @property
+    def room(self) -> None:
+        return None
+
+    async def _extend(self, room: int) -> None:
+        end = self._allocator.end + room
+        if self.file_size >= end:
+            return
+        size = end + min(_GROW_CLUSTERS * self._cluster_size, _GROW_BYTES) // self._cluster_size * self._cluster_size
+        try:
+            await self._storage.truncate(size)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            size = end  # close to the host's limit: without a reserve
+            await self._storage.truncate(size)
+        self.file_size = size
+        self._durability.unsynced = True
+
+    async def cut(self, end: int) -> None:
+        if end < self.file_size:
+            self._durability.unsynced = True
+            await self._storage.truncate(end)
+            self.file_size = end
+
+
+class DeviceGrowth(Growth):
+    """Of a block device."""
+
+    def __init__(self, storage: Storage, allocator: Allocator, durability: Durability, header: Header) -> None:
+        super().__init__(storage, allocator, durability)
+        self._reserve = Reserve(storage, header)
+        self._zeroed = 0  # bytes, to be handed out
+
+    async def prepare(self) -> None:
+        if not self._reserve.known:
+            await self._reserve.find()
+
+    @property
+    def room(self) -> int:
+        """Before `prepare`, the device's size."""
+        return self._reserve.total + self._allocator.unused
+
+    async def _extend(self, room: int) -> None:
+        """A device is full when nothing is on its way back either."""
+        while not self._allocator.has_free(room):
+            runs = await self._reserve.take(room, min(max(self._zeroed, _ZERO_MIN), _ZERO_MAX))
+            if runs:
+                await self._zero(runs)
+            elif self._allocator.recycling:
+                await self._durability.flush()
+            else:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.path)
+
+    async def _zero(self, runs: list[tuple[int, int]]) -> None:
+        try:
+            if not self._zeroed:
+                await self._durability.sync_alone()
+            for offset, size in runs:
+                await self._storage.punch(offset, size)
+            await self._durability.sync_alone()
+        except BaseException:
+            self._reserve.put_back(runs)
+            raise
+        for run in runs:
+            self._allocator.put_free(*run)
+            self._zeroed += run[1]
+
+    async def cut(self, end: int) -> None:
+        """Its size is what it is."""
