@@ -29,7 +29,7 @@ from qedfuse.complaints import Complaints
 from qedfuse.connection import BackgroundLimit, abort
 from qedfuse.control_server import ControlServer
 from qedfuse.dirty_limit import become_flusher, fit_options, set_dirty_limit
-from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe
+from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe, leaves
 from qedfuse.image import Image
 from qedfuse.kernel_mount import mount, tell_root_size
 from qedfuse.launch import Link
@@ -251,7 +251,11 @@ class Daemon:
             async with self._fastpath.serving() if self._fastpath else nullcontext():
                 await pyfuse3.main(max_tasks=most_requests())
         except Exception as error:
-            _log.error("%s: serving the kernel failed", self._config.mountpoint, exc_info=error)
+            # ECONNABORTED: somebody has ended the connection; or the mount, while the kernel handed a request out.
+            if all(isinstance(leaf, ConnectionAbortedError) for leaf in leaves(error)):
+                _log.info("%s: the kernel has ended the connection", self._config.mountpoint)
+            else:
+                _log.error("%s: serving the kernel failed", self._config.mountpoint, exc_info=error)
         finally:
             self._ended.set()
             self._starting.cancel()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cli import Result, one_line, qedfuse, qemu_img, qemu_io
-from tests.helpers.mounts import Mounted, is_mounted, kill, mounted, new_namespace, wait_for_exit, wait_until
+from tests.helpers.mounts import Mounted, abort, is_mounted, kill, mounted, new_namespace, wait_for_exit, wait_until
 
 MIB = 1 << 20
 
@@ -144,6 +144,20 @@ def test_a_second_signal_ends_it_at_once(image: Path, raw: Path) -> None:
             os.close(fd)
         assert "in use" in mount.text()
     assert_clean(image, 0x66)
+
+
+def test_an_aborted_connection_is_the_end_of_it(image: Path, raw: Path) -> None:
+    """The kernel says ECONNABORTED then, and also to a daemon that takes a request while its mount ends."""
+    with mounted(image, raw, foreground=True) as mount:
+        assert mount.process is not None
+        with raw.open("r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), b"\x67" * 65536, 30 * MIB)
+            os.fsync(file.fileno())
+        abort(raw)
+        mount.process.wait(20)
+        assert "Traceback" not in mount.text()
+        assert "has ended the connection" in mount.text()
+    assert_clean(image, 0x67)
 
 
 def test_a_killed_daemon_leaves_a_mount_that_umount_removes(image: Path, raw: Path) -> None:
