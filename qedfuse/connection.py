@@ -1,4 +1,4 @@
-"""The connection to the kernel behind a mount, apart from its requests: its limit, and its end by force.
+"""The connection to the kernel behind a mount, apart from its requests: its control files, and its end by force.
 
 Source: Linux Documentation/filesystems/fuse.rst on the control file system; umount2(2) on MNT_FORCE; unshare(2).
 """
@@ -21,38 +21,12 @@ _MS_PRIVATE = 0x40000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class BackgroundLimit:
-    """How many requests the kernel hands out at a time that nobody waits for one by one: readahead, direct reads and
-    writes, writing back. By default it is 12, for all files together.
-
-    `usual`: what it is by itself; None if it cannot be changed. `device` is the mount's "MAJOR:MINOR".
-    """
-
-    def __init__(self, device: str) -> None:
-        self.usual: int | None = None
-        self._fd = _open(device, "max_background", os.O_WRONLY)
-        fd = _open(device, "max_background", os.O_RDONLY)  # one cannot go back in it, and writes at its start alone
-        if fd >= 0:
-            with suppress(OSError, ValueError):
-                self.usual = int(os.read(fd, 20))
-            os.close(fd)
-
-    def set(self, limit: int) -> None:
-        with suppress(OSError):
-            os.write(self._fd, b"%d" % limit)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 def abort(mountpoint: str, device: str) -> None:
     """End the connection: whoever waits for an answer gets an error, and so does whoever asks from now on.
 
     This process must not try to answer, or to receive, afterwards.
     """
-    fd = _open(device, "abort", os.O_WRONLY)
+    fd = open_control(device, "abort", os.O_WRONLY)
     if fd >= 0:
         with suppress(OSError):
             os.write(fd, b"1")
@@ -75,7 +49,7 @@ def fuse_descriptors() -> list[int]:
     return found
 
 
-def _open(device: str, name: str, flags: int) -> int:
+def open_control(device: str, name: str, flags: int) -> int:
     """A file of the connection's in the control file system; -1 if that cannot be had."""
     path = f"{_CONTROL}/{device.partition(':')[2]}/{name}"
     found = [-1]

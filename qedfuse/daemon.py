@@ -15,18 +15,19 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 import trio
 
+from qedfuse.background import make_room
 from qedfuse.chain import names_are_current
 from qedfuse.closing import Hurry, close_all, flush_all
 from qedfuse.complaints import Complaints
-from qedfuse.connection import BackgroundLimit, abort
+from qedfuse.config import MountConfig
+from qedfuse.connection import abort
 from qedfuse.control_server import ControlServer
 from qedfuse.dirty_limit import become_flusher, fit_options, set_dirty_limit
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe, leaves
@@ -35,13 +36,12 @@ from qedfuse.kernel_mount import mount, tell_root_size
 from qedfuse.launch import Link
 from qedfuse.limits import most_requests, raise_limits
 from qedfuse.memory_limit import memory_limit
-from qedfuse.mount_options import MountOptions
 from qedfuse.mounted import MountedImage
 from qedfuse.mounts import Mount, find_mount, unmount
 from qedfuse.opening import open_image
 from qedfuse.operations import Operations
 from qedfuse.oversize import Oversize
-from qedfuse.remote_file import waiting
+from qedfuse.report import report, requests
 from qedfuse.rootclock import RootClock
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.tree import Tree
@@ -51,38 +51,14 @@ if TYPE_CHECKING:
 
 #: Seconds that the kernel has to tell us that it has unmounted us.
 _GRACE = 5.0
-#: Seconds that a request may wait for a remote host before there must be room for more.
-_LONG = 0.5
 #: Seconds that requests have to come to an end when users are not waited for any longer.
 _MOMENT = 2.0
 #: Seconds that an image of a SOURCE directory stays open after its last use.
 LINGER = 0.5
-#: How many hidden images `status` lists.
-_LISTED = 100
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _log = logging.getLogger("qedfuse")
-
-
-@dataclass(frozen=True)
-class MountConfig:
-    """What to mount where. All paths are absolute, and `mountpoint` has no symbolic links in it.
-
-    `images` and `directories` are the sources. `over_file`: the mountpoint is a regular file, to show the one image.
-    `fastpath`: requests may be answered by the native filter where there is one.
-    """
-
-    images: tuple[str, ...]
-    directories: tuple[str, ...]
-    mountpoint: str
-    over_file: bool
-    options: MountOptions
-    fastpath: bool
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.images + self.directories
 
 
 class Daemon:
@@ -204,7 +180,7 @@ class Daemon:
         if self._mount is None:
             raise QedfuseError(mountpoint, "mounted, but not to be seen here")
         set_dirty_limit(self._mount.device, self._memory_limit)
-        nursery.start_soon(self._make_room, BackgroundLimit(self._mount.device))
+        nursery.start_soon(make_room, self._mount.device)
         await self._control.listen(self._mount.device)
         nursery.start_soon(self._control.serve)
         if self._options.writeback:
@@ -241,7 +217,7 @@ class Daemon:
         if image is not None:
             await trio.to_thread.run_sync(tell_root_size, image.size)  # its place may be locked by an early reader
             if self._options.writeback:
-                clock = RootClock(mount, lambda: self.requests()["write"])
+                clock = RootClock(mount, lambda: requests(operations, self._fastpath)["write"])
                 await clock.start(image)
                 operations.clock = clock
         operations.settling = False
@@ -259,21 +235,6 @@ class Daemon:
         finally:
             self._ended.set()
             self._starting.cancel()
-
-    async def _make_room(self, limit: BackgroundLimit) -> None:
-        """Requests that wait for a remote host take the room of all others in the kernel, so there must be more of it.
-        Not from the start: each has memory of its own here."""
-        if limit.usual is None:
-            return
-        while True:
-            await waiting.some.wait()
-            now = limit.usual
-            while waiting.count:
-                await trio.sleep(_LONG)
-                if limit.usual + waiting.count > now:
-                    now = limit.usual + 4 * waiting.count
-                    limit.set(now)
-            limit.set(limit.usual)
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
@@ -389,33 +350,9 @@ class Daemon:
         return {"error": "; ".join(problems) or None, "unwritten": "; ".join(unwritten) or None}
 
     async def status(self) -> dict[str, Any]:
-        """For `qedfuse status`. Sizes in bytes; the counters count requests of the kernel."""
-        paths = {node.mounted.path for node in self._tree.nodes}
-        return {
-            "pid": os.getpid(),
-            "mountpoint": self._config.mountpoint,
-            "sources": list(self._config.sources),
-            "read-only": self._options.read_only,
-            "direct-io": self._options.direct_io,
-            "fastpath": self._fastpath is not None and self._fastpath.answers,
-            "fastpath-counters": self._fastpath.counters if self._fastpath else {},
-            "images": [node.mounted.status() for node in self._tree.nodes if node.mounted.opened],
-            "unopened-images": self._operations.unopened.status(paths) if self._operations else [],
-            "hidden-images": [
-                {"filename": path, "hidden-by": by} for path, by in islice(self._tree.sources.hidden.items(), _LISTED)
-            ],
-            "requests": self.requests(),
-        }
-
-    def requests(self) -> dict[str, int]:
-        """How many requests of the kernel were answered, in Python or not."""
-        operations = self._operations
-        native = self._fastpath.counters if self._fastpath else {}
-        return {
-            "read": (operations.reads if operations else 0) + native.get("reads", 0),
-            "write": (operations.writes if operations else 0) + native.get("writes", 0),
-            "fsync": (operations.syncs if operations else 0) + native.get("syncs", 0),
-        }
+        """For `qedfuse status`."""
+        assert self._operations is not None  # there are no clients before
+        return report(self._config, self._options, self._tree, self._operations, self._fastpath)
 
 
 def serve(config: MountConfig, link: Link | None = None) -> int:

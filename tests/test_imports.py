@@ -26,8 +26,10 @@ ORDER = """
     storage filelock
     file_storage
     remote_file
+    background
     layer backing scan
     raw qcow2_entries mapping mount_options clustermap
+    config
     qcow2 tables attributes changes reserve qcow2_refcounts dirty_limit
     growth
     commit repair
@@ -40,7 +42,7 @@ ORDER = """
     oversize
     fastpath library
     operations control kernel_mount output
-    control_server target closing
+    control_server target closing report
     daemon convert
     cli
     cli.params cli.progress

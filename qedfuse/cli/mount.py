@@ -12,6 +12,7 @@ from dataclasses import replace
 import click
 
 from qedfuse.cli.params import backing_options, check_backing_root, file_name
+from qedfuse.config import MountConfig
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
 from qedfuse.mount_options import MountOptions, parse_mount_options
 from qedfuse.mounts import find_mount
@@ -79,7 +80,7 @@ def mount(
     with contextlib.suppress(ImportError):  # the daemon tries again, and logs it
         import qedfuse.fastpath  # noqa: F401
 
-    from qedfuse.daemon import MountConfig, serve
+    from qedfuse.daemon import serve
     from qedfuse.launch import inherited_descriptors, open_standard_files, run_in_background
     from qedfuse.logs import start_logging
 
