@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cli import Result, one_line, qedfuse, qemu_img, qemu_io
-from tests.helpers.mounts import Mounted, abort, is_mounted, kill, mounted, new_namespace, wait_for_exit, wait_until
+from tests.helpers.injection import injected
+from tests.helpers.mounts import Mounted, is_mounted, kill, mounted, new_namespace, wait_for_exit, wait_until
 
 MIB = 1 << 20
 
@@ -146,15 +147,18 @@ def test_a_second_signal_ends_it_at_once(image: Path, raw: Path) -> None:
     assert_clean(image, 0x66)
 
 
-def test_an_aborted_connection_is_the_end_of_it(image: Path, raw: Path) -> None:
-    """The kernel says ECONNABORTED then, and also to a daemon that takes a request while its mount ends."""
+def test_a_mount_that_ends_while_a_request_is_taken(image: Path, raw: Path) -> None:
+    """The kernel says ECONNABORTED then, not ENODEV as it does to a daemon that comes later."""
     with mounted(image, raw, foreground=True) as mount:
         assert mount.process is not None
         with raw.open("r+b", buffering=0) as file:
             os.pwrite(file.fileno(), b"\x67" * 65536, 30 * MIB)
             os.fsync(file.fileno())
-        abort(raw)
-        mount.process.wait(20)
+        with injected(mount.pid(), "read,readv,splice:error=ECONNABORTED", path="/dev/fuse"):
+            assert mount.process.poll() is None
+            with pytest.raises(OSError, match=r"not connected|abort"):
+                raw.open("rb").close()
+            assert mount.process.wait(20) == 0
         assert "Traceback" not in mount.text()
         assert "has ended the connection" in mount.text()
     assert_clean(image, 0x67)

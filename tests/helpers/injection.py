@@ -12,17 +12,19 @@ import pytest
 
 
 @contextmanager
-def injected(pid: int, fault: str, *, seconds: float = 20) -> Iterator[None]:
-    """`fault` as strace(1) has it, such as "fdatasync:error=EIO", during the block. At its end strace may need so many
-    seconds to let the process go."""
+def injected(pid: int, fault: str, *, path: str = "", seconds: float = 20) -> Iterator[None]:
+    """`fault` as strace(1) has it, such as "fdatasync:error=EIO", during the block; with `path`, in calls on this file
+    alone. At its end strace may need so many seconds to let the process go."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     call = fault.partition(":")[0]
     command = ["strace", "-f", "-p", str(pid), "-e", f"trace={call}", "-e", f"inject={fault}"]
+    command += ["-P", path] if path else []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
-            assert "attached" in process.stderr.readline()
+            while "attached" not in (line := process.stderr.readline()):
+                assert "Requested path" in line, line
             yield
         finally:
             process.send_signal(signal.SIGINT)
