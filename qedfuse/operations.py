@@ -196,7 +196,7 @@ class Operations(pyfuse3.Operations):
             self._synced.add(handle)
         if self._fastpath:
             self._fastpath.attach(handle, image, to_write=to_write, synced=sync)
-        keep_cache = node.mounted.cached.may_keep(image) and not self._options.direct_io
+        keep_cache = not self._options.direct_io and node.mounted.cached.may_keep(image)
         return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=keep_cache)
 
     @_translated

@@ -35,12 +35,13 @@ _State = tuple[Identity, FileMark | _Opening]
 class CachedPages:
     """What the kernel may have cached of one raw file: of which state of the chain's files. It begins with nothing."""
 
-    __slots__ = ("_dropping", "_opening", "_ours", "_stale", "_states")
+    __slots__ = ("_dropping", "_opening", "_ours", "_outdated", "_stale", "_states")
 
     def __init__(self) -> None:
         self._states: list[_State | None] = []  # from the top down; None: as nothing ever is
         self._ours = False  # the top one is being written by us
         self._opening = object()
+        self._outdated = False  # a file has changed since the image was opened
         self._stale = False  # since no open has had them dropped yet: one may have been refused
         self._dropping = 0.0
 
@@ -50,6 +51,7 @@ class CachedPages:
         self._opening = object()
         self.note_changes(image)
         self._ours = image.writable
+        self._outdated = False
 
     def may_keep(self, image: Image) -> bool:
         """Whether an open of the raw file, which is answered now, may leave the kernel its pages."""
@@ -61,19 +63,23 @@ class CachedPages:
 
     def note_changes(self, image: Image) -> None:
         """Have a look at what others may have changed until now. Before the first open nothing is cached."""
-        if self._states and not self.is_current(image):
-            self._stale = True
-        self._states = self._look_at(image)
+        found = self._look_at(image)
+        if self._states and not self._is_known(found):
+            self._stale = self._outdated = True
+        self._states = found
 
     def note_writing(self) -> None:
         """The image was opened for writing."""
         self._ours = True
 
     def is_current(self, image: Image) -> bool:
-        """Whether the files that are open are as they were; what we write ourselves does not count."""
+        """Whether the files that are open are as they were when they were opened; what we write ourselves does not
+        count."""
+        return not self._outdated and self._is_known(self._look_at(image))
+
+    def _is_known(self, found: list[_State | None]) -> bool:
         skipped = 1 if self._ours else 0
-        found = self._look_at(image)[skipped:]
-        return None not in found and found == self._states[skipped:]
+        return None not in found[skipped:] and found[skipped:] == self._states[skipped:]
 
     def note_own_change(self, status: os.stat_result) -> None:
         """The image's file is in a state to which we have brought it."""
@@ -90,9 +96,9 @@ class CachedPages:
     def _state_of(self, status: os.stat_result) -> _State | None:
         if stat.S_ISBLK(status.st_mode):
             return identity(status), self._opening
-        return None if is_fresh(status.st_ctime_ns) else (identity(status), mark_of(status))
+        return None if _is_fresh(status.st_ctime_ns) else (identity(status), mark_of(status))
 
 
-def is_fresh(ctime_ns: int) -> bool:
+def _is_fresh(ctime_ns: int) -> bool:
     """Whether a file could change once more without another ctime."""
     return time.time_ns() - ctime_ns < (TICK if ctime_ns % _SECOND else _COARSE_TICK)

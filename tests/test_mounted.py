@@ -239,6 +239,26 @@ def test_one_that_is_not_current_is_for_those_who_have_it(path: str) -> None:
     assert openings.opened == 2
 
 
+def test_a_change_that_another_user_has_met_is_not_forgotten(path: str) -> None:
+    """That one has the kernel's pages dropped, but goes on with the image as it was opened."""
+
+    async def body(mounted: MountedImage, openings: Openings) -> None:
+        first = await mounted.acquire(to_write=False)
+        os.chmod(path, 0o600)
+        await trio.sleep(2 * TICK / 1e9)
+        assert await mounted.acquire(to_write=False) is first
+        mounted.cached.may_keep(first)
+        mounted.release()
+        mounted.release()
+        second = await mounted.acquire(to_write=False)
+        assert second is not first
+        mounted.release()
+        assert await mounted.acquire(to_write=False) is second
+        mounted.release()
+
+    assert run(path, body, linger=60).opened == 2
+
+
 def test_one_that_cannot_be_written_is_not_given_up_for_a_current_one(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
