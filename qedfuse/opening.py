@@ -158,23 +158,15 @@ def _claim(readers: FileStorage) -> FileStorage:
     storage = FileStorage.open(readers.path, True, pin=readers.fileno())  # before the locks: it may not be allowed
     try:
         add_writers_locks(readers.fileno(), readers.path)
-        try:
-            share_writers_locks(storage.fileno())
-            return storage if readers.local else isolate(storage)
-        except BaseException:
-            drop_writers_locks(readers.fileno())
-            raise
+        share_writers_locks(storage.fileno())
+        return storage if readers.local else isolate(storage)
     except BaseException:
-        _drop(storage)
+        _unclaim(readers, storage)
         raise
 
 
 def _unclaim(readers: FileStorage, storage: FileStorage) -> None:
-    """`_claim` undone."""
-    _drop(storage)
-    with suppress(OSError):  # closed meanwhile
-        drop_writers_locks(readers.fileno())
-
-
-def _drop(storage: FileStorage) -> None:
+    """`_claim` undone, as far as it came."""
     os.close(storage.fileno())
+    with suppress(OSError):  # closed meanwhile, or this file system has no locks
+        drop_writers_locks(readers.fileno())
