@@ -1,7 +1,7 @@
 """What an image is: its header, its backing file's name, its size on the host. Opens nothing else.
 
-This is the one place besides `file_storage.py` that opens a host file: a look at a header needs no event loop, and
-loading one takes longer than the look. What needs the engine (a backing chain, a check) is imported where it is used.
+It opens the file by itself: a look at a header needs no event loop, and loading one takes longer than the look. What
+needs the engine (a backing chain, a check) is imported where it is used.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class MountedImage:
         self._nursery = nursery
         self._linger = linger
         self._users = 0
-        self._waiting = 0
+        self._waiting = 0  # for it to be open, to become users
         self._retiring = False
         self._keeping = False
         self._ours = False
@@ -143,12 +143,8 @@ class MountedImage:
         return self._keeping
 
     @property
-    def users(self) -> int:
-        return self._users
-
-    @property
     def busy(self) -> bool:
-        """Whether it is open, or on its way there or back."""
+        """Whether it is open, or on its way there or back, or wanted."""
         return self._keeping or self._is_used()
 
     def _is_used(self) -> bool:
@@ -224,7 +220,7 @@ class MountedImage:
         self._note_idle()
 
     def _note_idle(self) -> None:
-        if not self._users and not self._waiting:
+        if not self._is_used():
             self._idle.set()
 
     async def close(self) -> None:
@@ -351,7 +347,7 @@ class MountedImage:
             with trio.move_on_after(self._linger):
                 await self._hurry.wait()
             await self._lock.acquire()
-            if self._stop.is_set() or self._retiring or not (self._users or self._waiting):
+            if self._stop.is_set() or self._retiring or not self._is_used():
                 return
             self._idle = trio.Event()
             self._lock.release()

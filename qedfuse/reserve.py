@@ -28,9 +28,7 @@ class Reserve:
     def __init__(self, storage: Storage, header: Header) -> None:
         self._storage = storage
         self._header = header
-        self._size = (
-            storage.size()
-        )  # the device may grow later, of which the image knows nothing until it is opened anew
+        self._size = storage.size()  # a device may grow, of which the image knows nothing until it is opened anew
         self._bits = header.geometry.cluster_bits
         self._used: ClusterMap | None = None  # also what has been taken
         self._next = 0  # the cluster at which to look for the next run

@@ -182,10 +182,10 @@ class Tree:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             if to_write:
                 await node.mounted.make_writable()
+                self._note_key(node)
         except BaseException:
             node.mounted.release()
             raise
-        self._note_key(node)
         return image
 
     def _note_key(self, node: Node) -> None:
