@@ -31,6 +31,16 @@ class Run(NamedTuple):
     host: int = 0
 
 
+def append_run(runs: list[Run], kind: Kind, length: int, host: int = 0) -> None:
+    """Append a run, or make the last one longer if the new one continues it."""
+    if runs:
+        last = runs[-1]
+        if last.kind is kind and (last.host + last.length if last.host or kind is Kind.DATA else 0) == host:
+            runs[-1] = Run(kind, last.length + length, last.host)
+            return
+    runs.append(Run(kind, length, host))
+
+
 class Layer(Protocol):
     """One image of a chain, as a source of bytes.
 

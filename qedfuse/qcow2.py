@@ -21,12 +21,11 @@ import trio
 
 from qedfuse.errors import CorruptError
 from qedfuse.geometry import ENTRY_SIZE, PAGE_ENTRIES, PAGE_SIZE
-from qedfuse.layer import Kind, Layer, Run
+from qedfuse.layer import Kind, Layer, Run, append_run
 from qedfuse.qcow2_entries import (
     ENTRY_COMPRESSED,
     ENTRY_OFFSET,
     EntryMapper,
-    append_run,
     compressed_extent,
     inflate,
 )

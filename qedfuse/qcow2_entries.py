@@ -10,7 +10,7 @@ from array import array
 
 from qedfuse.errors import CorruptError
 from qedfuse.geometry import SECTOR_SIZE
-from qedfuse.layer import Kind, Run
+from qedfuse.layer import Kind, Run, append_run
 from qedfuse.qcow2_header import Qcow2Header
 
 #: Bits of L1 and L2 entries. Reserved bits are ignored, as QEMU does.
@@ -93,16 +93,6 @@ class EntryMapper:
         if inside > 0:
             append_run(runs, Kind.DATA, inside, host)
         append_run(runs, Kind.ZERO, length - max(inside, 0))
-
-
-def append_run(runs: list[Run], kind: Kind, length: int, host: int = 0) -> None:
-    """Append a run, or make the last one longer if the new one continues it."""
-    if runs:
-        last = runs[-1]
-        if last.kind is kind and (last.host + last.length if last.host or kind is Kind.DATA else 0) == host:
-            runs[-1] = Run(kind, last.length + length, last.host)
-            return
-    runs.append(Run(kind, length, host))
 
 
 def compressed_extent(entry: int, cluster_bits: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from qedfuse.allocator import Allocator
 from qedfuse.errors import CorruptError
 from qedfuse.geometry import ENTRY_SIZE, PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE, UNALLOCATED, ZERO_CLUSTER
 from qedfuse.header import Header
-from qedfuse.layer import Kind, Run
+from qedfuse.layer import Kind, Run, append_run
 from qedfuse.pages import ZERO_PAGE, Page, PageMap, PagePool
 from qedfuse.scan import Bounds
 from qedfuse.storage import Storage, size_in_sectors
@@ -84,7 +84,7 @@ class Tables:
                     break
                 kind, host = Kind.UNALLOCATED, 0
             length = min((cluster + count << bits) - offset, end - offset)
-            _append(runs, kind, length, host)
+            append_run(runs, kind, length, host)
             offset += length
         return runs
 
@@ -305,16 +305,6 @@ class Tables:
         """Give the pages back to the pool."""
         self.l1.clear()
         self.l2.clear()
-
-
-def _append(runs: list[Run], kind: Kind, length: int, host: int) -> None:
-    """Append a run, merged with the one before where it continues it."""
-    if runs:
-        last = runs[-1]
-        if last.kind is kind and (kind is not Kind.DATA or last.host + last.length == host):
-            runs[-1] = Run(kind, last.length + length, last.host)
-            return
-    runs.append(Run(kind, length, host))
 
 
 assert UNALLOCATED == 0 and ZERO_CLUSTER == 1
