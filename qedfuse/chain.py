@@ -30,7 +30,7 @@ from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
 from qedfuse.remote_file import isolate
-from qedfuse.storage import Identity, Storage, identity
+from qedfuse.storage import Identity, Storage, identity, read
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.walk import LeadsBackError, Walk
 
@@ -116,7 +116,7 @@ def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
 async def read_header(storage: Storage) -> Header:
     """The header of a QED image, validated against its file. Raises FormatError, UnsupportedError, CorruptError."""
     size = storage.size()
-    header = Header.decode(await _read(storage, 0, min(HEADER_BYTES, size)), storage.path)
+    header = Header.decode(await read(storage, 0, min(HEADER_BYTES, size)), storage.path)
     header.validate_file_size(size, storage.path)
     return header
 
@@ -125,7 +125,7 @@ async def read_backing_name(storage: Storage, header: Header) -> str | None:
     """The backing file's name as stored in a QED image, None if it has none."""
     if not header.has_backing_file:
         return None
-    raw = await _read(storage, header.backing_filename_offset, header.backing_filename_size)
+    raw = await read(storage, header.backing_filename_offset, header.backing_filename_size)
     return decode_backing_name(raw, storage.path)
 
 
@@ -200,7 +200,7 @@ class Chain:
         self._opened.append(storage)
         self.identities.add(found)
         if format is None:
-            format = probe_format(await _read(storage, 0, min(PROBE_BYTES, storage.size())), storage.path)
+            format = probe_format(await read(storage, 0, min(PROBE_BYTES, storage.size())), storage.path)
         header, reference = await _read_link(storage, format)
         self.links.append(_Link(storage, header))
         return reference
@@ -272,10 +272,3 @@ def _open_entry(path: str, writable: bool) -> FileStorage:
 
 def _drop(opened: tuple[FileStorage, Identity]) -> None:
     os.close(opened[0].fileno())
-
-
-async def _read(storage: Storage, offset: int, size: int) -> bytes:
-    buffer = bytearray(size)
-    if not storage.read_into_nowait(offset, memoryview(buffer)):
-        await storage.read_into(offset, memoryview(buffer))
-    return bytes(buffer)

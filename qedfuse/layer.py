@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from qedfuse.storage import Storage
+from qedfuse.storage import Storage, fill
 
 
 class Kind(IntEnum):
@@ -207,5 +207,5 @@ async def read_layer_into(layer: Layer | None, offset: int, target: memoryview) 
             part[:] = bytes(length)
         elif kind is Kind.INDIRECT:
             part[:] = await owner.read_indirect(start, length)
-        elif not owner.storage.read_into_nowait(host, part):
-            await owner.storage.read_into(host, part)
+        else:
+            await fill(owner.storage, host, part)

@@ -30,7 +30,7 @@ from qedfuse.qcow2_entries import (
     inflate,
 )
 from qedfuse.qcow2_header import Qcow2Header, decode_cluster_bits
-from qedfuse.storage import Storage
+from qedfuse.storage import Storage, read
 
 #: Table pages kept per layer, in bytes; what Python adds to a page counts too.
 TABLE_CACHE_BYTES = 2 << 20
@@ -89,10 +89,10 @@ async def read_qcow2_header(storage: Storage) -> Qcow2Header:
     Raises FormatError, UnsupportedError, CorruptError (see `Qcow2Header.decode`), OSError of the host.
     """
     file_size = storage.size()
-    head = await _read(storage, 0, min(file_size, PAGE_SIZE))
+    head = await read(storage, 0, min(file_size, PAGE_SIZE))
     cluster_size = 1 << decode_cluster_bits(head, storage.path)
     if len(head) < min(file_size, cluster_size):
-        head = await _read(storage, 0, min(file_size, cluster_size))
+        head = await read(storage, 0, min(file_size, cluster_size))
     header = Qcow2Header.decode(head, storage.path)
     header.validate_file_size(file_size, storage.path)
     return header
@@ -226,7 +226,7 @@ class Qcow2Layer:
                 f"a table lies at {page.host:#x}, past the end of the file ({file_size} bytes); "
                 "the file is cut off or corrupt",
             )
-        entries = array("Q", await _read(self.storage, page.host, page.size))
+        entries = array("Q", await read(self.storage, page.host, page.size))
         if sys.byteorder == "little":
             entries.byteswap()
         # Somebody else's image in use grows. What a table points at was there before the table.
@@ -263,7 +263,7 @@ class Qcow2Layer:
         cluster_size = self.header.cluster_size
         host, size = compressed_extent(entry, self.header.cluster_bits)
         size = min(size, self._end_of_file - host)  # the last sector may be cut
-        raw = await _read(self.storage, host, size) if size > 0 else b""
+        raw = await read(self.storage, host, size) if size > 0 else b""
         if cluster_size <= INLINE_UNPACK_LIMIT:
             data = inflate(raw, cluster_size)
         else:
@@ -273,11 +273,3 @@ class Qcow2Layer:
                 self.path, f"the compressed cluster of guest offset {position} (at {host:#x}) cannot be decompressed"
             )
         return data
-
-
-async def _read(storage: Storage, offset: int, size: int) -> bytes:
-    data = bytearray(size)
-    with memoryview(data) as view:
-        if not storage.read_into_nowait(offset, view):
-            await storage.read_into(offset, view)
-    return bytes(data)

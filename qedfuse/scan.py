@@ -16,7 +16,7 @@ from itertools import compress
 from qedfuse.blocking import checkpoint
 from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, round_down, round_up, whole_sectors
 from qedfuse.header import Header
-from qedfuse.storage import Storage
+from qedfuse.storage import Storage, fill
 
 #: Bytes of a table that are handled without letting other tasks run; a few milliseconds of work.
 CHUNK_SIZE = 256 << 10
@@ -76,8 +76,7 @@ class TableChunks:
             hole = round_up(self._storage.next_hole(data) - self._offset, PAGE_SIZE)
             chunk = bytearray(min(stop, hole) - position)
             with memoryview(chunk) as target:
-                if not self._storage.read_into_nowait(self._offset + position, target):
-                    await self._storage.read_into(self._offset + position, target)
+                await fill(self._storage, self._offset + position, target)
             self._position = position + len(chunk)
             if chunk != _ZEROES[: len(chunk)]:
                 return position, chunk

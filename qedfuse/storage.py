@@ -92,6 +92,20 @@ class Storage(Protocol):
         ...
 
 
+async def fill(storage: Storage, offset: int, target: memoryview) -> None:
+    """As `Storage.read_into`, on the spot if that needs no waiting."""
+    if not storage.read_into_nowait(offset, target):
+        await storage.read_into(offset, target)
+
+
+async def read(storage: Storage, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset`; see `fill`."""
+    buffer = bytearray(size)
+    with memoryview(buffer) as target:
+        await fill(storage, offset, target)
+    return bytes(buffer)
+
+
 def held_bytes(storage: Storage) -> int:
     """Bytes that the host stores for a file; of a device, all."""
     return storage.size() if storage.fixed else storage.stat().st_blocks * 512

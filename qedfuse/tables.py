@@ -23,7 +23,7 @@ from qedfuse.header import Header
 from qedfuse.layer import Kind, Run, append_run
 from qedfuse.pages import ZERO_PAGE, Page, PageMap, PagePool
 from qedfuse.scan import Bounds
-from qedfuse.storage import Storage, size_in_sectors
+from qedfuse.storage import Storage, fill, size_in_sectors
 
 _PAGE_MASK = PAGE_ENTRIES - 1
 _MAX_STEPS = 1024
@@ -207,8 +207,7 @@ class Tables:
         done = self._loading[level, index] = trio.Event()
         try:
             content = bytearray(PAGE_SIZE)
-            if not self._storage.read_into_nowait(host, memoryview(content)):
-                await self._storage.read_into(host, memoryview(content))
+            await fill(self._storage, host, memoryview(content))
             if self._loading.get((level, index)) is done:  # or the table has been dropped meanwhile
                 level.insert(index, host, content)
         finally:
