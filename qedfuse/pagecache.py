@@ -42,7 +42,7 @@ class CachedPages:
         self._ours = False  # the top one is being written by us
         self._opening = object()
         self._outdated = False  # a file has changed since the image was opened
-        self._stale = False  # since no open has had them dropped yet: one may have been refused
+        self._stale = False  # since then no open has had the pages dropped: one may have been refused
         self._dropping = 0.0
 
     def note_open(self, image: Image) -> None:
@@ -51,6 +51,7 @@ class CachedPages:
         self._opening = object()
         self.note_changes(image)
         self._ours = image.writable
+        self._stale |= self._outdated  # what was read through the image as it was may be cached
         self._outdated = False
 
     def may_keep(self, image: Image) -> bool:
@@ -73,8 +74,7 @@ class CachedPages:
         self._ours = True
 
     def is_current(self, image: Image) -> bool:
-        """Whether the files that are open are as they were when they were opened; what we write ourselves does not
-        count."""
+        """Whether the open files are as they were when the image was opened, but for what we write ourselves."""
         return not self._outdated and self._is_known(self._look_at(image))
 
     def _is_known(self, found: list[_State | None]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -113,6 +114,24 @@ def test_a_base_that_changes_while_the_overlay_is_open(source: Path, point: Path
         assert reader.read(4096) == b"\1" * 4096
         rewrite_base(base, top)
         assert raw.read_bytes() == b"\2" * MIB
+
+
+def test_an_image_that_is_rewritten_while_it_is_open(source: Path, point: Path) -> None:
+    """Who opens it while others use it gets the old tables, as they have. What he read is dropped for those who come
+    later."""
+    image, raw = source / "a.qed", point / "a.raw"
+    qemu_img("create", "-q", "-f", "qed", image, "1M")
+    qemu_io(image, "write -P 1 0 64k", "write -P 2 64k 64k")
+    entries = [run["offset"].to_bytes(8, "little") for run in json.loads(qemu_img("map", "--output=json", image))[:2]]
+    with mounted(source, point):
+        with raw.open("rb") as reader:
+            assert reader.read(131072) == b"\1" * 65536 + b"\2" * 65536
+            rewrite(image, b"".join(entries), b"".join(reversed(entries)))
+            time.sleep(0.1)  # whatever a change leaves to be seen is to be seen
+            raw.read_bytes()
+        until_closed(point)
+        time.sleep(1.2)  # pages are kept again
+        assert raw.read_bytes()[:131072] == b"\2" * 65536 + b"\1" * 65536
 
 
 def test_pages_are_kept_otherwise(source: Path, point: Path) -> None:
