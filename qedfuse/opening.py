@@ -140,7 +140,7 @@ async def make_writable(image: Image) -> None:
     except BaseException:
         with trio.CancelScope(shield=True):
             with suppress(OSError):
-                await look(partial(drop_writers_locks, readers.fileno()))
+                await look(partial(_give_locks_back, readers))
             with suppress(OSError):
                 await storage.close()
         raise
@@ -168,5 +168,9 @@ def _claim(readers: FileStorage) -> FileStorage:
 def _unclaim(readers: FileStorage, storage: FileStorage) -> None:
     """`_claim` undone, as far as it came."""
     os.close(storage.fileno())
-    with suppress(OSError):  # closed meanwhile, or this file system has no locks
+    _give_locks_back(readers)
+
+
+def _give_locks_back(readers: FileStorage) -> None:
+    with suppress(OSError, ValueError):  # this file system has no locks, or it was closed meanwhile
         drop_writers_locks(readers.fileno())

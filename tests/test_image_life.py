@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import trio
 
-from qedfuse import threads
+from qedfuse import opening, threads
 from qedfuse import tree as tree_module
 from qedfuse.create import create_image
 from qedfuse.errors import InUseError
@@ -331,6 +332,28 @@ def test_an_upgrade_that_took_too_long_leaves_no_locks(tmp_path: Path, monkeypat
             await image.write(0, b"x")
 
     trio.run(main)
+
+
+def test_an_upgrade_of_an_image_that_is_closed_meanwhile_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.qed"
+
+    async def main() -> None:
+        await create_image(str(path), MIB)
+        async with open_image(path, read_only=True) as image:
+
+            async def close(*args: object) -> NoReturn:
+                await image.storage.close()
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(opening, "read_header", close)
+                with pytest.raises(OSError, match="Input/output error"):
+                    await make_writable(image)
+
+    trio.run(main)
+    assert not [fd for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd) == str(path)]
 
 
 def test_why_it_cannot_be_upgraded_is_said_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
