@@ -48,23 +48,13 @@ async def open_image(
     in_directory: bool = False,
     isolated: bool = False,
 ) -> AsyncIterator[Image]:
-    """A QED image with its backing chain, locked, checked if it was not closed cleanly, and committed on a timer.
+    """The engine itself, for this package; see `library.open_image`, which is for other programs, for what is the same.
 
-    The engine itself, for this package; `library.open_image` is for other programs.
+    `in_directory`: only the directory of `path` can be trusted; its last name was found there, may be a symbolic link,
+    and is followed as a backing file's name is. `isolated`: this process has other tasks, which must go on when a
+    server that has one of the files does not answer.
 
-    `read_only` writes nothing, not even to an unclean image, and is never chosen for the caller: a file that cannot be
-    opened for writing raises the host's EACCES, EPERM or EROFS. `share` takes and honours no locks; only with
-    `read_only`, for a look at an image in use. `fixed_size` as in `Image`. `in_directory`: only the directory of
-    `path` can be trusted; its last name was found there, may be a symbolic link, and is followed as a backing file's
-    name is. `isolated`: this process has other tasks, which must go on when a server that has one of the files does not
-    answer.
-
-    On leaving, the image is flushed and closed, also when the block fails or is cancelled. If closing fails, its error
-    is raised, unless the block has failed, in which case it goes to the log; what was not flushed before may be lost
-    then. A `flush` that has failed for want of space can be tried again, as often as the caller likes, before that.
-
-    Raises OSError: QedfuseError with a plain message (not QED, in use, corrupt, backing file missing or refused), or
-    the host's errors.
+    Nobody may use the image when the block is left: calls in progress are not waited for.
     """
     image = await _open(os.fspath(path), read_only, fixed_size, share, policy, in_directory, isolated)
     background = _Background(image)  # no nursery: this may be in a generator, whose block is left anywhere
