@@ -82,7 +82,7 @@ async def convert_image(
     async with AsyncExitStack() as stack:
         top = await open_layer(source, source_format, share=share, policy=policy)
         stack.push_async_callback(_close, top)
-        size = round_up(top.size, SECTOR_SIZE)
+        size = top.size
         names = _identities(top)
         below: Layer | None = None
         header: Header | None = None
@@ -186,7 +186,7 @@ async def _data(source: Layer, size: int) -> AsyncGenerator[_Range, None]:
 async def _differences(one: Layer, other: Layer, size: int) -> AsyncGenerator[_Range, None]:
     """Ranges of `one` that may differ from `other`: all but zeroes in both, and the same bytes of the same file."""
     files, others = _files(one), _files(other)
-    rest = min(size, round_up(other.size, SECTOR_SIZE))
+    rest = min(size, other.size)
     async with aclosing(walk(one, 0, size)) as entries, aclosing(walk(other, 0, rest)) as below:
         under = await anext(below, None)
         async for entry in entries:

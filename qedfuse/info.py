@@ -281,9 +281,8 @@ async def _layer_info(layer: Layer) -> ImageInfo:
     if isinstance(layer, Image):
         name = await read_backing_name(layer.storage, layer.header)
         return _of_qed(layer.path, layer.header, status, file_size, name)
-    size = round_up(layer.size, SECTOR_SIZE)
     on_device = layer.storage.fixed
-    info = ImageInfo(layer.path, layer.format, size, status.st_blocks * 512, file_size, on_device=on_device)
+    info = ImageInfo(layer.path, layer.format, layer.size, status.st_blocks * 512, file_size, on_device=on_device)
     if isinstance(layer, Qcow2Layer):
         header = layer.header
         info = replace(

@@ -1,7 +1,7 @@
 """Where an image's bytes are, as `qemu-img map` tells it: a stream of extents through the chain.
 
 Memory is bounded by what one layer says at a time, however large the image is. The depths are QEMU's: a range that no
-layer has belongs to the last layer that was long enough to be asked, and a raw file ends on a 512-byte boundary.
+layer has belongs to the last layer that was long enough to be asked.
 
 Source: qemu-img(1), "map"; QAPI `MapEntry`; QEMU's block-status semantics, as observed.
 """
@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Container, Iterable, Iterator
 from contextlib import aclosing
 from typing import NamedTuple
 
-from qedfuse.geometry import SECTOR_SIZE, round_up
 from qedfuse.layer import Kind, Layer
 from qedfuse.scan import Breather
 from qedfuse.storage import Storage
@@ -127,23 +126,22 @@ async def _ask(item: _Ask) -> list[_Ask | _Known]:
     layer, position, end, depth = item
     inside = min(end, layer.size)
     known: list[_Ask | _Known] = []
-    if position < inside:
-        for run in await layer.map(position, inside - position):
-            known.append(_Known(layer, position, position + run.length, depth, run.kind, run.host))
-            position += run.length
-        return [*known, _Ask(layer, position, end, depth)]
-    return [_Known(layer, position, end, depth, Kind.DATA, position)]  # the end of a raw file's last sector
+    if position >= inside:  # an image in use has shrunk
+        return []
+    for run in await layer.map(position, inside - position):
+        known.append(_Known(layer, position, position + run.length, depth, run.kind, run.host))
+        position += run.length
+    return [*known, _Ask(layer, position, end, depth)]
 
 
 def _below(item: _Known) -> list[_Ask | _Known]:
     """A range that a layer has not: the part to ask the layer below for, and the part past that one's end."""
     below = item.layer.backing
-    covered = item.start
-    if below is not None:
-        size = round_up(below.size, SECTOR_SIZE) if below.format == "raw" else below.size
-        covered = max(item.start, min(item.end, size))
+    if below is None:
+        return [item._replace(kind=Kind.ZERO, host=_NOWHERE)]
+    covered = max(item.start, min(item.end, below.size))
     rest = item._replace(start=covered, kind=Kind.ZERO, host=_NOWHERE)
-    return [rest] if below is None else [_Ask(below, item.start, covered, item.depth + 1), rest]
+    return [_Ask(below, item.start, covered, item.depth + 1), rest]
 
 
 def _entries(item: _Known, sparse: Container[Layer]) -> Iterator[MapEntry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qedfuse.layer import Kind, Layer, Run
-from qedfuse.storage import Storage
+from qedfuse.storage import Storage, size_in_sectors
 
 
 class RawLayer:
@@ -18,8 +18,8 @@ class RawLayer:
 
     @classmethod
     def open(cls, storage: Storage) -> RawLayer:
-        """`size` is the file's, taken once: a read-only backing file does not grow under us."""
-        return cls(storage, storage.size())
+        """`size` is the file's in whole sectors, taken once: a read-only backing file does not grow under us."""
+        return cls(storage, size_in_sectors(storage))
 
     @property
     def size(self) -> int:
