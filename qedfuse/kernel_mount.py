@@ -15,9 +15,8 @@ import pyfuse3
 from qedfuse.connection import fuse_descriptors
 from qedfuse.errors import QedfuseError
 from qedfuse.mount_options import MountOptions
+from qedfuse.mounts import SUBTYPE
 from qedfuse.offload import watch
-
-SUBTYPE = "qedfuse"
 
 
 class _Option(str):

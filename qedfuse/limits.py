@@ -26,12 +26,18 @@ def raise_limits() -> int | None:
     return None if size == resource.RLIM_INFINITY else size
 
 
+def _address_space() -> int | None:
+    """Bytes that the process may map; None without a limit."""
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if space == resource.RLIM_INFINITY else space
+
+
 def reserve(most: int, least: int) -> mmap.mmap:
     """Address space for private memory, which costs nothing as long as it is not touched: `most` bytes, or less (not
     less than `least`) where there is little: at most a quarter of the limit. Raises MemoryError."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limit = _address_space()
     size = most
-    while size > least and limit != resource.RLIM_INFINITY and size > limit // 4:
+    while size > least and limit is not None and size > limit // 4:
         size //= 2
     while True:
         size = max(size, least)
@@ -45,8 +51,8 @@ def reserve(most: int, least: int) -> mmap.mmap:
 
 def most_requests() -> int:
     """How many requests of the kernel may wait in tasks of their own. Each takes address space for the largest one."""
-    space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if space == resource.RLIM_INFINITY:
+    space = _address_space()
+    if space is None:
         return _MOST_REQUESTS
     return min(_MOST_REQUESTS, max(_LEAST_REQUESTS, space // 4 // _REQUEST_SPACE))
 
@@ -63,7 +69,7 @@ def explain_shortage(error: BaseException) -> str | None:
         what = "cannot start a thread"
     else:
         return None
-    space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if space != resource.RLIM_INFINITY:
+    space = _address_space()
+    if space is not None:
         return f"{what}: address space is limited to {space >> 10} KiB (ulimit -v)"
     return what

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from qedfuse.errors import QedfuseError
 
-FSTYPE = "fuse.qedfuse"
+#: What libfuse is told, and what mountinfo shows.
+SUBTYPE = "qedfuse"
+FSTYPE = f"fuse.{SUBTYPE}"
 
 MNT_FORCE = 1
 

@@ -143,11 +143,15 @@ def _places(owner: int) -> Iterator[str]:
     yield from _temporary_places(owner)
 
 
+def _temporary_name(owner: int) -> str:
+    return f"{_NAME}-{owner}"
+
+
 def _temporary_places(owner: int) -> Iterator[str]:
-    stem = f"{_NAME}-{owner}"
+    first = _temporary_name(owner)
     with suppress(OSError):
         for name in sorted(os.listdir(_TEMPORARY)):
-            if name == stem or name.startswith(stem + "-"):
+            if name == first or name.startswith(first + "-"):
                 yield os.path.join(_TEMPORARY, name)
 
 
@@ -166,11 +170,11 @@ def _make_temporary() -> str:
         with suppress(OSError):
             os.close(_open_own(path))
             return path
-    path = os.path.join(_TEMPORARY, f"{_NAME}-{os.geteuid()}")
+    path = os.path.join(_TEMPORARY, _temporary_name(os.geteuid()))
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
-        return tempfile.mkdtemp(prefix=f"{_NAME}-{os.geteuid()}-", dir=_TEMPORARY)
+        return tempfile.mkdtemp(prefix=_temporary_name(os.geteuid()) + "-", dir=_TEMPORARY)
     return path
 
 
