@@ -22,6 +22,7 @@ import trio
 from qedfuse import _outside
 from qedfuse.errors import describe
 from qedfuse.image import Image
+from qedfuse.threads import abandonable
 from qedfuse.tree import Node
 
 #: Seconds from a failed write to the truncation: the kernel hands out many at once.
@@ -67,13 +68,11 @@ class Oversize:
                 await trio.sleep(_DELAY)
                 with trio.move_on_after(_PATIENCE):
                     await self._truncate(node, limit)
-        except (OSError, RuntimeError) as error:  # RuntimeError: no thread to be had
-            text = describe(error) if isinstance(error, OSError) else str(error)
-            _log.warning("%s: the raw file's size cannot be set right: %s", path, text)
+        except OSError as error:
+            _log.warning("%s: the raw file's size cannot be set right: %s", path, describe(error))
         finally:
             del self._busy[node.id]
 
     async def _truncate(self, node: Node, limit: int) -> None:
-        in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True, limiter=self._threads)
-        await in_thread(self._hand_out, node.id)
-        await in_thread(_outside.cut, self._path_of(node), self._device, limit)
+        await abandonable(partial(self._hand_out, node.id), self._threads)
+        await abandonable(partial(_outside.cut, self._path_of(node), self._device, limit), self._threads)

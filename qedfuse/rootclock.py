@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -19,6 +20,7 @@ from qedfuse import _outside
 from qedfuse.errors import QedfuseError, describe
 from qedfuse.image import Image
 from qedfuse.mounts import Mount
+from qedfuse.threads import abandonable
 
 #: Seconds that setting the times may take, and at the start.
 _PATIENCE = 2.0
@@ -79,12 +81,7 @@ class RootClock:
         status = image.storage.stat()
         arguments = (self._mountpoint, self._device, status.st_atime_ns, status.st_mtime_ns)
         with trio.move_on_after(seconds):
-            try:
-                return await trio.to_thread.run_sync(
-                    _outside.set_times, *arguments, abandon_on_cancel=True, limiter=self._one
-                )
-            except RuntimeError as error:  # no thread to be had
-                raise OSError(errno.EAGAIN, str(error)) from None
+            return await abandonable(partial(_outside.set_times, *arguments), self._one)
         return None
 
     def _complain(self, error: OSError) -> None:

@@ -126,6 +126,15 @@ def _slots_of_loop() -> trio.CapacityLimiter:
         return _slots.get()
 
 
+async def abandonable(call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+    """`call()` in a thread that is left behind when this is cancelled. Raises what `call` raises, EAGAIN if there is no
+    thread to be had."""
+    try:
+        return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
+    except RuntimeError:
+        raise OSError(errno.EAGAIN, "no thread to be had") from None
+
+
 async def look(
     call: Callable[[], T], *, discard: Callable[[T], None] = lambda _: None, patience: float | None = None
 ) -> T:
@@ -140,12 +149,7 @@ async def look(
     try:
         with trio.move_on_after(PATIENCE if patience is None else patience) as limit:
             async with _slots_of_loop():
-                try:
-                    await trio.to_thread.run_sync(
-                        task.run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(math.inf)
-                    )
-                except RuntimeError:
-                    raise OSError(errno.EAGAIN, "no thread to be had") from None
+                await abandonable(task.run, trio.CapacityLimiter(math.inf))
             done = True
     except trio.Cancelled:
         with trio.move_on_after(_MOMENT, shield=True):
