@@ -43,6 +43,7 @@ from qedfuse.operations import Operations
 from qedfuse.oversize import Oversize
 from qedfuse.report import report, requests
 from qedfuse.rootclock import RootClock
+from qedfuse.signals import ending_signals
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.tree import Tree
 
@@ -55,8 +56,6 @@ _GRACE = 5.0
 _MOMENT = 2.0
 #: Seconds that an image of a SOURCE directory stays open after its last use.
 LINGER = 0.5
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _log = logging.getLogger("qedfuse")
 
@@ -87,7 +86,7 @@ class Daemon:
 
     async def run(self) -> int:
         """Returns the exit code: 0 if nothing was lost. Raises OSError if it did not come to a usable mount."""
-        wanted = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup(1)
+        wanted = ending_signals()
         for number in wanted:  # from the last one served to the end of the process, which may take a moment
             signal.signal(number, signal.SIG_IGN)
         with trio.open_signal_receiver(*wanted) as signals:

@@ -94,6 +94,8 @@ class TestDispatch:
             (["map", "--start-offset", "-1", "a.qed"], "'-1' is no size"),
             (["map", "--max-length", "x", "a.qed"], "'x' is no size"),
             (["create", "a.qed", "lots"], "'lots' is no size"),
+            (["convert", "-O", "qed", "-o", "backing_file=a.qed,backing_fmt=vmdk", "a", "b"], "'vmdk' is not one of"),
+            (["convert", "-O", "qed", "-o", "backing_fmt=raw", "a", "b"], "it needs -B"),
         ],
     )
     def test_usage_errors(self, image: str, capfd: pytest.CaptureFixture[str], args: list[str], message: str) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "qedfuse"
 
 #: A module may import what stands on an earlier line; modules of one line know nothing of each other.
 ORDER = """
-    errors geometry rangelock hosts blocks limits
+    errors geometry rangelock hosts blocks limits signals
     offload
     blocking
     header allocator pages complaints launch logs mounts

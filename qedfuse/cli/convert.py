@@ -11,27 +11,28 @@ from typing import TYPE_CHECKING
 import click
 
 from qedfuse.cli.params import (
+    BACKING_OPTIONS,
     GEOMETRY_HELP,
     GEOMETRY_OPTIONS,
     backing_options,
     backing_policy,
     file_name,
+    parse_backing,
     parse_geometry,
     parse_options,
     share_hint,
     size_param,
+    warn_of_objection,
 )
 from qedfuse.cli.progress import Bar, Percentage
-from qedfuse.errors import EXIT_OK, printable
+from qedfuse.errors import EXIT_OK
+from qedfuse.probe import FORMATS
+from qedfuse.signals import ending_signals
 
 if TYPE_CHECKING:
     from qedfuse.header import Header
 
-_BACKING_OPTIONS = ("backing_file", "backing_fmt")
-_FORMATS = click.Choice(["raw", "qed", "qcow2"])
-
-#: What a conversion must not outlive, but has to clean up after.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FORMATS = click.Choice(FORMATS)
 
 
 def _no_compression(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -111,22 +112,18 @@ def convert(
     A TARGET that exists is replaced, in place, unless somebody uses it. If that fails half-way, it is empty; a new
     TARGET is removed. A raw TARGET may be a block device.
     """
-    known = (*GEOMETRY_OPTIONS, *_BACKING_OPTIONS) if target_format == "qed" else ()
+    known = (*GEOMETRY_OPTIONS, *BACKING_OPTIONS) if target_format == "qed" else ()
     given = parse_options(target, options, known)
-    backing = given.get("backing_file", backing)
-    backing_format = given.get("backing_fmt", backing_format)
+    backing, backing_format = parse_backing(given, backing, backing_format, "-B")
     if no_create and (given or backing is not None):
         raise click.UsageError("-n takes TARGET as it is: it excludes -o and -B")
     if backing is not None and target_format != "qed":
         raise click.UsageError("-B: a raw target has no backing file, only -O qed does")
-    if backing is None and backing_format is not None:
-        raise click.UsageError("-F is the backing file's format: it needs -B")
     if backing is not None and no_backing:
         raise click.UsageError("--no-backing excludes -B")
     import trio
 
     from qedfuse.convert import convert_image
-    from qedfuse.create import qemu_objection
 
     job = partial(
         convert_image,
@@ -149,9 +146,8 @@ def convert(
         bar.close()
     if isinstance(outcome, signal.Signals):
         return 128 + outcome
-    objection = qemu_objection(outcome) if outcome else None
-    if objection:
-        click.echo(f"qedfuse: {printable(target)}: warning: QEMU cannot open images with {objection}", err=True)
+    if outcome is not None:
+        warn_of_objection(target, outcome)
     return EXIT_OK
 
 
@@ -160,8 +156,7 @@ async def _run(job: Callable[[], Awaitable[Header | None]], target: str) -> Head
     import trio
 
     outcome: Header | signal.Signals | None = None
-    wanted = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `command &`
-    with trio.open_signal_receiver(*wanted) as signals:
+    with trio.open_signal_receiver(*ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
 
             @nursery.start_soon

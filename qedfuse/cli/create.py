@@ -7,17 +7,19 @@ from functools import partial
 import click
 
 from qedfuse.cli.params import (
+    BACKING_OPTIONS,
     GEOMETRY_HELP,
     GEOMETRY_OPTIONS,
     file_name,
     format_option,
+    parse_backing,
     parse_geometry,
     parse_options,
     size_param,
+    warn_of_objection,
 )
 from qedfuse.errors import printable
-
-_FORMATS = ("raw", "qed", "qcow2")
+from qedfuse.probe import FORMATS
 
 
 @click.command()
@@ -26,7 +28,7 @@ _FORMATS = ("raw", "qed", "qcow2")
 @click.option(
     "-F",
     "backing_format",
-    type=click.Choice(_FORMATS),
+    type=click.Choice(FORMATS),
     help="The backing file's format; probed if not given. What is raw now stays raw, whatever is written to it.",
 )
 @click.option(
@@ -51,13 +53,8 @@ def create(
 
     Without SIZE it is as large as its backing file. A FILE that exists is replaced, unless somebody uses it.
     """
-    given = parse_options(file, options, (*GEOMETRY_OPTIONS, "size", "backing_file", "backing_fmt"))
-    backing = given.get("backing_file", backing)
-    backing_format = given.get("backing_fmt", backing_format)
-    if backing_format and backing is None:
-        raise click.UsageError("-F is the backing file's format: it needs -b")
-    if backing_format not in (None, *_FORMATS):
-        raise click.UsageError(f"backing_fmt: {backing_format!r} is not one of {', '.join(_FORMATS)}")
+    given = parse_options(file, options, (*GEOMETRY_OPTIONS, *BACKING_OPTIONS, "size"))
+    backing, backing_format = parse_backing(given, backing, backing_format, "-b")
     if "size" in given:
         if size is not None:
             raise click.UsageError("the size is given twice")
@@ -65,7 +62,7 @@ def create(
     geometry = parse_geometry(file, given)
     import trio
 
-    from qedfuse.create import create_image, qemu_objection
+    from qedfuse.create import create_image
 
     header, found_format = trio.run(
         partial(create_image, file, size, geometry=geometry, backing=backing, backing_format=backing_format)
@@ -76,6 +73,4 @@ def create(
         words += [f"cluster_size={header.cluster_size}"]
         words += [f"table_size={header.table_size}"] if "table_size" in given else []
         click.echo(printable(" ".join(words)))
-    objection = qemu_objection(header)
-    if objection:
-        click.echo(f"qedfuse: {printable(file)}: warning: QEMU cannot open images with {objection}", err=True)
+    warn_of_objection(file, header)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from qedfuse.errors import InUseError, QedfuseError, UsageError
+from qedfuse.errors import InUseError, QedfuseError, UsageError, printable
 from qedfuse.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
 
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy
+    from qedfuse.header import Header
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +30,8 @@ _MAX_SIZE = (1 << 63) - 1
 
 #: What `-o` says of a new image's shape.
 GEOMETRY_OPTIONS = ("cluster_size", "table_size")
+#: And of its backing file.
+BACKING_OPTIONS = ("backing_file", "backing_fmt")
 
 
 def parse_size(text: str) -> int:
@@ -167,6 +170,30 @@ def parse_geometry(file: str, options: Mapping[str, str]) -> Geometry:
         return Geometry(**sizes)
     except ValueError as error:
         raise UsageError(file, str(error)) from None
+
+
+def parse_backing(
+    options: Mapping[str, str], backing: str | None, format: str | None, letter: str
+) -> tuple[str | None, str | None]:
+    """A new image's backing file and its format, by `-o` or else by the options `letter` and -F. Raises UsageError."""
+    from qedfuse.probe import FORMATS
+
+    backing = options.get("backing_file", backing)
+    format = options.get("backing_fmt", format)
+    if format is not None and backing is None:
+        raise click.UsageError(f"-F is the backing file's format: it needs {letter}")
+    if format not in (None, *FORMATS):
+        raise click.UsageError(f"backing_fmt: {format!r} is not one of {', '.join(FORMATS)}")
+    return backing, format
+
+
+def warn_of_objection(file: str, header: Header) -> None:
+    """Say so if QEMU cannot open the new image `file`."""
+    from qedfuse.create import qemu_objection
+
+    objection = qemu_objection(header)
+    if objection is not None:
+        click.echo(f"qedfuse: {printable(file)}: warning: QEMU cannot open images with {objection}", err=True)
 
 
 @contextmanager
