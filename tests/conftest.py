@@ -3,7 +3,8 @@
 At its end: the figures that the tests have printed, in lines that begin with `figures:`.
 
 Signals: a process in the background ignores SIGINT, and one under nohup(1) SIGHUP, and so would every process that a
-test starts. A handler is not handed on to those, so here both have one; that for SIGHUP does nothing.
+test starts. A handler is not handed on to those, so here both have one; that for SIGHUP does nothing. SIGTERM, by which
+timeout(1) ends a run, does what SIGINT does: the test that runs cleans up, so that no mount and no daemon is left.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _NOHUP = "QEDFUSE_TEST_NOHUP"
 
 
 def pytest_configure() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or _NOHUP in os.environ:

@@ -20,8 +20,8 @@ import pytest
 
 from tests.helpers.cli import qemu_img, qemu_io
 from tests.helpers.impatient import PATIENCE
-from tests.helpers.loopback import Loopback, aborted, loopback
-from tests.helpers.mounts import Mounted, is_mounted, mounted, status, wait_until
+from tests.helpers.loopback import Loopback, loopback
+from tests.helpers.mounts import Mounted, aborted, is_mounted, mounted, status, wait_until
 
 #: Seconds for what takes a moment, or as long as the host is given time.
 SOON = 20

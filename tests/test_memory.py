@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,12 @@ import pytest
 from qedfuse import dirty_limit, memory_limit, mounts
 from qedfuse.dirty_limit import fit_options, set_dirty_limit
 from qedfuse.mount_options import MountOptions
-from qedfuse.mounts import find_mount
 from tests.helpers.cgroups import memory_group
 from tests.helpers.cli import Result, qedfuse, qemu_img
-from tests.helpers.mounts import EXTRA_OPTIONS, need_fuse
+from tests.helpers.mounts import EXTRA_OPTIONS, aborted, need_fuse
 
 MIB = 1 << 20
 _CAP_SYS_RESOURCE = 24
-_MNT_FORCE, _MNT_DETACH = 1, 2
 
 # -- real mounts ------------------------------------------------------------------------------------------------------
 
@@ -31,17 +27,6 @@ WITHOUT = ("setpriv", "--bounding-set", "-sys_resource", "--inh-caps", "-sys_res
 def _may_be_flusher() -> bool:
     status = Path("/proc/self/status").read_text()
     return bool(int(status.partition("CapEff:")[2].split()[0], 16) >> _CAP_SYS_RESOURCE & 1)
-
-
-@contextmanager
-def aborted_in_the_end(point: Path) -> Iterator[None]:
-    """Whatever still waits for the mount gets an error in the end."""
-    try:
-        yield
-    finally:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if find_mount(str(point)) is not None:  # nothing here may look at the mount itself
-            libc.umount2(os.fsencode(point), _MNT_FORCE | _MNT_DETACH)
 
 
 @pytest.mark.parametrize("capable", [False, True], ids=["no-capability", "flusher"])
@@ -67,7 +52,7 @@ def test_writing_in_a_small_memory_cgroup_finishes(
         point.mkdir()
     raw = point if over == "file" else point / "disk.raw"
 
-    with memory_group(version, limit * MIB) as group, ExitStack() as last, aborted_in_the_end(point):
+    with memory_group(version, limit * MIB) as group, ExitStack() as last, aborted(point):
         words = (*group.words, *(() if capable else WITHOUT))
         log = tmp_path / "log"
         assert qedfuse("mount", *EXTRA_OPTIONS, "--log-file", log, image, point, wrapper=words) == Result(0, "", "")

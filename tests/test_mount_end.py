@@ -215,6 +215,7 @@ def test_a_failed_final_flush_is_told(image: Path, raw: Path, foreground: bool) 
                 kill(pid)
                 if has_ended(5):
                     break
+            assert has_ended(0), f"process {pid} does not end"
         if mount.process:
             assert mount.process.wait(20) == 1
     with mounted(image, raw):  # what was lost was never promised

@@ -17,8 +17,7 @@ import pytest
 
 from tests.helpers.cli import one_line, qedfuse, qemu_img, qemu_io
 from tests.helpers.expect import raises_errno
-from tests.helpers.loopback import aborted
-from tests.helpers.mounts import Mounted, mounted
+from tests.helpers.mounts import Mounted, aborted, mounted
 
 #: Seconds for what takes a moment, and took for ever.
 SOON = 20

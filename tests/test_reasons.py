@@ -12,7 +12,7 @@ import pytest
 from qedfuse.complaints import Unopened
 from qedfuse.errors import FormatError
 from tests.helpers.cli import Result, qedfuse, qemu_img
-from tests.helpers.mounts import EXTRA_OPTIONS, mounted, need_fuse, wait_until
+from tests.helpers.mounts import EXTRA_OPTIONS, cleaned_up, mounted, need_fuse, wait_until
 
 
 def make(path: Path) -> Path:
@@ -33,8 +33,9 @@ def test_a_mount_without_a_log_says_so(source: Path, point: Path) -> None:
     make(source / "a.qed")
     if os.path.exists("/dev/log"):
         pytest.skip("there is a /dev/log here")
-    result = qedfuse("mount", *EXTRA_OPTIONS, source, point)
-    qedfuse("umount", point)
+    with cleaned_up(point):
+        result = qedfuse("mount", *EXTRA_OPTIONS, source, point)
+        assert qedfuse("umount", point).code == 0
     assert result.code == 0
     assert result.out == ""
     assert result.err == "qedfuse mount: mounted, but there is nowhere to log to (no /dev/log): use --log-file\n"
@@ -43,8 +44,9 @@ def test_a_mount_without_a_log_says_so(source: Path, point: Path) -> None:
 def test_with_a_log_there_is_nothing_to_say(source: Path, point: Path, tmp_path: Path) -> None:
     need_fuse()
     log = tmp_path / "log"
-    assert qedfuse("mount", *EXTRA_OPTIONS, "--log-file", log, source, point) == Result(0, "", "")
-    assert qedfuse("umount", point) == Result(0, "", "")
+    with cleaned_up(point):
+        assert qedfuse("mount", *EXTRA_OPTIONS, "--log-file", log, source, point) == Result(0, "", "")
+        assert qedfuse("umount", point) == Result(0, "", "")
 
 
 def test_what_cannot_be_opened_is_in_the_status(source: Path, point: Path) -> None:

@@ -1,8 +1,8 @@
-"""Tests have the signals that they need, however they are started."""
+"""Tests have the signals that they need, however they are started, and leave nothing behind, however they end."""
 
 from __future__ import annotations
 
-import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import ROOT
+from tests.helpers.cli import ROOT, environment, qemu_img
+from tests.helpers.mounts import Mounted, mounted, wait_for_exit, wait_until
 
 _PROBE = """
 import signal, subprocess, sys
@@ -22,23 +23,37 @@ def test_probe():
     signal.raise_signal(signal.SIGHUP)  # the run itself goes on
 """
 
+_SLOW = """
+import pathlib, time
+
+def test_slow():
+    place = pathlib.Path(__file__).parent
+    try:
+        (place / "begun").touch()
+        time.sleep(60)
+    finally:
+        (place / "cleaned-up").touch()
+"""
+
+
+def probe(directory: Path, program: str, *words: str) -> list[str]:
+    """The command that runs a test of its own in `directory`."""
+    path = directory / "test_probe.py"
+    path.write_text(program)
+    command = [sys.executable, "-m", "pytest", "-q", "-rP", "-p", "no:cacheprovider", "-p", "tests.conftest"]
+    return [*command, "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-o", "addopts=", *words, str(path)]
+
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "in a worker"])
 def test_ignored_signals_are_not_handed_on(tmp_path: Path, workers: tuple[str, ...]) -> None:
-    probe = tmp_path / "test_probe.py"
-    probe.write_text(_PROBE)
-    command = [sys.executable, "-m", "pytest", "-q", "-rP", "-p", "no:cacheprovider", "-p", "tests.conftest"]
-    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-o", "addopts=", *workers, str(probe)]
-
     def ignore() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command,
+        probe(tmp_path, _PROBE, *workers),
         preexec_fn=ignore,
-        env=environment,
+        env=environment(),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -48,3 +63,33 @@ def test_ignored_signals_are_not_handed_on(tmp_path: Path, workers: tuple[str, .
     assert done.returncode == 0, done.stdout + done.stderr
     assert "default_int_handler" in done.stdout
     assert "SIG_DFL" in done.stdout
+
+
+def test_a_run_that_is_told_to_end_cleans_up(tmp_path: Path) -> None:
+    with subprocess.Popen(probe(tmp_path, _SLOW), env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
+        try:
+            wait_until((tmp_path / "begun").exists)
+            run.terminate()
+            assert run.wait(20) != 0
+        finally:
+            run.kill()
+    assert (tmp_path / "cleaned-up").exists()
+
+
+@pytest.mark.parametrize("foreground", [False, True], ids=["background", "foreground"])
+def test_a_failure_leaves_no_daemon(tmp_path: Path, raw: Path, foreground: bool) -> None:
+    """Not even one that would wait for ever until it can write what it has."""
+    image = tmp_path / "disk.qed"
+    qemu_img("create", "-q", "-f", "qed", image, "1M")
+    pids: list[int] = []
+
+    def fail(mount: Mounted) -> None:
+        pids.append(mount.pid())
+        with raw.open("r+b") as file:
+            file.write(b"x" * 4096)
+        resource.prlimit(pids[0], resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), mounted(image, raw, foreground=foreground) as mount:
+        fail(mount)
+    wait_for_exit(pids[0])

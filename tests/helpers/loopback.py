@@ -9,7 +9,6 @@ In the end its connection is aborted, so that nobody waits for it any more, what
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -25,29 +24,7 @@ import trio
 
 from qedfuse.mounts import find_mount
 from tests.helpers.cli import environment
-from tests.helpers.mounts import need_fuse, wait_until
-
-_MNT_FORCE = 1
-_MNT_DETACH = 2
-_UMOUNT_NOFOLLOW = 8
-
-
-def abort(point: Path) -> None:
-    """End what is mounted at `point`, and with errors all who wait for it. Asks the mount nothing."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    while find_mount(os.path.realpath(point.parent) + f"/{point.name}") is not None:
-        for flags in (_MNT_FORCE, _MNT_DETACH):
-            libc.umount2(os.fsencode(point), flags | _UMOUNT_NOFOLLOW)
-
-
-@contextmanager
-def aborted(*points: Path) -> Iterator[None]:
-    """However the block ends, nothing is mounted at `points` then, and no process waits for it."""
-    try:
-        yield
-    finally:
-        for point in points:
-            abort(point)
+from tests.helpers.mounts import abort, aborted, need_fuse, wait_until
 
 
 class Loopback:

@@ -9,15 +9,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ from tests.helpers.cli import TIMEOUT, Name, Result, environment, qedfuse
 EXTRA_OPTIONS = os.environ.get("QEDFUSE_TEST_OPTIONS", "").split()
 
 QEMU_IMG = shutil.which("qemu-img")
+
+_MNT_FORCE = 1
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
 
 
 class Mounted(NamedTuple):
@@ -82,9 +87,9 @@ def mounted(*words: Name, foreground: bool = False, module: str = "qedfuse") -> 
         with _foreground(module, arguments, point, log) as mount:
             yield mount
         return
-    done = qedfuse(*arguments)
-    assert done == Result(0, "", ""), done
-    with _cleaned_up(point):
+    with cleaned_up(point):
+        done = qedfuse(*arguments)
+        assert done == Result(0, "", ""), done
         yield Mounted(point, log)
         result = qedfuse("umount", point) if is_mounted(point) else Result(0, "", "")
         assert result == Result(0, "", ""), (result, log.read_text())
@@ -107,7 +112,7 @@ def _foreground(module: str, arguments: list[str], point: Path, log: Path) -> It
     command = [sys.executable, "-m", module, arguments[0], "-f", *arguments[1:]]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
         try:
-            with _cleaned_up(point):
+            with cleaned_up(point):
                 wait_until(
                     lambda: process.poll() is not None or "mounted on" in (log.read_text() if log.exists() else "")
                 )
@@ -121,33 +126,57 @@ def _foreground(module: str, arguments: list[str], point: Path, log: Path) -> It
 
 
 @contextmanager
-def _cleaned_up(point: Path) -> Iterator[None]:
-    """Nothing stays mounted at `point`, whatever happens in the block."""
+def cleaned_up(point: Path) -> Iterator[None]:
+    """Nothing stays mounted at `point`, whatever happens in the block, and after a failure no daemon: it might wait for
+    ever, for space to write what it has or for a user of the mount."""
     try:
         yield
+    except BaseException:
+        kill_daemons(point)
+        raise
     finally:
-        while find_mount(os.path.realpath(point)) is not None:
+        while find_mount(_unasked(point)) is not None or find_mount(os.path.realpath(point)) is not None:
             subprocess.run(["umount", "-l", str(point)], check=True, timeout=TIMEOUT)
 
 
+def kill_daemons(point: Path) -> None:
+    """Kill the processes that were started to show something at `point`: by their command lines, whether it is still
+    mounted or not, and without a word to them. Whoever waits for them gets an error."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if b"mount" in words and os.fsencode(point) in words:
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+
+
+def _unasked(point: Path) -> str:
+    """The real path, found without a look at what is mounted there."""
+    return os.path.join(os.path.realpath(point.parent), point.name)
+
+
 def abort(point: Path) -> None:
-    """Make the kernel give up on the mount at `point`, if there is one: whoever waits for it gets an error. The files
-    for that are mounted if they are not; nothing happens for an ordinary user who may not."""
-    mount = find_mount(os.path.join(os.path.realpath(point.parent), point.name))  # asks nothing of the mount itself
-    if mount is None or mount.fstype != FSTYPE:
-        return
-    connection = mount.device.partition(":")[2]
-    switch = Path("/sys/fs/fuse/connections", connection, "abort")
-    if switch.exists():
-        switch.write_text("1")
-        return
-    with tempfile.TemporaryDirectory() as place:
-        words = ["mount", "-t", "fusectl", "none", place]
-        if subprocess.run(words, capture_output=True, check=False, timeout=TIMEOUT).returncode == 0:
-            try:
-                Path(place, connection, "abort").write_text("1")
-            finally:
-                subprocess.run(["umount", place], check=True, timeout=TIMEOUT)
+    """End what is mounted at `point`, and with errors all who wait for it. Asks the mount nothing."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    while (mount := find_mount(_unasked(point))) is not None:
+        if os.geteuid() == 0:
+            for flags in (_MNT_FORCE, _MNT_DETACH):
+                if libc.umount2(os.fsencode(point), flags | _UMOUNT_NOFOLLOW) and ctypes.get_errno() == errno.EPERM:
+                    raise PermissionError(errno.EPERM, "cannot be unmounted", str(point))
+        else:
+            switch = Path("/sys/fs/fuse/connections", mount.device.partition(":")[2], "abort")
+            if switch.exists():
+                switch.write_text("1")
+            subprocess.run(["fusermount3", "-u", "-z", str(point)], check=True, timeout=TIMEOUT)
+
+
+@contextmanager
+def aborted(*points: Path) -> Iterator[None]:
+    """However the block ends, nothing is mounted at `points` then, and no process waits for it."""
+    try:
+        yield
+    finally:
+        for point in points:
+            abort(point)
 
 
 def is_mounted(point: Path) -> bool:
