@@ -221,6 +221,7 @@ def test_killing_all_of_its_children_is_not_seen(image: Path, tmp_path: Path) ->
             over.set()
             killer.join()
         print(f"figures: {len(killed)} children killed")
+        assert killed
         os.utime(image, ns=(5, 5))
         with raw.open("r+b", buffering=0) as file:
             file.write(b"y")
