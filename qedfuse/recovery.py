@@ -13,10 +13,10 @@ A reference (the L1 entry of a table, the L2 entry of a cluster) is
 
 Only what is inside can be read: QEMU says EINVAL to the rest, and we EIO. On the way to a writable image:
 
-- *closed cleanly*: it has no other references, unless it was damaged, and then each reader of them is told. There is
-  one exception. A file that ends in a part of a cluster grows with the first allocation, and what was cut off would
-  read as half zeroes from then on. So such a file is checked; if something is cut off, or if that cannot be told, it is
-  refused, and `check` decides.
+- *closed cleanly*: it has no other references, unless it was damaged, and then each reader of them is told, until the
+  file has grown over them: to look for them would read all tables. There is one exception. A file that ends in a part
+  of a cluster grows with the first allocation, and what was cut off would read as half zeroes from then on. So such a
+  file is checked; if something is cut off, or if that cannot be told, it is refused, and `check` decides.
 - *not closed cleanly, without a backing file*: this is what a crash leaves. A reference outside the file was made after
   the last sync, and so was its target: it becomes 0, and reads as zeroes, as before. So does one that is wrong, as in
   QEMU. One that is cut off was under way: the file grows, what is there of it stays, and the rest reads as zeroes.
