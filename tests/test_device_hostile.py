@@ -39,7 +39,7 @@ def test_mutants(part: int) -> None:
             size = file.size + rnd.choice([0, 512, 4096, 100 << 10, 3 << 20])
             try:
                 for what in ("look", "use", "repair"):
-                    trial = Trial(victim, on_device(file, size, stale=rnd.choice([b"", b"\\xff", os.urandom(64)])))
+                    trial = Trial(victim, on_device(file, size, stale=rnd.choice([b"", b"\xff", rnd.randbytes(64)])))
                     with trio.fail_after(60):
                         repaired += await getattr(trial, what)() or 0
                     assert trial.file.size == size

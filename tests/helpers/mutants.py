@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from qedfuse.check import CheckResult, Repair, check_image
 from qedfuse.errors import QedfuseError, describe
-from qedfuse.geometry import MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, SECTOR_SIZE, Geometry, round_up
+from qedfuse.geometry import SECTOR_SIZE, Geometry, round_up
 from qedfuse.header import FEATURE_NEED_CHECK, HEADER_BYTES, Header
 from qedfuse.image import Image
 from qedfuse.mapping import map_image
@@ -34,9 +34,7 @@ Change = tuple[int, tuple[str, int]]
 
 
 class Fence(RamStorage):
-    """A RAM file that counts what is asked of it, and is used only where it is: what is read lies in its sectors, what
-    is written in its clusters. A last cluster of which the file has only a part may be in use by a table that overlaps
-    something, into which no check looks: to read what it lacks is an error, to write it is none."""
+    """A RAM file that counts what is asked of it, and is used only where it is, in whole sectors."""
 
     calls = 0
 
@@ -46,9 +44,7 @@ class Fence(RamStorage):
 
     def _inside(self, offset: int, size: int) -> None:
         self._count()
-        cluster = int.from_bytes(self.file.read(4, 4), "little")
-        unit = cluster if self.writable and MIN_CLUSTER_SIZE <= cluster <= MAX_CLUSTER_SIZE else SECTOR_SIZE
-        end = round_up(self.file.size, unit)
+        end = round_up(self.file.size, SECTOR_SIZE)
         assert 0 <= offset and offset + size <= end, f"{size} bytes at {offset:#x}, past the file's end"
 
     def read_into_nowait(self, offset: int, target: memoryview) -> bool:
