@@ -6,9 +6,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
-import select
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +16,7 @@ import pytest
 
 from qedfuse.errors import InUseError
 from qedfuse.filelock import add_writers_locks, drop_writers_locks, lock, share_writers_locks
-
-TO_READ = {100, 201, 203}
-TO_WRITE = {100, 101, 103, 201, 203}
+from tests.helpers.locks import TO_READ, TO_WRITE, lock_bytes, qemu_holding
 
 
 @pytest.fixture
@@ -45,43 +40,6 @@ def locked(path: str, *, writable: bool) -> Iterator[int]:
     with opened(path, writable=writable) as fd:
         lock(fd, path, writable=writable)
         yield fd
-
-
-@contextmanager
-def qemu_holding(tool: str, path: str, *, writable: bool, format: str = "qed") -> Iterator[int]:
-    """A QEMU process that has the image open; its pid. Both tools go to the background when the image is open."""
-    socket, pid_file = f"{path}.{tool}.socket", f"{path}.{tool}.pid"
-    if tool == "qemu-nbd":
-        command = [tool, "--fork", "--persistent", "--pid-file", pid_file, "-k", socket, "-f", format, path]
-        command += [] if writable else ["-r"]
-    else:
-        mode = "off" if writable else "on"
-        command = [tool, "--daemonize", "--pidfile", pid_file]
-        command += ["--blockdev", f"file,node-name=file,read-only={mode},filename={path}"]
-        command += ["--blockdev", f"{format},node-name=disk,read-only={mode},file=file"]
-        command += ["--nbd-server", f"addr.type=unix,addr.path={socket}"]
-        command += ["--export", f"nbd,id=export,node-name=disk,writable={'on' if writable else 'off'}"]
-    subprocess.run(command, check=True, timeout=30, stdin=subprocess.DEVNULL)
-    pid = int(Path(pid_file).read_text())
-    end = os.pidfd_open(pid)
-    try:
-        yield pid
-    finally:
-        signal.pidfd_send_signal(end, signal.SIGTERM)
-        gone, _, _ = select.select([end], [], [], 30)
-        os.close(end)
-        assert gone, f"{tool} does not end"
-
-
-def lock_bytes(pid: int | str, path: str, fd: int | None = None) -> set[int]:
-    """The bytes that a process has locked in a file, as the kernel lists them."""
-    found: set[int] = set()
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        if (fd is None or int(name) == fd) and os.path.realpath(f"/proc/{pid}/fd/{name}") == os.path.realpath(path):
-            for line in Path(f"/proc/{pid}/fdinfo/{name}").read_text().splitlines():
-                if match := re.search(r"OFDLCK.* READ .* (\d+) (\d+)$", line):
-                    found.update(range(int(match[1]), int(match[2]) + 1))
-    return found
 
 
 def qemu(*command: str) -> subprocess.CompletedProcess[str]:

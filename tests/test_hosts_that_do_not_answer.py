@@ -18,13 +18,11 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.cli import qemu_img, qemu_io
+from tests.helpers.cli import is_free, new_image, new_overlay, qemu_img, qemu_io
 from tests.helpers.impatient import PATIENCE
 from tests.helpers.loopback import Loopback, loopback
 from tests.helpers.mounts import Mounted, aborted, is_mounted, mounted, status, wait_until
-
-#: Seconds for what takes a moment, or as long as the host is given time.
-SOON = 20
+from tests.helpers.outsiders import SOON, finish, first_byte, run
 
 EIO = os.strerror(errno.EIO)
 
@@ -48,17 +46,6 @@ def place(tmp_path: Path) -> Iterator[Place]:
         yield Place(source, far, behind, point, host)
 
 
-def make(path: Path, fill: int = 7) -> Path:
-    qemu_img("create", "-q", "-f", "qed", path, "1M")
-    qemu_io(path, f"write -P {fill} 0 64k")
-    return path
-
-
-def make_overlay(path: Path, backing: Path) -> Path:
-    qemu_img("create", "-q", "-u", "-f", "qed", "-b", backing, "-F", "raw", path, "1M")
-    return path
-
-
 @contextmanager
 def impatient(place: Place, *words: str | Path) -> Iterator[Mounted]:
     """A mount that gives a host little time. It ends even if it hangs, as the host answers in the end: a process that
@@ -73,28 +60,6 @@ def impatient(place: Place, *words: str | Path) -> Iterator[Mounted]:
             mount.process.kill()
 
 
-def is_free(image: Path) -> bool:
-    """Nobody holds the image's lock."""
-    return finish(run("qemu-io", "-f", "qed", "-c", "write 512k 512", image))[0] == 0
-
-
-def run(*command: str | Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process: subprocess.Popen[bytes], seconds: float = SOON) -> tuple[int, bytes, str]:
-    """The exit code, the output, and the last words of a command."""
-    out, err = process.communicate(timeout=seconds)
-    return process.returncode, out, err.decode().strip().rpartition(": ")[2]
-
-
-def read_first(path: Path) -> bytes:
-    """Its first byte."""
-    code, out, err = finish(run("head", "-c", "1", path))
-    assert code == 0, err
-    return out
-
-
 def write_and_sync(path: Path) -> None:
     code, _, err = finish(run("dd", "if=/dev/zero", f"of={path}", "bs=64k", "count=3", "conv=notrunc,fsync"))
     assert code == 0, err
@@ -104,15 +69,15 @@ def assert_alive(point: Path, name: str = "good") -> None:
     """An image here can be listed, opened, read and written."""
     code, _, err = finish(run("ls", "-l", point / f"{name}.raw"))
     assert code == 0, err
-    read_first(point / f"{name}.raw")
+    first_byte(point / f"{name}.raw")
     write_and_sync(point / f"{name}.raw")
 
 
 def test_a_backing_file_that_is_opened(place: Place) -> None:
-    make(place.source / "good.qed")
+    new_image(place.source / "good.qed", fill=7)
     (place.behind / "base.raw").write_bytes(b"b" * (1 << 20))
     for number in range(60):
-        make_overlay(place.source / f"{number}.qed", place.far / "base.raw")
+        new_overlay(place.source / f"{number}.qed", place.far / "base.raw")
     with impatient(place, place.source) as mount:
         place.host.stop()
         readers = [run("head", "-c", "1", place.point / f"{number}.raw") for number in range(60)]
@@ -133,9 +98,9 @@ def threads_of(pid: int) -> int:
 
 
 def test_a_backing_file_that_is_open(place: Place) -> None:
-    make(place.source / "good.qed")
+    new_image(place.source / "good.qed", fill=7)
     (place.behind / "base.raw").write_bytes(b"b" * (1 << 20))
-    make_overlay(place.source / "top.qed", place.far / "base.raw")
+    new_overlay(place.source / "top.qed", place.far / "base.raw")
     with impatient(place, place.source) as mount, (place.point / "top.raw").open("rb", buffering=0) as top:
         assert os.pread(top.fileno(), 1, 0) == b"b"
         place.host.stop()
@@ -179,8 +144,8 @@ def write_now(writer: subprocess.Popen[bytes]) -> None:
 
 def test_an_image(place: Place) -> None:
     """Reads, writes, syncs, attributes, closing."""
-    make(place.source / "good.qed")
-    image = make(place.behind / "far.qed")
+    new_image(place.source / "good.qed", fill=7)
+    image = new_image(place.behind / "far.qed", fill=7)
     (place.source / "far.qed").symlink_to(place.far / "far.qed")
     raw = place.point / "far.raw"
     with impatient(place, place.source) as mount:
@@ -206,12 +171,12 @@ def test_an_image(place: Place) -> None:
 
 
 def test_a_source_directory(place: Place, tmp_path: Path) -> None:
-    make(place.behind / "both.qed", 1)
-    make(place.source / "both.qed", 2)
-    make(place.source / "good.qed", 3)
+    new_image(place.behind / "both.qed", fill=1)
+    new_image(place.source / "both.qed", fill=2)
+    new_image(place.source / "good.qed", fill=3)
     with impatient(place, place.far, place.source) as mount:
         assert sorted(os.listdir(place.point)) == ["both.raw", "good.raw"]
-        assert read_first(place.point / "both.raw") == b"\1"
+        assert first_byte(place.point / "both.raw") == b"\1"
         place.host.stop()
         time.sleep(1.1)  # what the kernel knows of names is too old then
         code, out, _ = finish(run("ls", place.point))
@@ -228,9 +193,9 @@ def test_a_source_directory(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize("used", ["reading", "opening"])
 def test_a_second_signal(place: Place, used: str) -> None:
     """Whatever is waited for: the mount is gone, its users get errors, other images are flushed, the process ends."""
-    good = make(place.source / "good.qed")
+    good = new_image(place.source / "good.qed", fill=7)
     (place.behind / "base.raw").write_bytes(b"b" * (1 << 20))
-    make_overlay(place.source / "top.qed", place.far / "base.raw")
+    new_overlay(place.source / "top.qed", place.far / "base.raw")
     with impatient(place, "-o", "direct_io", place.source) as mount:
         process = mount.process
         assert process is not None
@@ -259,9 +224,9 @@ def test_a_second_signal(place: Place, used: str) -> None:
 
 def test_closing_that_waits_for_the_host(place: Place) -> None:
     """After unmounting: a signal, and another one, end it."""
-    image = make(place.behind / "far.qed")
+    image = new_image(place.behind / "far.qed", fill=7)
     (place.source / "far.qed").symlink_to(place.far / "far.qed")
-    make(place.source / "good.qed")
+    new_image(place.source / "good.qed", fill=7)
     with impatient(place, place.source) as mount:
         process = mount.process
         assert process is not None

@@ -14,12 +14,22 @@ from pathlib import Path
 import pytest
 
 from qedfuse.control import Client
-from tests.helpers.cli import Name, Result, one_line, qemu_img, qemu_io
+from tests.helpers.cli import Name, Result, is_free, one_line, qemu_img, qemu_io
 from tests.helpers.expect import raises_errno
 from tests.helpers.guests import assert_clean, filesystem
 from tests.helpers.injection import injected
 from tests.helpers.modes import MODES, Mode
-from tests.helpers.mounts import Mounted, is_mounted, kill, mount_at, mounted, status, wait_for_exit, wait_until
+from tests.helpers.mounts import (
+    Mounted,
+    is_mounted,
+    kill,
+    mount_at,
+    mounted,
+    status,
+    until_closed,
+    wait_for_exit,
+    wait_until,
+)
 
 End = Callable[[Mounted], None]
 
@@ -118,7 +128,7 @@ def test_it_stays_open_while_there_is_no_space(
             assert pread(raw, len(DATA), 0, os.O_DIRECT) == DATA
         assert pread(raw, len(DATA), 0, os.O_DIRECT) == DATA
         fsync(raw)
-        wait_until(lambda: status(point)["images"] == [])
+        until_closed(point)
         assert mount.text().count("stays open until") == 1, mount.text()
         assert pread(raw, len(DATA), 0, os.O_DIRECT) == DATA
         assert mount.umount() == Result(0, "", "")
@@ -205,12 +215,6 @@ def test_an_image_over_a_file(source: Path, tmp_path: Path) -> None:
             assert not is_free(image)
         wait_for_exit(pid)
     qemu_io(image, f"read -P 0x5a 0 {len(DATA)}")
-
-
-def is_free(image: Path) -> bool:
-    """Whether another process may write it."""
-    command = ["qemu-io", "-f", "qed", "-c", "read 0 512", str(image)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 # -- a sync that fails ------------------------------------------------------------------------------------------------

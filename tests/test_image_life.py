@@ -27,23 +27,14 @@ from qedfuse.opening import make_writable, open_image
 from qedfuse.peek import FileKey, FileMark
 from qedfuse.threads import NoAnswerError
 from qedfuse.tree import Node, Tree
-from tests.helpers.cli import Name, qemu_img
+from tests.helpers.cli import new_image
 from tests.helpers.expect import raises_errno
 from tests.helpers.guests import filesystem
 from tests.helpers.injection import injected
 from tests.helpers.modes import MODES, Mode
-from tests.helpers.mounts import mounted, status, wait_for_exit, wait_until
+from tests.helpers.mounts import mounted, until_closed, wait_for_exit
 
 MIB = 1 << 20
-
-
-def make(path: Path, size: str = "1M", *options: Name) -> Path:
-    qemu_img("create", "-q", "-f", "qed", *options, path, size)
-    return path
-
-
-def until_closed(point: Path) -> None:
-    wait_until(lambda: status(point)["images"] == [])
 
 
 @contextmanager
@@ -67,7 +58,7 @@ def test_an_open_that_is_refused_drops_no_pages_and_the_next_one_does(source: Pa
     """What the refused one saw is not forgotten, however long the next one takes to come."""
     base = source / "base"
     base.write_bytes(b"\1" * MIB)
-    image, raw = make(source / "top.qed", "1M", "-b", "base", "-F", "raw"), point / "top.raw"
+    image, raw = new_image(source / "top.qed", "1M", "-b", "base", "-F", "raw"), point / "top.raw"
     with mounted(source, point):
         for _ in range(2):
             assert raw.read_bytes() == b"\1" * MIB
@@ -82,8 +73,8 @@ def test_an_open_that_is_refused_drops_no_pages_and_the_next_one_does(source: Pa
 
 def test_an_image_that_was_overwritten_right_after_it_was_read(source: Path, point: Path) -> None:
     """By a tool without locks: it has another size, and the kernel must not keep the old one."""
-    image, raw = make(source / "a.qed"), point / "a.raw"
-    larger = make(source.parent / "larger.qed", "2M")
+    image, raw = new_image(source / "a.qed"), point / "a.raw"
+    larger = new_image(source.parent / "larger.qed", "2M")
     with mounted(source, point):
         assert len(raw.read_bytes()) == MIB
         shutil.copyfile(larger, image)
@@ -102,7 +93,7 @@ def fill_with_time(raw: Path) -> None:
 
 @pytest.mark.parametrize("over_file", [False, True], ids=["directory", "file"])
 def test_the_time_that_was_set_outlives_the_mount(source: Path, point: Path, over_file: bool) -> None:
-    image, raw = make(source / "a.qed"), point / "a.raw"
+    image, raw = new_image(source / "a.qed"), point / "a.raw"
     if over_file:
         raw.touch()
     with mounted(*((image, raw) if over_file else (source, point))) as mount:
@@ -115,7 +106,7 @@ def test_the_time_that_was_set_outlives_the_mount(source: Path, point: Path, ove
 
 @MODES
 def test_one_that_was_renamed_and_then_replaced_cannot_be_synced(source: Path, point: Path, mode: Mode) -> None:
-    image, new = make(source / "a.qed"), make(source.parent / "new.qed")
+    image, new = new_image(source / "a.qed"), new_image(source.parent / "new.qed")
     with mounted(*mode, source, point), (point / "a.raw").open("r+b", buffering=0) as file:
         image.rename(source / "b.qed")
         file.write(b"x" * 4096)
@@ -127,8 +118,8 @@ def test_one_that_was_renamed_and_then_replaced_cannot_be_synced(source: Path, p
 
 
 def test_an_image_in_use_does_not_disturb_one_that_has_failed(source: Path, point: Path) -> None:
-    make(source / "a.qed")
-    other = make(source / "b.qed")
+    new_image(source / "a.qed")
+    other = new_image(source / "b.qed")
     with mounted(source, point) as mount:
         fd = os.open(point / "a.raw", os.O_RDWR)
         os.pwrite(fd, b"x" * 4096, 0)
@@ -152,7 +143,7 @@ def test_what_cannot_be_written_needs_no_lock_of_a_writer(source: Path, point: P
     first.touch()
     second.touch()
     with filesystem(Path("none"), source, "-t", "tmpfs"):
-        image = make(source / "a.qed")
+        image = new_image(source / "a.qed")
         subprocess.run(["mount", "-o", "remount,ro", str(source)], check=True)
         with mounted(image, first), mounted(image, second):
             assert second.read_bytes() == bytes(MIB)

@@ -26,6 +26,7 @@ from tests.helpers.mounts import (
     find_daemon,
     is_mounted,
     mounted,
+    mountpoint,
     need_fuse,
     new_namespace,
     wait_for_exit,
@@ -231,12 +232,7 @@ def test_a_soft_limit_of_file_size_is_raised(image: Path, raw: Path) -> None:
 
 @pytest.mark.parametrize("over_file", [True, False], ids=["file", "directory"])
 def test_a_hard_limit_of_file_size_leaves_what_is_below(image: Path, tmp_path: Path, over_file: bool) -> None:
-    point = tmp_path / "point"
-    if over_file:
-        point.touch()
-    else:
-        point.mkdir()
-    raw = point if over_file else point / "disk.raw"
+    point, raw = mountpoint(tmp_path, over_file=over_file)
     size = image.stat().st_size
     with started(image, point, limit(resource.RLIMIT_FSIZE, size, size)) as log:
         assert f"beyond {size} bytes here (ulimit -Hf)" in log.read_text()

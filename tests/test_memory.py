@@ -14,7 +14,7 @@ from qedfuse.dirty_limit import fit_options, set_dirty_limit
 from qedfuse.mount_options import MountOptions
 from tests.helpers.cgroups import memory_group
 from tests.helpers.cli import Result, qedfuse, qemu_img
-from tests.helpers.mounts import EXTRA_OPTIONS, aborted, need_fuse
+from tests.helpers.mounts import EXTRA_OPTIONS, aborted, mountpoint, need_fuse
 
 MIB = 1 << 20
 _CAP_SYS_RESOURCE = 24
@@ -41,16 +41,12 @@ def test_writing_in_a_small_memory_cgroup_finishes(
     if capable and not _may_be_flusher():
         pytest.skip("CAP_SYS_RESOURCE is missing here")
     size = (limit + 30) * MIB
-    image, source, point = tmp_path / "disk.qed", tmp_path / "source", tmp_path / "point"
+    image, source = tmp_path / "disk.qed", tmp_path / "source"
+    point, raw = mountpoint(tmp_path, over_file=over == "file")
     qemu_img("create", "-q", "-f", "qed", image, str(size))
     with source.open("wb") as file:
         for _ in range(size // MIB):
             file.write(os.urandom(MIB))
-    if over == "file":
-        point.touch()
-    else:
-        point.mkdir()
-    raw = point if over == "file" else point / "disk.raw"
 
     with memory_group(version, limit * MIB) as group, ExitStack() as last, aborted(point):
         words = (*group.words, *(() if capable else WITHOUT))

@@ -10,32 +10,19 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.helpers.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
+from tests.helpers.cli import is_free, new_image, new_overlay, one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 from tests.helpers.expect import raises_errno
-from tests.helpers.mounts import is_mounted, mounted, status, wait_until
+from tests.helpers.mounts import is_mounted, mounted, until_closed, wait_until
 
 MIB = 1 << 20
-
-
-def make(path: Path, size: str = "1M", fill: int | None = None) -> Path:
-    qemu_img("create", "-q", "-f", "qed", path, size)
-    if fill is not None:
-        qemu_io(path, f"write -P {fill} 0 64k")
-    return path
-
-
-def is_free(image: Path) -> bool:
-    """Nobody holds the image's lock."""
-    command = ["qemu-io", "-f", "qed", "-c", "write 0 512", str(image)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 # -- images of the command line ---------------------------------------------------------------------------------------
 
 
 def test_several_images(tmp_path: Path, point: Path) -> None:
-    first = make(tmp_path / "first.qed", fill=1)
-    second = make(tmp_path / "second.img", "2M", fill=2)
+    first = new_image(tmp_path / "first.qed", fill=1)
+    second = new_image(tmp_path / "second.img", "2M", fill=2)
     with mounted(first, second, point):
         assert sorted(os.listdir(point)) == ["first.raw", "second.img.raw"]
         assert (point / "first.raw").stat().st_size == MIB
@@ -49,14 +36,14 @@ def test_several_images(tmp_path: Path, point: Path) -> None:
 
 def test_two_images_of_one_name_are_refused(tmp_path: Path, point: Path) -> None:
     (tmp_path / "sub").mkdir()
-    first, second = make(tmp_path / "disk.qed"), make(tmp_path / "sub" / "disk.qed")
+    first, second = new_image(tmp_path / "disk.qed"), new_image(tmp_path / "sub" / "disk.qed")
     one_line(qedfuse("mount", first, second, point), 1, str(first), str(second), "disk.raw")
     assert not is_mounted(point)
     assert is_free(first) and is_free(second)
 
 
 def test_nothing_can_be_made_or_removed(tmp_path: Path, point: Path) -> None:
-    with mounted(make(tmp_path / "disk.qed"), point):
+    with mounted(new_image(tmp_path / "disk.qed"), point):
         raw = point / "disk.raw"
         for attempt in (
             (point / "new").touch,
@@ -78,8 +65,8 @@ def test_nothing_can_be_made_or_removed(tmp_path: Path, point: Path) -> None:
 
 
 def test_a_directory_shows_every_image_in_it(source: Path, point: Path) -> None:
-    make(source / "a.qed", fill=7)
-    make(source / "b.disk")
+    new_image(source / "a.qed", fill=7)
+    new_image(source / "b.disk")
     (source / "raw.img").write_bytes(b"no qed" * 100)
     (source / "sub.qed").mkdir()
     os.mkfifo(source / "fifo.qed")
@@ -95,10 +82,10 @@ def test_a_directory_shows_every_image_in_it(source: Path, point: Path) -> None:
 
 
 def test_images_come_and_go(source: Path, point: Path) -> None:
-    make(source / "a.qed", fill=1)
+    new_image(source / "a.qed", fill=1)
     with mounted(source, point):
         assert os.listdir(point) == ["a.raw"]
-        make(source / "b.qed", "3M", fill=2)
+        new_image(source / "b.qed", "3M", fill=2)
         wait_until(lambda: sorted(os.listdir(point)) == ["a.raw", "b.raw"])
         assert (point / "b.raw").stat().st_size == 3 * MIB
         assert (point / "b.raw").read_bytes()[0] == 2
@@ -111,10 +98,10 @@ def test_images_come_and_go(source: Path, point: Path) -> None:
 
 
 def test_an_open_image_survives_its_name(source: Path, point: Path) -> None:
-    make(source / "a.qed", fill=1)
+    new_image(source / "a.qed", fill=1)
     with mounted(source, point), (point / "a.raw").open("r+b", buffering=0) as file:
         (source / "a.qed").unlink()
-        make(source / "a.qed", "2M", fill=2)
+        new_image(source / "a.qed", "2M", fill=2)
         assert os.pread(file.fileno(), 1, 0) == b"\1"
         os.pwrite(file.fileno(), b"x", 5)
         with raises_errno(errno.ESTALE):  # it would be for nothing
@@ -126,12 +113,12 @@ def test_an_open_image_survives_its_name(source: Path, point: Path) -> None:
 
 def test_an_image_that_others_change_is_seen_anew(source: Path, point: Path) -> None:
     """Its bytes and its size, although the kernel keeps pages and sizes of files that it knows."""
-    image = make(source / "a.qed", fill=1)
+    image = new_image(source / "a.qed", fill=1)
     with mounted(source, point):
         raw = point / "a.raw"
         assert raw.read_bytes()[:2] == b"\1\1"
         number = raw.stat().st_ino
-        wait_until(lambda: status(point)["images"] == [])
+        until_closed(point)
         assert raw.stat().st_ino == number  # we have not changed it
         qemu_io(image, "write -P 9 0 4k")
         qemu_img("resize", "-f", "qed", image, "4M")
@@ -149,7 +136,7 @@ def is_free_to_read(image: Path) -> bool:
 
 
 def test_an_image_is_closed_after_its_last_use(source: Path, point: Path) -> None:
-    image = make(source / "a.qed", fill=1)
+    image = new_image(source / "a.qed", fill=1)
     with mounted(source, point):
         assert is_free(image)
         with (point / "a.raw").open("r+b") as file:
@@ -158,12 +145,12 @@ def test_an_image_is_closed_after_its_last_use(source: Path, point: Path) -> Non
             assert not is_free(image)
         wait_until(lambda: is_free(image))
         qemu_img("check", image)
-        qemu_io(image, f"read -P {ord('x')} 512 3584")
+        qemu_io(image, f"read -P {ord('x')} 0 4k")
         assert (point / "a.raw").stat().st_size == MIB
 
 
 def test_the_time_of_change_survives_the_close(source: Path, point: Path) -> None:
-    image = make(source / "a.qed", fill=1)
+    image = new_image(source / "a.qed", fill=1)
     with mounted(source, point):
         raw = point / "a.raw"
         with raw.open("r+b") as file:
@@ -174,7 +161,7 @@ def test_the_time_of_change_survives_the_close(source: Path, point: Path) -> Non
 
 
 def test_a_broken_image_does_not_hurt_the_others(source: Path, point: Path) -> None:
-    good = make(source / "good.qed", fill=5)
+    good = new_image(source / "good.qed", fill=5)
     (source / "empty.qed").touch()
     (source / "noise.qed").write_bytes(b"noise" * 1000)
     shutil.copy(good, source / "cut.qed")
@@ -207,7 +194,7 @@ def test_a_broken_image_does_not_hurt_the_others(source: Path, point: Path) -> N
 
 
 def test_an_image_in_use_elsewhere_is_busy(source: Path, point: Path) -> None:
-    image = make(source / "a.qed", fill=5)
+    image = new_image(source / "a.qed", fill=5)
     with mounted(source, point) as mount:
         with qemu_has_open(image), raises_errno(errno.EBUSY):
             (point / "a.raw").read_bytes()
@@ -217,7 +204,7 @@ def test_an_image_in_use_elsewhere_is_busy(source: Path, point: Path) -> None:
 
 
 def test_an_overlay_and_its_backing_file_are_read_side_by_side(source: Path, point: Path) -> None:
-    make(source / "base.qed", fill=5)
+    new_image(source / "base.qed", fill=5)
     qemu_img("create", "-q", "-f", "qed", "-b", "base.qed", "-F", "qed", source / "top.qed")
     with mounted(source, point), (point / "top.raw").open("r+b") as top:
         assert top.read(1) == b"\5"
@@ -230,10 +217,10 @@ def test_an_overlay_and_its_backing_file_are_read_side_by_side(source: Path, poi
 
 def test_a_backing_file_in_the_mount_itself_is_refused(source: Path, point: Path) -> None:
     """It would wait for itself."""
-    make(source / "base.qed", fill=5)
-    make(source / "loop.qed")
+    new_image(source / "base.qed", fill=5)
+    new_image(source / "loop.qed")
     for name, backing in (("top", point / "base.raw"), ("loop", point / "loop.raw")):
-        qemu_img("create", "-q", "-u", "-f", "qed", "-b", backing, "-F", "raw", source / f"{name}.qed", "1M")
+        new_overlay(source / f"{name}.qed", backing)
     with mounted(source, point) as mount:
         for name in ("top", "loop"):
             with raises_errno(errno.EIO):
@@ -245,11 +232,11 @@ def test_a_backing_file_in_the_mount_itself_is_refused(source: Path, point: Path
 def test_several_directories_and_images_together(source: Path, tmp_path: Path, point: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    make(source / "same.qed", fill=1)
-    make(source / "one.qed", fill=2)
-    make(other / "same.qed", fill=3)
-    make(other / "two.qed", fill=4)
-    named = make(tmp_path / "one.qed", fill=5)
+    new_image(source / "same.qed", fill=1)
+    new_image(source / "one.qed", fill=2)
+    new_image(other / "same.qed", fill=3)
+    new_image(other / "two.qed", fill=4)
+    named = new_image(tmp_path / "one.qed", fill=5)
     with mounted(named, source, other, point):
         assert sorted(os.listdir(point)) == ["one.raw", "same.raw", "two.raw"]
         found = {name: (point / name).read_bytes()[0] for name in os.listdir(point)}
@@ -259,7 +246,7 @@ def test_several_directories_and_images_together(source: Path, tmp_path: Path, p
 
 
 def test_a_read_only_directory(source: Path, point: Path) -> None:
-    image = make(source / "a.qed", fill=1)
+    image = new_image(source / "a.qed", fill=1)
     with mounted("--ro", source, point):
         assert stat.S_IMODE((point / "a.raw").stat().st_mode) & 0o222 == 0
         assert (point / "a.raw").read_bytes()[0] == 1
@@ -269,7 +256,7 @@ def test_a_read_only_directory(source: Path, point: Path) -> None:
 
 
 def test_500_images(source: Path, point: Path) -> None:
-    template = make(source / "0.qed", fill=1)
+    template = new_image(source / "0.qed", fill=1)
     content = template.read_bytes()
     for number in range(1, 500):
         (source / f"{number}.qed").write_bytes(content)
@@ -290,7 +277,7 @@ def test_500_images(source: Path, point: Path) -> None:
 
 
 def test_500_images_of_the_command_line(source: Path, point: Path) -> None:
-    content = make(source / "0.qed", fill=1).read_bytes()
+    content = new_image(source / "0.qed", fill=1).read_bytes()
     images = [source / f"{number}.qed" for number in range(500)]
     for image in images[1:]:
         image.write_bytes(content)
@@ -300,7 +287,7 @@ def test_500_images_of_the_command_line(source: Path, point: Path) -> None:
 
 
 def test_a_directory_that_would_be_hidden_is_refused(tmp_path: Path, source: Path) -> None:
-    make(source / "a.qed")
+    new_image(source / "a.qed")
     one_line(qedfuse("mount", source, source), 2, str(source), "hidden")
     one_line(qedfuse("mount", source, tmp_path), 2, str(source), "hidden")
     raw = tmp_path / "file.raw"
@@ -310,7 +297,7 @@ def test_a_directory_that_would_be_hidden_is_refused(tmp_path: Path, source: Pat
 
 
 def test_a_mountpoint_inside_its_source(source: Path) -> None:
-    make(source / "a.qed", fill=1)
+    new_image(source / "a.qed", fill=1)
     point = source / "mnt"
     point.mkdir()
     with mounted(source, point):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import Result, one_line, qedfuse, qemu_img, qemu_io
+from tests.helpers.cli import Result, is_free, one_line, qedfuse, qemu_img, qemu_io
 from tests.helpers.injection import injected
 from tests.helpers.mounts import Mounted, is_mounted, kill, mounted, new_namespace, wait_for_exit, wait_until
 
@@ -192,11 +192,6 @@ def test_mounting_again_at_once(image: Path, raw: Path) -> None:
             subprocess.run(["fusermount3", "-u", str(raw)], check=True)
             wait_until(lambda: is_free(image))
     assert_clean(image, 7)
-
-
-def is_free(image: Path) -> bool:
-    command = ["qemu-io", "-f", "qed", "-c", "read 0 512", str(image)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("foreground", [False, True], ids=["background", "foreground"])

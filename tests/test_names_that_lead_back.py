@@ -15,23 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import one_line, qedfuse, qemu_img, qemu_io
+from tests.helpers.cli import new_image, new_overlay, one_line, qedfuse
 from tests.helpers.expect import raises_errno
 from tests.helpers.mounts import Mounted, aborted, mounted
-
-#: Seconds for what takes a moment, and took for ever.
-SOON = 20
-
-
-def make(path: Path, fill: int = 7) -> Path:
-    qemu_img("create", "-q", "-f", "qed", path, "1M")
-    qemu_io(path, f"write -P {fill} 0 64k")
-    return path
-
-
-def make_overlay(path: Path, backing: str | Path) -> Path:
-    qemu_img("create", "-q", "-u", "-f", "qed", "-b", backing, "-F", "raw", path, "1M")
-    return path
+from tests.helpers.outsiders import SOON, finish, first_byte, run
 
 
 def directory(path: Path) -> Path:
@@ -48,24 +35,6 @@ def mounted_and_aborted(*words: str | Path) -> Iterator[Mounted]:
         yield mount
 
 
-def run(*command: str | Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def outcome(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    """The exit code and the last words of a command that ends soon."""
-    _out, err = process.communicate(timeout=SOON)
-    return process.returncode, err.decode().strip().rpartition(": ")[2]
-
-
-def first_byte(path: Path) -> int:
-    """Read in a process that may be left behind if it hangs."""
-    process = run("head", "-c", "1", path)
-    out, err = process.communicate(timeout=SOON)
-    assert process.returncode == 0, err
-    return out[0]
-
-
 #: Opens each file in a thread of its own, all at the same time, and prints the errnos.
 OPEN_AT_ONCE = """
 import os, sys, threading
@@ -80,24 +49,24 @@ for path in sys.argv[1:]:
     threading.Thread(target=read, args=(path,)).start()
 """
 
-BROKEN = (1, os.strerror(errno.EIO))
+BROKEN = (1, b"", os.strerror(errno.EIO))
 
 
 @pytest.mark.parametrize("confined", [False, True])
 def test_sixty_images_that_look_into_their_own_mount(tmp_path: Path, confined: bool) -> None:
     source, point = directory(tmp_path / "images"), directory(tmp_path / "mnt")
-    first = make_overlay(source / "0.qed", point / "none.raw")
+    first = new_overlay(source / "0.qed", point / "none.raw")
     content, name = first.read_bytes(), os.fsencode(point / "none.raw")
     for number in range(1, 60):
         digits = f"{number:04}".encode()
         (source / f"{number}.qed").write_bytes(content.replace(name, name[: -len("none.raw")] + digits + b".raw"))
-    make(source / "good.qed")
+    new_image(source / "good.qed", fill=7)
     words = ("--backing-root", tmp_path) if confined else ()
     with mounted_and_aborted(*words, source, point) as mount:
         for _ in range(3):
             readers = run(sys.executable, "-c", OPEN_AT_ONCE, *(point / f"{number}.raw" for number in range(60)))
             assert readers.communicate(timeout=SOON)[0].split() == [str(errno.EIO).encode()] * 60
-        assert first_byte(point / "good.raw") == 7
+        assert first_byte(point / "good.raw") == b"\7"
         message = f"refers to backing file {point}/0001.raw, which lies in a qedfuse mount ({point})"
         assert f"{source}/1.qed: {message}" in mount.text()
 
@@ -105,21 +74,21 @@ def test_sixty_images_that_look_into_their_own_mount(tmp_path: Path, confined: b
 def test_two_mounts_that_look_into_each_other(tmp_path: Path) -> None:
     a, b = directory(tmp_path / "A"), directory(tmp_path / "B")
     on_a, on_b = directory(tmp_path / "mA"), directory(tmp_path / "mB")
-    make_overlay(a / "a.qed", on_b / "b.raw")
-    make_overlay(b / "b.qed", on_a / "a.raw")
-    make(a / "good.qed", 1)
-    make(b / "good.qed", 2)
+    new_overlay(a / "a.qed", on_b / "b.raw")
+    new_overlay(b / "b.qed", on_a / "a.raw")
+    new_image(a / "good.qed", fill=1)
+    new_image(b / "good.qed", fill=2)
     with mounted_and_aborted(a, on_a) as first, mounted_and_aborted(b, on_b) as second:
         readers = [run("head", "-c", "1", path) for path in (on_a / "a.raw", on_b / "b.raw", on_a / "a.raw")]
-        assert [outcome(reader) for reader in readers] == [BROKEN] * 3
-        assert (first_byte(on_a / "good.raw"), first_byte(on_b / "good.raw")) == (1, 2)
+        assert [finish(reader) for reader in readers] == [BROKEN] * 3
+        assert (first_byte(on_a / "good.raw"), first_byte(on_b / "good.raw")) == (b"\1", b"\2")
         assert f"in a qedfuse mount ({on_b})" in first.text()
         assert f"in a qedfuse mount ({on_a})" in second.text()
 
 
 def test_links_in_a_source_directory(tmp_path: Path) -> None:
     source, point = directory(tmp_path / "images"), directory(tmp_path / "mnt")
-    make(source / "good.qed")
+    new_image(source / "good.qed", fill=7)
     (tmp_path / "dl").symlink_to(point)
     (source / "dl").symlink_to(point)
     (source / "x.qed").symlink_to("dl/x.raw")
@@ -134,28 +103,28 @@ def test_links_in_a_source_directory(tmp_path: Path) -> None:
         out, _ = listing.communicate(timeout=SOON)
         assert out.split() == [b"fine.raw", b"good.raw"]
         for name in ("x", "y", "direct", "dots", "twice", "endless"):
-            assert outcome(run("cat", point / f"{name}.raw")) == (1, os.strerror(errno.ENOENT))
-        assert first_byte(point / "fine.raw") == 7
+            assert finish(run("cat", point / f"{name}.raw")) == (1, b"", os.strerror(errno.ENOENT))
+        assert first_byte(point / "fine.raw") == b"\7"
 
 
 def test_a_mount_seen_elsewhere_is_the_same(tmp_path: Path) -> None:
     """Bound to another place, or reached by way of /proc."""
     source, point, bound = (directory(tmp_path / name) for name in ("images", "mnt", "bound"))
-    make(source / "good.qed")
-    make_overlay(source / "bound.qed", bound / "good.raw")
-    make_overlay(source / "proc.qed", f"/proc/self/root{point}/good.raw")
-    make_overlay(source / "dots.qed", f"{point}/../mnt/good.raw")
+    new_image(source / "good.qed", fill=7)
+    new_overlay(source / "bound.qed", bound / "good.raw")
+    new_overlay(source / "proc.qed", f"/proc/self/root{point}/good.raw")
+    new_overlay(source / "dots.qed", f"{point}/../mnt/good.raw")
     with mounted_and_aborted(source, point), aborted(bound):
         subprocess.run(["mount", "--bind", point, bound], check=True)
         for name in ("bound", "proc", "dots"):
-            assert outcome(run("head", "-c", "1", point / f"{name}.raw")) == BROKEN
-        assert first_byte(point / "good.raw") == 7
+            assert finish(run("head", "-c", "1", point / f"{name}.raw")) == BROKEN
+        assert first_byte(point / "good.raw") == b"\7"
 
 
 def test_a_file_mount_is_not_entered(tmp_path: Path) -> None:
     source, point = directory(tmp_path / "images"), directory(tmp_path / "mnt")
-    image = make(tmp_path / "disk.qed")
-    make_overlay(source / "top.qed", tmp_path / "disk.raw")
+    image = new_image(tmp_path / "disk.qed", fill=7)
+    new_overlay(source / "top.qed", tmp_path / "disk.raw")
     (source / "link.qed").symlink_to("../disk.raw")
     (source / "here.qed").touch()
     (tmp_path / "disk.raw").touch()
@@ -164,23 +133,23 @@ def test_a_file_mount_is_not_entered(tmp_path: Path) -> None:
         with aborted(source / "here.qed"):
             listing = run("ls", point)
             assert listing.communicate(timeout=SOON)[0].split() == [b"top.raw"]
-            assert outcome(run("head", "-c", "1", point / "top.raw")) == BROKEN
+            assert finish(run("head", "-c", "1", point / "top.raw")) == BROKEN
             assert f"in a qedfuse mount ({other.point})" in mount.text()
 
 
 def test_commands_without_a_mount_refuse_it_too(tmp_path: Path) -> None:
     point = directory(tmp_path / "mnt")
-    top = make_overlay(tmp_path / "top.qed", "mnt/disk.raw")
-    with mounted_and_aborted(make(tmp_path / "disk.qed"), point):
+    top = new_overlay(tmp_path / "top.qed", "mnt/disk.raw")
+    with mounted_and_aborted(new_image(tmp_path / "disk.qed", fill=7), point):
         one_line(qedfuse("map", top), 1, str(top), f"refers to backing file {point}/disk.raw", f"({point})")
         (tmp_path / "base.raw").write_bytes(b"\5" * (1 << 20))
-        make_overlay(tmp_path / "over.qed", "base.raw")
+        new_overlay(tmp_path / "over.qed", "base.raw")
         assert qedfuse("map", "../over.qed", cwd=point).code == 0  # seen from the mount, and no way through it
 
 
 def test_a_source_directory_in_a_qedfuse_mount_is_refused(tmp_path: Path) -> None:
     source, point, other = (directory(tmp_path / name) for name in ("images", "mnt", "other"))
-    make(source / "good.qed")
+    new_image(source / "good.qed", fill=7)
     with mounted_and_aborted(source, point):
         one_line(qedfuse("mount", point, other), 2, str(point), "lies in a qedfuse mount")
 
@@ -188,8 +157,8 @@ def test_a_source_directory_in_a_qedfuse_mount_is_refused(tmp_path: Path) -> Non
 def test_a_source_directory_that_is_mounted_over_later(tmp_path: Path) -> None:
     first, second = directory(tmp_path / "first"), directory(tmp_path / "second")
     on_first = directory(tmp_path / "mnt")
-    make(first / "a.qed")
-    make(second / "b.qed")
+    new_image(first / "a.qed", fill=7)
+    new_image(second / "b.qed", fill=7)
     with mounted_and_aborted(first, on_first) as mount, mounted_and_aborted(second, first):
         assert run("ls", on_first).communicate(timeout=SOON)[0] == b""
         assert f"{first}: lies in a qedfuse mount" in mount.text()

@@ -11,7 +11,7 @@ import pytest
 from qedfuse import _outside
 from tests.helpers.chains import check_is_clean, qemu_bytes, qemu_img
 from tests.helpers.expect import raises_errno
-from tests.helpers.mounts import mounted, wait_until
+from tests.helpers.mounts import mounted, mountpoint, wait_until
 
 MIB = 1 << 20
 #: 1024 * 1024 clusters of 4 KiB.
@@ -22,13 +22,7 @@ LIMIT = 4 << 30
 def test_a_write_that_is_too_far_out(tmp_path: Path, over_file: bool) -> None:
     image = tmp_path / "disk.qed"
     qemu_img("create", "-q", "-f", "qed", "-o", "cluster_size=4096,table_size=2", image, MIB)
-    point = tmp_path / "mount"
-    if over_file:
-        point.touch()
-        raw = point
-    else:
-        point.mkdir()
-        raw = point / "disk.raw"
+    point, raw = mountpoint(tmp_path, over_file=over_file)
     with mounted(image, point) as mount:
         for size in (2 * MIB, 3 * MIB):
             with raw.open("r+b", buffering=0) as file:

@@ -7,42 +7,20 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import qemu_img, qemu_io
+from tests.helpers.cli import new_image, qemu_img, qemu_io
 from tests.helpers.expect import raises_errno
 from tests.helpers.guests import filesystem, need_filesystem
+from tests.helpers.locks import TO_READ, TO_WRITE, lock_bytes, qemu_holding
 from tests.helpers.modes import MODES, Mode
-from tests.helpers.mounts import mounted, status, wait_until
-from tests.test_filelock import TO_READ, TO_WRITE, lock_bytes, qemu_holding
+from tests.helpers.mounts import mounted, opened, status, until_closed
 
 KIB, MIB = 1 << 10, 1 << 20
 DIRECT = os.O_RDONLY | os.O_DIRECT
-
-
-def make(path: Path, fill: int, *, base: str | None = None) -> Path:
-    options = ["-b", base, "-F", "qed"] if base else []
-    qemu_img("create", "-q", "-f", "qed", *options, path, "1M")
-    if not base:
-        qemu_io(path, f"write -P {fill} 0 64k")
-    return path
-
-
-@contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def until_closed(point: Path) -> None:
-    wait_until(lambda: status(point)["images"] == [])
 
 
 def qemu_reads(image: Path, fill: int) -> None:
@@ -57,8 +35,8 @@ def qemu_reads(image: Path, fill: int) -> None:
 
 @MODES
 def test_base_and_overlay_are_read_in_any_order(source: Path, point: Path, mode: Mode) -> None:
-    make(source / "base.qed", 5)
-    make(source / "top.qed", 0, base="base.qed")
+    new_image(source / "base.qed", fill=5)
+    new_image(source / "top.qed", "1M", "-b", "base.qed", "-F", "qed")
     with mounted(*mode, source, point), ExitStack() as stack:
         for name in ("base", "top", "base", "top"):
             assert (point / f"{name}.raw").read_bytes()[:65536] == b"\5" * 65536
@@ -73,8 +51,8 @@ def test_base_and_overlay_are_read_in_any_order(source: Path, point: Path, mode:
 
 def test_base_and_overlay_are_written_in_turn(source: Path, point: Path) -> None:
     """An image that only lingers is in nobody's way."""
-    make(source / "base.qed", 5)
-    make(source / "top.qed", 0, base="base.qed")
+    new_image(source / "base.qed", fill=5)
+    new_image(source / "top.qed", "1M", "-b", "base.qed", "-F", "qed")
     with mounted(source, point):
         for number in range(10, 13):
             with (point / "base.raw").open("r+b") as file:
@@ -84,7 +62,7 @@ def test_base_and_overlay_are_written_in_turn(source: Path, point: Path) -> None
 
 @MODES
 def test_the_locks_and_the_file_are_a_readers_until_somebody_writes(source: Path, point: Path, mode: Mode) -> None:
-    image, raw = make(source / "a.qed", 7), point / "a.raw"
+    image, raw = new_image(source / "a.qed", fill=7), point / "a.raw"
     before = image.read_bytes(), image.stat()
     with mounted(*mode, source, point) as mount:
         pid = mount.pid()
@@ -118,7 +96,7 @@ def access_of(pid: int, image: Path) -> set[int]:
 
 
 def test_reading_changes_nothing(source: Path, point: Path) -> None:
-    image, raw = make(source / "a.qed", 7), point / "a.raw"
+    image, raw = new_image(source / "a.qed", fill=7), point / "a.raw"
     before = image.read_bytes(), image.stat().st_mtime_ns, image.stat().st_ctime_ns
     with mounted(source, point):
         for _ in range(2):
@@ -129,7 +107,7 @@ def test_reading_changes_nothing(source: Path, point: Path) -> None:
 
 @MODES
 def test_two_daemons_read_one_image(source: Path, point: Path, mode: Mode) -> None:
-    make(source / "a.qed", 7)
+    new_image(source / "a.qed", fill=7)
     other = point.with_name("other")
     other.mkdir()
     with mounted(*mode, source, point), mounted(*mode, source, other):
@@ -152,7 +130,7 @@ def test_two_daemons_read_one_image(source: Path, point: Path, mode: Mode) -> No
 
 def test_no_writer_beside_qemu(source: Path, point: Path) -> None:
     """That reads the image: the writer is refused, and the readers go on."""
-    image, raw, tool = make(source / "a.qed", 7), point / "a.raw", "qemu-nbd"
+    image, raw, tool = new_image(source / "a.qed", fill=7), point / "a.raw", "qemu-nbd"
     with mounted(source, point) as mount:
         pid = mount.pid()
         with opened(raw, DIRECT) as reader, qemu_holding(tool, str(image), writable=False):
@@ -182,7 +160,7 @@ def spoil(image: Path) -> None:
 
 @MODES
 def test_an_unclean_image_is_read_as_it_is_and_repaired_for_a_writer(source: Path, point: Path, mode: Mode) -> None:
-    image, raw = make(source / "a.qed", 7), point / "a.raw"
+    image, raw = new_image(source / "a.qed", fill=7), point / "a.raw"
     spoil(image)
     before = image.read_bytes()
     expected = b"\7" * 65536 + bytes(MIB - 65536)
@@ -210,7 +188,7 @@ def test_an_overlay_file_system_copies_nothing_for_readers(tmp_path: Path, point
     with filesystem(Path("none"), tmp_path / "host", "-t", "tmpfs") as host:
         for name in ("lower", "upper", "work"):
             (host / name).mkdir()
-        image = make(host / "lower" / "a.qed", 7)
+        image = new_image(host / "lower" / "a.qed", fill=7)
         before = image.read_bytes()
         options = f"lowerdir={host}/lower,upperdir={host}/upper,workdir={host}/work"
         with filesystem(Path("none"), tmp_path / "merged", "-t", "overlay", "-o", options) as merged:
@@ -231,8 +209,8 @@ def test_an_overlay_file_system_copies_nothing_for_readers(tmp_path: Path, point
 @MODES
 def test_readers_go_on_while_writers_come_and_go(source: Path, point: Path, mode: Mode) -> None:
     """Over a base, whose data and tables are read while the image that refers to them changes hands."""
-    make(source / "base.qed", 5)
-    make(source / "top.qed", 0, base="base.qed")
+    new_image(source / "base.qed", fill=5)
+    new_image(source / "top.qed", "1M", "-b", "base.qed", "-F", "qed")
     raw = point / "top.raw"
     ended = threading.Event()
     problems: list[str] = []
@@ -278,9 +256,9 @@ def aligned(data: bytes) -> memoryview:
 
 def test_a_base_that_was_replaced_just_now(source: Path, point: Path) -> None:
     """While the overlay is not used any more, and still open."""
-    make(source / "base.qed", 5)
-    make(source / "top.qed", 0, base="base.qed")
-    new = make(source.parent / "new.qed", 6)
+    new_image(source / "base.qed", fill=5)
+    new_image(source / "top.qed", "1M", "-b", "base.qed", "-F", "qed")
+    new = new_image(source.parent / "new.qed", fill=6)
     with mounted(source, point):
         with opened(point / "top.raw", os.O_RDWR) as fd:
             os.pwrite(fd, b"\x0a" * 65536, 65536)
@@ -292,7 +270,7 @@ def test_what_may_not_be_written_says_so_in_its_mode(source: Path, point: Path) 
     """A file system that is mounted read-only, below images that are opened for reading anyway."""
     if os.geteuid() != 0:
         pytest.skip("needs root to mount a file system read-only")
-    make(source / "a.qed", 7)
+    new_image(source / "a.qed", fill=7)
     with filesystem(source, source, "--bind"):
         subprocess.run(["mount", "-o", "remount,bind,ro", str(source)], check=True)
         with mounted(source, point):

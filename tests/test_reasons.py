@@ -11,13 +11,8 @@ import pytest
 
 from qedfuse.complaints import Unopened
 from qedfuse.errors import FormatError
-from tests.helpers.cli import Result, qedfuse, qemu_img
+from tests.helpers.cli import Result, new_image, qedfuse
 from tests.helpers.mounts import EXTRA_OPTIONS, cleaned_up, mounted, need_fuse, wait_until
-
-
-def make(path: Path) -> Path:
-    qemu_img("create", "-q", "-f", "qed", path, "1M")
-    return path
 
 
 def status(point: Path) -> dict[str, Any]:
@@ -30,7 +25,7 @@ def status(point: Path) -> dict[str, Any]:
 
 def test_a_mount_without_a_log_says_so(source: Path, point: Path) -> None:
     need_fuse()
-    make(source / "a.qed")
+    new_image(source / "a.qed")
     if os.path.exists("/dev/log"):
         pytest.skip("there is a /dev/log here")
     with cleaned_up(point):
@@ -50,7 +45,7 @@ def test_with_a_log_there_is_nothing_to_say(source: Path, point: Path, tmp_path:
 
 
 def test_what_cannot_be_opened_is_in_the_status(source: Path, point: Path) -> None:
-    good, bad = make(source / "good.qed"), make(source / "bad.qed")
+    good, bad = new_image(source / "good.qed"), new_image(source / "bad.qed")
     with bad.open("r+b") as file:
         file.write(b"\xff" * 64)
     with mounted(source, point):
@@ -71,8 +66,8 @@ def test_what_cannot_be_opened_is_in_the_status(source: Path, point: Path) -> No
 def test_of_two_with_one_name_it_is_told_which_is_shown(source: Path, point: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     second.mkdir()
-    first, other = make(source / "a.qed"), make(second / "a.qed")
-    make(second / "b.qed")
+    first, other = new_image(source / "a.qed"), new_image(second / "a.qed")
+    new_image(second / "b.qed")
     os.link(first, second / "same.qed")
     (source / "same.qed").symlink_to(second / "same.qed")  # the same image twice is no loss
     with mounted(source, second, point) as mount:
@@ -88,7 +83,7 @@ def test_of_two_with_one_name_it_is_told_which_is_shown(source: Path, point: Pat
 
 
 def test_an_image_of_the_command_line_hides_others(source: Path, point: Path, tmp_path: Path) -> None:
-    shown, hidden = make(tmp_path / "a.qed"), make(source / "a.qed")
+    shown, hidden = new_image(tmp_path / "a.qed"), new_image(source / "a.qed")
     with mounted(shown, source, point):
         wait_until(lambda: status(point)["hidden-images"] != [])
         assert status(point)["hidden-images"] == [{"filename": str(hidden), "hidden-by": str(shown)}]

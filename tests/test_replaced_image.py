@@ -8,29 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import qemu_img, qemu_io
+from tests.helpers.cli import new_image, qemu_img, qemu_io
 from tests.helpers.expect import raises_errno
 from tests.helpers.modes import MODES, Mode
-from tests.helpers.mounts import mounted, status, wait_until
+from tests.helpers.mounts import mounted, until_closed
 
 MIB = 1 << 20
-
-
-def make(path: Path, fill: int, size: str = "1M") -> Path:
-    qemu_img("create", "-q", "-f", "qed", path, size)
-    qemu_io(path, f"write -P {fill} 0 64k")
-    return path
 
 
 @MODES
 @pytest.mark.parametrize("wait", [False, True], ids=["open", "closed"])
 def test_whoever_opens_the_name_gets_the_new_image(source: Path, point: Path, mode: Mode, wait: bool) -> None:
-    image, raw = make(source / "a.qed", 1), point / "a.raw"
-    new = make(source.parent / "new.qed", 2, "2M")
+    image, raw = new_image(source / "a.qed", fill=1), point / "a.raw"
+    new = new_image(source.parent / "new.qed", "2M", fill=2)
     with mounted(*mode, source, point):
         assert raw.read_bytes()[0] == 1
         if wait:
-            wait_until(lambda: status(point)["images"] == [])
+            until_closed(point)
             raw.stat()  # the kernel knows the name for another second
         new.rename(image)
         with raw.open("r+b", buffering=0) as file:
@@ -42,8 +36,8 @@ def test_whoever_opens_the_name_gets_the_new_image(source: Path, point: Path, mo
 
 
 def test_truncate_by_name_is_the_new_images(source: Path, point: Path) -> None:
-    image, raw = make(source / "a.qed", 1), point / "a.raw"
-    new = make(source.parent / "new.qed", 2)
+    image, raw = new_image(source / "a.qed", fill=1), point / "a.raw"
+    new = new_image(source.parent / "new.qed", fill=2)
     with mounted(source, point), raw.open("rb"):
         new.rename(image)
         os.truncate(raw, 3 * MIB)
@@ -53,8 +47,8 @@ def test_truncate_by_name_is_the_new_images(source: Path, point: Path) -> None:
 
 @MODES
 def test_a_sync_of_the_old_one_fails(source: Path, point: Path, mode: Mode) -> None:
-    image, raw = make(source / "a.qed", 1), point / "a.raw"
-    new = make(source.parent / "new.qed", 2)
+    image, raw = new_image(source / "a.qed", fill=1), point / "a.raw"
+    new = new_image(source.parent / "new.qed", fill=2)
     with mounted(*mode, source, point):
         fd = os.open(raw, os.O_RDWR)
         synced = os.open(raw, os.O_RDWR | os.O_SYNC)
@@ -80,12 +74,12 @@ def test_a_sync_of_the_old_one_fails(source: Path, point: Path, mode: Mode) -> N
 
 @MODES
 def test_one_that_was_renamed_or_deleted_can_be_synced(source: Path, point: Path, mode: Mode) -> None:
-    image, raw = make(source / "a.qed", 1), point / "a.raw"
-    other = make(source / "b.qed", 5)
+    image, raw = new_image(source / "a.qed", fill=1), point / "a.raw"
+    other = new_image(source / "b.qed", fill=5)
     with mounted(*mode, source, point):
         fd = os.open(raw, os.O_RDWR)
         image.rename(source / "old.qed")
-        make(source.parent / "new.qed", 2).rename(image)
+        new_image(source.parent / "new.qed", fill=2).rename(image)
         os.pwrite(fd, b"\x44" * 4096, 0)
         os.fsync(fd)
         os.close(fd)
@@ -99,12 +93,12 @@ def test_one_that_was_renamed_or_deleted_can_be_synced(source: Path, point: Path
 
 
 def test_an_image_over_a_file(source: Path) -> None:
-    image, raw = make(source / "a.qed", 1), source.parent / "a.raw"
+    image, raw = new_image(source / "a.qed", fill=1), source.parent / "a.raw"
     raw.touch()
     with mounted(image, raw), raw.open("r+b", buffering=0) as file:
         file.write(b"x")
         os.fsync(file.fileno())
-        make(source.parent / "new.qed", 2).rename(image)
+        new_image(source.parent / "new.qed", fill=2).rename(image)
         file.write(b"y")
         with raises_errno(errno.ESTALE):
             os.fsync(file.fileno())

@@ -20,7 +20,7 @@ from qedfuse.image import Image
 from qedfuse.mounts import FSTYPE, Mount
 from qedfuse.rootclock import RootClock
 from tests.helpers.cli import environment, qemu_img
-from tests.helpers.mounts import find_daemon, mounted, need_fuse, wait_for_exit, wait_until
+from tests.helpers.mounts import find_daemon, mounted, mountpoint, need_fuse, wait_for_exit, wait_until
 
 MIB = 1 << 20
 
@@ -176,12 +176,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("over_file", [True, False], ids=["file", "directory"])
 def test_a_mount_is_one_process(image: Path, tmp_path: Path, over_file: bool) -> None:
-    point = tmp_path / "point"
-    if over_file:
-        point.touch()
-    else:
-        point.mkdir()
-    raw = point if over_file else point / "disk.raw"
+    point, raw = mountpoint(tmp_path, over_file=over_file)
     with mounted(image, point):
         pid = find_daemon(point)
         assert raw.stat().st_size == 64 * MIB

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cli import qemu_img, qemu_io
-from tests.helpers.mounts import mounted, status, wait_until
+from tests.helpers.mounts import mounted, status, until_closed, wait_until
 
 MIB = 1 << 20
 
@@ -24,10 +24,6 @@ def make_chain(source: Path) -> tuple[Path, Path]:
     qemu_img("create", "-q", "-f", "qed", "-b", "base", "-F", "raw", middle)
     qemu_img("create", "-q", "-f", "qed", "-b", "middle.qed", "-F", "qed", top)
     return base, top
-
-
-def until_closed(point: Path) -> None:
-    wait_until(lambda: status(point)["images"] == [])
 
 
 def rewrite(path: Path, find: bytes, put: bytes) -> None:

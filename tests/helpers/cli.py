@@ -65,6 +65,19 @@ def qemu_io(path: Name, *commands: str, format: str = "qed") -> None:
     assert done.returncode == 0 and "failed" not in done.stdout + done.stderr, done.stdout + done.stderr
 
 
+def new_image(path: Path, size: str = "1M", *options: Name, fill: int | None = None) -> Path:
+    """A new QED image, made by QEMU. `options`: of `qemu-img create`; `fill`: the byte in its first 64 KiB."""
+    qemu_img("create", "-q", "-f", "qed", *options, path, size)
+    if fill is not None:
+        qemu_io(path, f"write -P {fill} 0 64k")
+    return path
+
+
+def new_overlay(path: Path, backing: Name) -> Path:
+    """A new image of 1 MiB that names a raw backing file, at which nobody looks."""
+    return new_image(path, "1M", "-u", "-b", backing, "-F", "raw")
+
+
 @contextmanager
 def qemu_has_open(path: Name) -> Iterator[None]:
     """While the block runs, QEMU has the image open for writing."""
@@ -80,6 +93,12 @@ def qemu_has_open(path: Name) -> Iterator[None]:
             process.stdin.close()
             process.stdout.read()
             process.wait(TIMEOUT)
+
+
+def is_free(image: Name) -> bool:
+    """Whether QEMU could write to an image: nobody has a lock on it."""
+    command = ["qemu-io", "-f", "qed", "-c", "read 0 512", os.fspath(image)]
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False).returncode == 0
 
 
 def one_line(result: Result, code: int, *parts: str) -> None:

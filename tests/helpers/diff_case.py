@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.cli import is_free
 from tests.helpers.diff_deeds import PROFILES, rounded
-from tests.helpers.diff_image import DiffImage, is_free
+from tests.helpers.diff_image import DiffImage
 from tests.helpers.diff_team import Team, team
 from tests.helpers.guests import loop_device
 from tests.helpers.mounts import Mounted, abort, wait_for_exit, wait_until

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,9 +160,3 @@ class DiffImage(Killable):
         else:
             done = qedfuse("check", self.image)
             assert done.code in ((0, 3) if self.leaky else (0,)), done
-
-
-def is_free(image: Path) -> bool:
-    """Whether QEMU could write to it."""
-    command = ["qemu-io", "-f", "qed", "-c", "read 0 512", str(image)]
-    return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0

@@ -55,6 +55,26 @@ class Mounted(NamedTuple):
         return self.process.pid if self.process else find_daemon(self.point)
 
 
+def mountpoint(directory: Path, *, over_file: bool) -> tuple[Path, Path]:
+    """A new file or directory to mount `disk.qed` over, and where the raw file is then."""
+    point = directory / "point"
+    if over_file:
+        point.touch()
+        return point, point
+    point.mkdir()
+    return point, point / "disk.raw"
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    """A descriptor of the file."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def need_fuse() -> None:
     """Skip, with the reason, where nothing can be mounted."""
     if not os.path.exists("/dev/fuse"):
@@ -197,6 +217,11 @@ def status(point: Path) -> dict[str, Any]:
     assert mount is not None
     with Client(mount) as client:
         return client.ask("status")
+
+
+def until_closed(point: Path) -> None:
+    """Until the daemon has closed the images of a source directory that nobody uses."""
+    wait_until(lambda: status(point)["images"] == [])
 
 
 def counters(point: Path) -> dict[str, int]:
