@@ -20,7 +20,7 @@ from tests.helpers.crash import SEED
 from tests.helpers.history import Guest
 from tests.helpers.scenarios import allocate, churn, cut, grow, idle, reuse, run_scenario, shrink, shrink_and_grow
 from tests.helpers.schedule import run_seeded
-from tests.helpers.survival import Scenario
+from tests.helpers.survival import BAD, Scenario
 from tests.helpers.table_scenarios import TABLE_SCENARIOS, cut_and_fill_again, cut_tables, run_tables, zero_tables
 
 
@@ -28,10 +28,6 @@ from tests.helpers.table_scenarios import TABLE_SCENARIOS, cut_and_fill_again, c
 def growth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file grows by what is needed, so that it often does."""
     monkeypatch.setattr(growing, "_GROW_CLUSTERS", 0)
-
-
-#: What a state is judged bad for: its contents, its tables, guest data where a table is looked for.
-BAD = r"reads as|lies outside the file|no table of the file|used more than once|overlaps|is not cluster-aligned"
 
 
 def expect_failure(scenario: Scenario, backing: str) -> None:

@@ -14,21 +14,16 @@ import pytest
 
 from tests.helpers.aio import SUPPORTED
 from tests.helpers.crash import SEED, STATES
-from tests.helpers.history import SECTOR
 from tests.helpers.modes import NATIVE, NEEDS_NATIVE, PYTHON, Mode
 from tests.helpers.mounted_guest import CLUSTER, SCENARIOS
 from tests.helpers.mounts import QEMU_IMG
 from tests.helpers.schedule import run_seeded
 from tests.helpers.strace_log import read_log
 from tests.helpers.survival import Run
-from tests.helpers.traced import Traced, trace
+from tests.helpers.traced import BELOW, Traced, traced
 from tests.helpers.traced_run import run_of
 
 SAMPLES = STATES // 100  # of each run
-#: The sizes of backing files: some of the guest's sectors lie behind the end.
-BELOW = {"alone": 0, "over raw": 30 * CLUSTER + SECTOR}
-#: With the writeback cache, for requests that overlap: of a file with direct_io the kernel writes one at a time.
-CACHED = {"threads", "asynchronous"}
 #: Writes that the fast path must have answered at least: more than could be in place, hence into new clusters.
 NATIVE_WRITES = {"allocate": 12, "sequential": 3, "tables": 4}
 
@@ -48,12 +43,6 @@ class Totals:
 
 
 TOTALS = Totals()
-
-
-def traced(directory: Path, scenario: str, mode: Mode, backing: str, seed: int = SEED) -> Traced:
-    cached = scenario in CACHED or (scenario == "walk" and seed % 2 == 0)
-    options = () if cached else ("-o", "direct_io")
-    return trace(directory, scenario, mode, *options, below=BELOW[backing], seed=seed)
 
 
 def judge(run: Run, directory: Path | None, seed: int = SEED) -> None:

@@ -12,10 +12,9 @@ from tests.helpers.crash import SEED
 from tests.helpers.modes import NATIVE, NEEDS_NATIVE
 from tests.helpers.schedule import run_seeded
 from tests.helpers.strace_log import Call, Event
-from tests.helpers.traced import Traced
+from tests.helpers.survival import BAD
+from tests.helpers.traced import Traced, traced
 from tests.helpers.traced_run import run_of
-from tests.test_crash_bites import BAD
-from tests.test_crash_syscalls import traced
 
 pytestmark = NEEDS_NATIVE
 

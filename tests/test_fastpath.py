@@ -28,44 +28,25 @@ import pytest
 
 from qedfuse.header import HEADER_BYTES, Header
 from qedfuse.pages import PageMap, PagePool
-from tests.helpers.cli import ROOT, environment, qemu_img, qemu_io
+from tests.helpers.cli import ROOT, environment, new_image, qemu_io
+from tests.helpers.fastpath_modes import (
+    CLUSTER,
+    MODES_ARE_CHOSEN_HERE,
+    check,
+    flat,
+    mode,
+    run_fallocate,
+    words,
+)
 from tests.helpers.guests import filesystem, loop_device, need_guest, run
-from tests.helpers.mounts import EXTRA_OPTIONS, counters, mounted, need_fuse, status
+from tests.helpers.mounts import counters, mounted, need_fuse, opened, status
 
 KIB = 1 << 10
 MIB = 1 << 20
-CLUSTER = 64 * KIB
-MODES = ["on", "off", "pass"]
 
-pytestmark = pytest.mark.skipif(
-    "--no-fastpath" in EXTRA_OPTIONS or "QEDFUSE_FASTPATH" in os.environ, reason="the modes are chosen here"
-)
+__all__ = ["mode"]  # a fixture
 
-
-@pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = str(request.param)
-    if name == "pass":
-        monkeypatch.setenv("QEDFUSE_FASTPATH", "pass")
-    return name
-
-
-def words(mode: str) -> list[str]:
-    return ["--no-fastpath"] if mode == "off" else []
-
-
-def create(path: Path, size: str, *options: object) -> Path:
-    qemu_img("create", "-q", "-f", "qed", *map(str, options), path, size)
-    return path
-
-
-@contextmanager
-def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+pytestmark = MODES_ARE_CHOSEN_HERE
 
 
 def need(*programs: str) -> None:
@@ -74,18 +55,11 @@ def need(*programs: str) -> None:
             pytest.skip(f"{program} is not installed")
 
 
-def flat(image: Path) -> bytes:
-    """What QEMU reads."""
-    target = image.with_suffix(".flat")
-    qemu_img("convert", "-U", "-f", "qed", "-O", "raw", image, target)
-    return target.read_bytes()
-
-
 # -- the three modes --------------------------------------------------------------------------------------------------
 
 
 def test_status_tells_who_answers(tmp_path: Path, raw: Path, mode: str) -> None:
-    image = create(tmp_path / "disk.qed", "4M")
+    image = new_image(tmp_path / "disk.qed", "4M")
     with mounted(image, raw, *words(mode), "-o", "direct_io"):
         with opened(raw) as fd:
             for _ in range(2):  # the first write allocates
@@ -111,7 +85,7 @@ def test_parallel_asynchronous_writers_read_what_they_wrote(
     base = tmp_path / "base.raw"
     base.write_bytes(random.Random(1).randbytes(24 * MIB + 100))
     below = ("-b", base, "-F", "raw") if overlay else ()
-    image = create(tmp_path / "disk.qed", "48M", *below)
+    image = new_image(tmp_path / "disk.qed", "48M", *below)
     with mounted(image, raw, *words(mode), *options):
         common = ["--ioengine=libaio", "--iodepth=8", "--direct=1", f"--filename={raw}", "--randseed=7", "--minimal"]
         common += ["--numjobs=2", "--size=24M", "--offset_increment=24M", "--verify=crc32c", "--verify_fatal=1"]
@@ -141,7 +115,7 @@ def test_random_reads_through_a_chain(tmp_path: Path, raw: Path, mode: str) -> N
     base.write_bytes(rnd.randbytes(3 * MIB + 77))
     below, kind = base, "raw"
     for level, (size, cluster, table) in enumerate([("5M", 4096, 2), ("9M", 16384, 2), ("8M", 65536, 4)]):
-        image = create(
+        image = new_image(
             tmp_path / f"{level}.qed", size, "-o", f"cluster_size={cluster},table_size={table}", "-b", below, "-F", kind
         )
         limit = int(size[:-1]) * MIB
@@ -167,7 +141,7 @@ def test_random_reads_through_a_chain(tmp_path: Path, raw: Path, mode: str) -> N
 def test_random_writes_in_place(tmp_path: Path, raw: Path, mode: str) -> None:
     """Runs of clusters in and out of order, pieces of sectors, and zeroes that must not be skipped."""
     rnd = random.Random(4)
-    image = create(tmp_path / "disk.qed", "4M", "-o", "cluster_size=4096")
+    image = new_image(tmp_path / "disk.qed", "4M", "-o", "cluster_size=4096")
     order = list(range(0, 1024, 4))
     rnd.shuffle(order)
     for cluster in order:
@@ -203,7 +177,7 @@ CORRUPT = {
 @pytest.mark.parametrize("access", ["ro", "rw"])
 def test_a_corrupt_entry_is_an_io_error(tmp_path: Path, raw: Path, mode: str, access: str) -> None:
     """The clusters next to it are fine."""
-    image = create(tmp_path / "disk.qed", "2M")
+    image = new_image(tmp_path / "disk.qed", "2M")
     qemu_io(image, "write -P 7 0 1M")
     assert image.stat().st_size < 40 * CLUSTER
     with image.open("r+b") as file:
@@ -230,7 +204,7 @@ def test_a_corrupt_entry_is_an_io_error(tmp_path: Path, raw: Path, mode: str, ac
 
 def test_a_failed_write_reaches_the_caller_as_it_is(tmp_path: Path, raw: Path, mode: str) -> None:
     """A limit on the size of files makes the host refuse what lies behind it, in place or not."""
-    image = create(tmp_path / "disk.qed", "4M")
+    image = new_image(tmp_path / "disk.qed", "4M")
     qemu_io(image, "write -P 7 0 2M")
     with mounted(image, raw, *words(mode), "-o", "direct_io"), opened(raw) as fd:
         assert os.pwrite(fd, b"x" * 4096, 0) == 4096
@@ -247,7 +221,7 @@ def test_a_failed_write_reaches_the_caller_as_it_is(tmp_path: Path, raw: Path, m
 
 
 def test_what_is_not_in_the_page_cache_is_read_all_the_same(tmp_path: Path, raw: Path, mode: str) -> None:
-    image = create(tmp_path / "disk.qed", "32M")
+    image = new_image(tmp_path / "disk.qed", "32M")
     content = random.Random(5).randbytes(32 * MIB)
     with mounted(image, raw, *words(mode), "-o", "direct_io"):
         raw_fd = os.open(raw, os.O_RDWR)
@@ -290,7 +264,7 @@ def system_calls(pid: int, name: str, directory: Path) -> Iterator[Callable[[], 
 
 
 def test_a_write_in_place_makes_the_next_fsync_a_real_one(tmp_path: Path, raw: Path, mode: str) -> None:
-    image = create(tmp_path / "disk.qed", "4M")
+    image = new_image(tmp_path / "disk.qed", "4M")
     qemu_io(image, "write -P 7 0 2M")
     with mounted(image, raw, *words(mode), "-o", "direct_io"), opened(raw) as fd:
         os.fsync(fd)
@@ -306,7 +280,7 @@ def test_a_write_in_place_makes_the_next_fsync_a_real_one(tmp_path: Path, raw: P
 
 @pytest.mark.parametrize("flag", ["O_SYNC", "O_DSYNC"])
 def test_writes_that_must_be_synced_are(tmp_path: Path, raw: Path, mode: str, flag: str) -> None:
-    image = create(tmp_path / "disk.qed", "4M")
+    image = new_image(tmp_path / "disk.qed", "4M")
     qemu_io(image, "write -P 7 0 2M")
     with (
         mounted(image, raw, *words(mode), "-o", "direct_io"),
@@ -321,7 +295,7 @@ def test_writes_that_must_be_synced_are(tmp_path: Path, raw: Path, mode: str, fl
 @pytest.mark.parametrize("flag", ["RWF_SYNC", "RWF_DSYNC"])
 def test_single_writes_that_must_be_synced_are(tmp_path: Path, raw: Path, flag: str) -> None:
     """Without a page cache only the request says so, in place and in new clusters, whatever its size."""
-    image = create(tmp_path / "disk.qed", "8M")
+    image = new_image(tmp_path / "disk.qed", "8M")
     qemu_io(image, "write -P 7 0 2M")
     with (
         mounted(image, raw, "-o", "direct_io"),
@@ -342,7 +316,7 @@ def test_single_writes_that_must_be_synced_are(tmp_path: Path, raw: Path, flag: 
 
 
 def test_a_mount_that_is_always_synced(tmp_path: Path, raw: Path, mode: str) -> None:
-    image = create(tmp_path / "disk.qed", "4M")
+    image = new_image(tmp_path / "disk.qed", "4M")
     qemu_io(image, "write -P 7 0 2M")
     with (
         mounted(image, raw, *words(mode), "-o", "sync,direct_io"),
@@ -374,7 +348,7 @@ def settle(raw: Path, image: Path, below: int) -> None:
 
 def test_fallocate_tool(tmp_path: Path, raw: Path) -> None:
     need("fallocate")
-    image = create(tmp_path / "disk.qed", "16M")
+    image = new_image(tmp_path / "disk.qed", "16M")
     with mounted(image, raw):
         raw_fd = os.open(raw, os.O_RDWR)
         os.pwrite(raw_fd, b"x" * 16 * MIB, 0)
@@ -403,14 +377,8 @@ def test_fallocate_tool(tmp_path: Path, raw: Path) -> None:
     check(image)
 
 
-def check(image: Path) -> None:
-    """Sound; free clusters in the middle of the file count as leaked."""
-    done = subprocess.run(["qemu-img", "check", str(image)], capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 3), done.stdout + done.stderr
-
-
 def test_errors_of_fallocate_reach_the_caller(tmp_path: Path, raw: Path) -> None:
-    image = create(tmp_path / "disk.qed", "16M")
+    image = new_image(tmp_path / "disk.qed", "16M")
     with mounted(image, raw, "-o", "fixed_size"), opened(raw) as fd:
         with pytest.raises(OSError, match="not permitted"):
             os.posix_fallocate(fd, 16 * MIB, MIB)
@@ -418,12 +386,6 @@ def test_errors_of_fallocate_reach_the_caller(tmp_path: Path, raw: Path) -> None
             run_fallocate(fd, 0, 0, 1 << 50)
         run_fallocate(fd, 1, 0, MIB)
         assert os.fstat(fd).st_size == 16 * MIB
-
-
-def run_fallocate(fd: int, mode: int, offset: int, size: int) -> None:
-    from qedfuse.file_storage import _fallocate
-
-    _fallocate(fd, mode, offset, size)
 
 
 def segments(fd: int) -> list[tuple[int, int]]:
@@ -444,7 +406,7 @@ def segments(fd: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("options", [(), ("-o", "direct_io")], ids=["cached", "direct_io"])
 def test_lseek_sees_what_was_just_written(tmp_path: Path, raw: Path, options: tuple[str, ...]) -> None:
     """Also what only the kernel has: with the writeback cache nobody has told us of it."""
-    image = create(tmp_path / "disk.qed", "64M")
+    image = new_image(tmp_path / "disk.qed", "64M")
     with mounted(image, raw, *options), opened(raw) as fd:
         assert segments(fd) == []
         os.pwrite(fd, b"x" * 100, 8 * MIB)
@@ -465,7 +427,7 @@ def test_lseek_sees_what_was_just_written(tmp_path: Path, raw: Path, options: tu
 
 def test_lseek_of_a_file_that_nobody_can_write_asks_the_kernel_for_nothing(tmp_path: Path, raw: Path) -> None:
     """Each time it does takes a thread and the kernel's walk over its cache; QEMU makes thousands of lseeks."""
-    image = create(tmp_path / "disk.qed", "64M")
+    image = new_image(tmp_path / "disk.qed", "64M")
     with mounted(image, raw):
         with opened(raw) as fd:
             os.pwrite(fd, b"x" * 100, 8 * MIB)
@@ -487,14 +449,14 @@ def test_lseek_through_a_chain_and_in_a_read_only_mount(tmp_path: Path, raw: Pat
         file.truncate(8 * MIB)
         file.seek(3 * MIB)
         file.write(b"x" * 4096)
-    image = create(tmp_path / "disk.qed", "16M", "-b", base, "-F", "raw")
+    image = new_image(tmp_path / "disk.qed", "16M", "-b", base, "-F", "raw")
     qemu_io(image, "write -P 7 12M 64k")
     with mounted(image, raw, "--ro"), opened(raw, os.O_RDONLY) as fd:
         assert segments(fd) == [(3 * MIB, 3 * MIB + 4096), (12 * MIB, 12 * MIB + CLUSTER)]
 
 
 def test_64_tib_are_scanned_in_no_time(tmp_path: Path, raw: Path) -> None:
-    image = create(tmp_path / "disk.qed", "64T")
+    image = new_image(tmp_path / "disk.qed", "64T")
     with mounted(image, raw), opened(raw) as fd:
         position = (63 << 40) + 12345
         os.pwrite(fd, b"x", position)
@@ -507,7 +469,7 @@ def test_64_tib_are_scanned_in_no_time(tmp_path: Path, raw: Path) -> None:
 @pytest.mark.parametrize("tool", ["cp", "tar", "rsync", "qemu-img"])
 def test_tools_keep_holes(tmp_path: Path, raw: Path, tool: str) -> None:
     need(tool)
-    image = create(tmp_path / "disk.qed", "1G")
+    image = new_image(tmp_path / "disk.qed", "1G")
     copy = tmp_path / "copy"
     copy.mkdir()
     with mounted(image, raw):
@@ -543,7 +505,7 @@ def test_tools_keep_holes(tmp_path: Path, raw: Path, tool: str) -> None:
 @pytest.mark.guest
 def test_a_loop_device_offers_discard_and_fstrim_shrinks_the_image(tmp_path: Path, raw: Path) -> None:
     need_guest("mkfs.ext4", "fstrim")
-    image = create(tmp_path / "disk.qed", "256M")
+    image = new_image(tmp_path / "disk.qed", "256M")
     with mounted(image, raw), loop_device(raw) as device:
         assert int(Path("/sys/block", device.name, "queue/discard_max_bytes").read_text()) > 0
         run("mkfs.ext4", "-q", "-F", device)
@@ -569,7 +531,7 @@ def test_a_loop_device_offers_discard_and_fstrim_shrinks_the_image(tmp_path: Pat
 @pytest.mark.guest
 def test_mount_with_discard(tmp_path: Path, raw: Path) -> None:
     need_guest("mkfs.ext4")
-    image = create(tmp_path / "disk.qed", "256M")
+    image = new_image(tmp_path / "disk.qed", "256M")
     with mounted(image, raw), loop_device(raw) as device:
         run("mkfs.ext4", "-q", "-F", device)
         with filesystem(device, tmp_path / "guest", "-o", "discard") as guest:
@@ -585,7 +547,7 @@ def test_mount_with_discard(tmp_path: Path, raw: Path) -> None:
 @pytest.mark.parametrize("option", [[], ["-z"]], ids=["discard", "zeroout"])
 def test_blkdiscard(tmp_path: Path, raw: Path, option: list[str]) -> None:
     need_guest("blkdiscard")
-    image = create(tmp_path / "disk.qed", "64M")
+    image = new_image(tmp_path / "disk.qed", "64M")
     with mounted(image, raw), loop_device(raw) as device:
         with opened(device) as fd:
             os.write(fd, b"x" * 64 * MIB)
@@ -636,7 +598,7 @@ sys.exit(main())
 
 def test_other_tasks_have_their_turn_under_a_flood_of_reads(tmp_path: Path, raw: Path) -> None:
     need_fuse()
-    image = create(tmp_path / "disk.qed", "16M")
+    image = new_image(tmp_path / "disk.qed", "16M")
     qemu_io(image, "write -P 7 0 8M", "write -P 7 8M 8M")
     delays = tmp_path / "delays"
     command = [sys.executable, "-c", WATCHED, str(delays), "mount", "-o", "direct_io", str(image), str(raw)]
@@ -687,7 +649,7 @@ def cpu_time(pid: int) -> float:
 
 
 def test_an_idle_mount_does_not_spin(tmp_path: Path, raw: Path) -> None:
-    image = create(tmp_path / "disk.qed", "16M")
+    image = new_image(tmp_path / "disk.qed", "16M")
     qemu_io(image, "write -P 7 0 8M")
     with mounted(image, raw, "-o", "direct_io"), opened(raw) as fd:
         for _ in range(2000):
@@ -720,7 +682,7 @@ def test_an_idle_mount_does_not_spin(tmp_path: Path, raw: Path) -> None:
 )
 def test_where_it_cannot_bind_python_answers_and_the_log_says_so(tmp_path: Path, raw: Path, first: str) -> None:
     need_fuse()
-    image = create(tmp_path / "disk.qed", "4M")
+    image = new_image(tmp_path / "disk.qed", "4M")
     log = tmp_path / "log"
     program = f"import {first}; import sys; from qedfuse.cli.main import main; sys.exit(main())"
     run_plain([sys.executable, "-c", program, "mount", "--log-file", str(log), str(image), str(raw)])

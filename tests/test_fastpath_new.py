@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import qemu_img
-from tests.helpers.mounts import counters, mounted, need_fuse
-from tests.test_fastpath import (
+from tests.helpers.cli import new_image, qemu_img
+from tests.helpers.fastpath_modes import (
     CLUSTER,
-    MIB,
+    MODES_ARE_CHOSEN_HERE,
     check,
-    create,
     flat,
     mode,
-    opened,
-    pytestmark,
     run_fallocate,
     words,
 )
+from tests.helpers.mounts import counters, mounted, need_fuse, opened
 
-__all__ = ["mode", "pytestmark"]  # fixtures, and the same reason to be skipped
+__all__ = ["mode"]  # a fixture
 
+pytestmark = MODES_ARE_CHOSEN_HERE
+
+MIB = 1 << 20
 _PUNCH_HOLE = 3
 
 
@@ -56,7 +56,7 @@ def test_random_operations_against_a_model(tmp_path: Path, raw: Path, mode: str,
     rnd = random.Random(f"{below}{cluster}")
     size = 10 * MIB
     model = bytearray(size)
-    chain: tuple[object, ...] = ()
+    chain: tuple[str | Path, ...] = ()
     if below != "nothing":
         base = tmp_path / "base.raw"
         model[: 6 * MIB + 700] = rnd.randbytes(6 * MIB + 700)
@@ -66,7 +66,7 @@ def test_random_operations_against_a_model(tmp_path: Path, raw: Path, mode: str,
         middle = tmp_path / "middle.qed"
         qemu_img("convert", "-f", "raw", "-O", "qed", "-o", "cluster_size=16k", base, middle)
         chain = ("-b", middle, "-F", "qed")
-    image = create(tmp_path / "disk.qed", str(size), "-o", f"cluster_size={cluster}", *chain)
+    image = new_image(tmp_path / "disk.qed", str(size), "-o", f"cluster_size={cluster}", *chain)
     with mounted(image, raw, *words(mode), "-o", "direct_io"):
         with opened(raw) as fd:
             random_operations(fd, model, rnd, 120, punch=mode == "on")
@@ -78,7 +78,7 @@ def test_random_operations_against_a_model(tmp_path: Path, raw: Path, mode: str,
 
 def test_most_new_clusters_need_no_python(tmp_path: Path, raw: Path) -> None:
     need_fuse()
-    image = create(tmp_path / "disk.qed", "64M")
+    image = new_image(tmp_path / "disk.qed", "64M")
     with mounted(image, raw, "-o", "direct_io"), opened(raw) as fd:
         for cluster in range(500):
             os.pwrite(fd, b"x" * 4096, cluster * CLUSTER)
@@ -90,7 +90,7 @@ def test_most_new_clusters_need_no_python(tmp_path: Path, raw: Path) -> None:
 
 def test_freed_clusters_are_used_again(tmp_path: Path, raw: Path) -> None:
     need_fuse()
-    image = create(tmp_path / "disk.qed", "64M")
+    image = new_image(tmp_path / "disk.qed", "64M")
     with mounted(image, raw, "-o", "direct_io"), opened(raw) as fd:
         os.pwrite(fd, b"x" * (4 * MIB), 0)
         os.fsync(fd)

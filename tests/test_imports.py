@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,9 @@ def test_image_data_goes_through_storage(module: str) -> None:
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             assert node.attr not in FILE_CALLS - allowed.get(module, set()), node.lineno
+
+
+def test_what_tests_share_stands_in_their_helpers() -> None:
+    """A test that takes something from another one has that one's fixtures and marks, too."""
+    for file in Path(__file__).parent.rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) tests\.test_", file.read_text(), re.MULTILINE), file.name

@@ -7,7 +7,6 @@ tests kills ten times, which makes 200 in all; `QEDFUSE_KILLS` sets another numb
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -17,15 +16,10 @@ import pytest
 from tests.helpers import filing
 from tests.helpers.cli import TIMEOUT
 from tests.helpers.guests import filesystem, loop_device, need_filesystem, need_guest, run
-from tests.helpers.kill_case import GEOMETRIES, SEED, Case
+from tests.helpers.kill_case import GEOMETRIES, IMAGES, KILLS, SEED, Case
 from tests.helpers.ledger import Files, Ledger
 from tests.helpers.modes import MODES, Mode, makes_holes
 from tests.helpers.victims import victims
-
-#: In each slow test.
-KILLS = int(os.environ.get("QEDFUSE_KILLS") or 10)
-
-IMAGES = pytest.mark.parametrize("overlay", [False, True], ids=["plain", "overlay"])
 
 
 def kill_under_writers(case: Case, kills: int, *, lulls: bool) -> None:

@@ -16,11 +16,10 @@ import pytest
 
 from qedfuse.control import Client
 from tests.helpers.cli import TIMEOUT
-from tests.helpers.kill_case import Case
+from tests.helpers.kill_case import IMAGES, KILLS, Case
 from tests.helpers.modes import MODES, NATIVE, Mode
 from tests.helpers.mounts import is_mounted, mount_at, wait_until
 from tests.helpers.victims import kill_daemon
-from tests.test_kill import IMAGES, KILLS
 
 JOBS = 4
 SIZE = 24 << 20

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.cli import TIMEOUT, environment, qedfuse
 from tests.helpers.guests import assert_clean, qemu_check, run
 from tests.helpers.modes import Mode
@@ -20,6 +22,12 @@ from tests.helpers.mounts import Mounted, is_mounted, mounted, need_fuse, wait_u
 from tests.helpers.victims import Victims, kill_daemon, kill_process
 
 SEED = int(os.environ.get("QEDFUSE_KILL_SEED") or random.SystemRandom().randrange(1 << 32))
+
+#: In each slow test.
+KILLS = int(os.environ.get("QEDFUSE_KILLS") or 10)
+
+#: Gives a test the argument `overlay`.
+IMAGES = pytest.mark.parametrize("overlay", [False, True], ids=["plain", "overlay"])
 
 #: Cluster size and table size. Small ones make many tables.
 GEOMETRIES = (("4k", "2"), ("4k", "4"), ("64k", "4"), ("256k", "2"))

@@ -22,14 +22,21 @@ import trio
 from qedfuse.control import Client
 from qedfuse.header import HEADER_BYTES, Header
 from tests.helpers.cli import ROOT, TIMEOUT, environment
+from tests.helpers.crash import SEED
 from tests.helpers.devices import device_with
+from tests.helpers.history import SECTOR
 from tests.helpers.images import TINY, Chain, new_chain
 from tests.helpers.modes import PYTHON, Mode
-from tests.helpers.mounted_guest import SIZE, SIZES
+from tests.helpers.mounted_guest import CLUSTER, SIZE, SIZES
 from tests.helpers.mounts import mount_at, mounted, need_fuse
 from tests.helpers.ram import RamFile
 from tests.helpers.strace_log import OPTIONS, Event, read_log
 from tests.helpers.survival import raw_below
+
+#: The sizes of backing files: some of the guest's sectors lie behind the end.
+BELOW = {"alone": 0, "over raw": 30 * CLUSTER + SECTOR}
+#: With the writeback cache, for requests that overlap: of a file with direct_io the kernel writes one at a time.
+CACHED = {"threads", "asynchronous"}
 
 
 @dataclass
@@ -96,6 +103,13 @@ def trace(
     )
 
 
+def traced(directory: Path, scenario: str, mode: Mode, backing: str, seed: int = SEED) -> Traced:
+    """The same, over one of the backing files of `BELOW`, with the mount options that the scenario wants."""
+    cached = scenario in CACHED or (scenario == "walk" and seed % 2 == 0)
+    options = () if cached else ("-o", "direct_io")
+    return trace(directory, scenario, mode, *options, below=BELOW[backing], seed=seed)
+
+
 def _name_backing_file(image: Path, path: Path) -> None:
     """By its absolute path: the image is going to lie elsewhere."""
     name = os.fsencode(path)
@@ -136,7 +150,7 @@ def _strace(log: Path, files: list[Path], pids: list[int]) -> Iterator[subproces
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + TIMEOUT
-            while not all(_traced(pid) for pid in pids):
+            while not all(_is_traced(pid) for pid in pids):
                 if process.poll() is not None:
                     pytest.skip("strace may not attach here")
                 assert time.monotonic() < deadline, "strace does not attach"
@@ -146,6 +160,6 @@ def _strace(log: Path, files: list[Path], pids: list[int]) -> Iterator[subproces
             process.terminate()  # nothing if it has ended; otherwise it lets them go
 
 
-def _traced(pid: int) -> bool:
+def _is_traced(pid: int) -> bool:
     """Whether each thread has its tracer."""
     return all("TracerPid:\t0\n" not in file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/status"))
