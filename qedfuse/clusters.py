@@ -217,7 +217,7 @@ class ClusterWriter:
         try:
             await self._storage.write(host, buffers)
         finally:
-            self._committer.unsynced = True
+            self._committer.note_written()
 
     def _write_behind(self, host: int, size: int, filled: int) -> None:
         """Let the disk begin with new clusters of a large write: otherwise it idles until the flush, which waits."""
@@ -235,7 +235,7 @@ class ClusterWriter:
         try:
             await self._storage.punch(host, size)
         finally:
-            self._committer.unsynced = True
+            self._committer.note_written()
 
     def _below(self, offset: int, size: int) -> bool:
         """Whether the backing file has anything in a range."""

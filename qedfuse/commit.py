@@ -132,6 +132,7 @@ class Committer:
         self._waiting: dict[int, int] = {}
         self._dirty_event = trio.Event()
         self.changes = 0  # counts them
+        self.writes = 0  # counts those of guest data, or bursts of them
 
     # -- what the engine tells --------------------------------------------------------------------------------------
 
@@ -139,6 +140,11 @@ class Committer:
         """Tables changed: they are due for a commit."""
         self.changes += 1
         self._dirty_event.set()
+
+    def note_written(self) -> None:
+        """Guest data was written, or zeroed, in place or into new clusters: the next flush must sync it."""
+        self.unsynced = True
+        self.writes += 1
 
     def note_size(self, size: int) -> None:
         """The image has grown; the header follows with the next commit."""

@@ -22,7 +22,7 @@ from qedfuse.blocking import in_background, in_thread
 from qedfuse.errors import QedfuseError
 from qedfuse.geometry import round_down, round_up
 from qedfuse.hosts import Host
-from qedfuse.storage import Buffer, size_in_sectors
+from qedfuse.storage import Buffer, HostExtent, find_extents, size_in_sectors
 
 T = TypeVar("T")
 
@@ -244,6 +244,11 @@ class FileStorage:
         if offset >= size:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), self.path)
         return size
+
+    async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
+        if self.fixed:
+            return find_extents(self, ranges, most)
+        return await self._in_thread(find_extents, self, ranges, most)
 
     async def close(self) -> None:
         if self._fd >= 0:

@@ -22,6 +22,7 @@ from qedfuse.blocking import Stepper
 from qedfuse.complaints import Complaints
 from qedfuse.holes import LastExtent, fallocate, next_data, next_hole
 from qedfuse.image import Image
+from qedfuse.mapping import Search
 from qedfuse.offload import Worker, idle_worker, offload
 from qedfuse.replaced import check_not_replaced, may_be_replaced
 from qedfuse.storage import Buffer
@@ -202,7 +203,8 @@ class HandOver:
         written_back = -1
         while True:
             version = image.version
-            data = await next_data(image, offset)
+            search = Search()
+            data = await next_data(image, offset, search)
             found: int | None = data
             hole = offset
             if data != offset:
@@ -210,9 +212,9 @@ class HandOver:
                 if whence == os.SEEK_HOLE:
                     found = offset
             elif whence == os.SEEK_HOLE:
-                found = hole = await next_hole(image, offset)
+                found = hole = await next_hole(image, offset, search)
                 self._last.note(image, version, offset, hole, is_data=True)
-                data = await next_data(image, hole)
+                data = await next_data(image, hole, search)
             if self._is_cached(image) and data != hole and hole != written_back:
                 await self._write_back(fd, node, hole, 0 if data is None else data - hole)
                 written_back = hole

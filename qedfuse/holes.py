@@ -1,7 +1,8 @@
 """Holes of an image: finding them (SEEK_DATA, SEEK_HOLE) and making them (fallocate), on the engine, without FUSE.
 
-A hole is what reads as zeroes without any bytes being stored for it: zero clusters, clusters that no layer has, and the
-holes of a raw backing file. Data is everything else, even if it consists of zeroes.
+A hole is what reads as zeroes without any bytes being stored for it: zero clusters, clusters that no layer has, and
+what the host has holes for in the image's clusters and its backing files'. Data is everything else, even if it consists
+of zeroes.
 
 Whoever waits for an lseek cannot be killed. A hostile image makes a search through exabytes of tables out of one, and
 so a search is given up after `PATIENCE` seconds, with an answer that is allowed for any file: here may be data.
@@ -18,9 +19,8 @@ from contextlib import aclosing
 
 from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
-from qedfuse.layer import Kind, Layer
-from qedfuse.mapping import walk
-from qedfuse.scan import Breather
+from qedfuse.layer import Layer
+from qedfuse.mapping import Search, walk
 
 #: Seconds; time for a terabyte of tables that say "zeroes" and "data" cluster by cluster.
 PATIENCE = 2.0
@@ -30,28 +30,28 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
 
-async def next_data(layer: Layer, offset: int) -> int | None:
+async def next_data(layer: Layer, offset: int, search: Search | None = None) -> int | None:
     """The first byte at or behind `offset` that is data, None if there is none. Raises OSError as reading does.
 
-    After `PATIENCE`: a byte behind `offset` before which there is none.
+    After `PATIENCE`: a byte behind `offset` before which there is none. `search`: see `walk`.
     """
-    found, tired = await _find(layer, offset, data=True)
+    found, tired = await _find(layer, offset, search, data=True)
     return None if found == layer.size and not tired else found
 
 
-async def next_hole(layer: Layer, offset: int) -> int:
+async def next_hole(layer: Layer, offset: int, search: Search | None = None) -> int:
     """The first byte at or behind `offset` that is in a hole; the image's end counts as one. Raises OSError.
 
     After `PATIENCE`: the image's end.
     """
-    found, tired = await _find(layer, offset, data=False)
+    found, tired = await _find(layer, offset, search, data=False)
     return layer.size if tired else found
 
 
-async def _find(layer: Layer, offset: int, *, data: bool) -> tuple[int, bool]:
+async def _find(layer: Layer, offset: int, search: Search | None, *, data: bool) -> tuple[int, bool]:
     """Where what is looked for begins (the layer's end: nowhere), or how far the search came before it was given up."""
     deadline = time.monotonic() + PATIENCE
-    async with aclosing(walk(layer, offset, layer.size)) as entries:
+    async with aclosing(walk(layer, offset, layer.size, search=search)) as entries:
         async for entry in entries:
             if entry.data is data:
                 return entry.start, False
@@ -65,11 +65,11 @@ class LastExtent:
 
     def __init__(self) -> None:
         self._image: Image | None = None
-        self._version = (0, 0)
+        self._version = (0, 0, 0)
         self._start = self._end = 0
         self._is_data = False
 
-    def note(self, image: Image, version: tuple[int, int], start: int, end: int, *, is_data: bool) -> None:
+    def note(self, image: Image, version: tuple[int, int, int], start: int, end: int, *, is_data: bool) -> None:
         """`version`: the image's when the search began."""
         self._image, self._version = image, version
         self._start, self._end, self._is_data = start, end, is_data
@@ -104,7 +104,7 @@ async def fallocate(image: Image, mode: int, offset: int, size: int) -> None:
 
 
 async def _check_space(image: Image, offset: int, size: int) -> None:
-    """Is there room on the host for the clusters that a range lacks?"""
+    """Is there room on the host for what a range lacks?"""
     if not isinstance(image.storage, FileStorage):
         return
     room = await image.measure_room()
@@ -115,11 +115,10 @@ async def _check_space(image: Image, offset: int, size: int) -> None:
         room = host.f_bavail * host.f_frsize
     missing = max(0, offset + size - max(offset, image.size))
     end = min(offset + size, image.size)
-    breathe = Breather()
-    while offset < end and missing <= room:
-        await breathe()
-        for run in await image.map(offset, end - offset):
-            missing += 0 if run.kind is Kind.DATA else run.length
-            offset += run.length
+    async with aclosing(walk(image, offset, max(offset, end), below=False)) as entries:
+        async for entry in entries:
+            missing += 0 if entry.data else entry.length
+            if missing > room:
+                break
     if missing > room:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

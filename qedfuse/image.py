@@ -143,9 +143,10 @@ class Image:
         return self.room
 
     @property
-    def version(self) -> tuple[int, int]:
-        """Another one whenever what is a hole, or the size, may have changed."""
-        return self._committer.changes if self._committer else 0, self._size
+    def version(self) -> tuple[int, int, int]:
+        """Another one whenever what is a hole, or the size, may have changed. A write in place may fill a hole."""
+        committer = self._committer
+        return (committer.changes, committer.writes, self._size) if committer else (0, 0, self._size)
 
     # -- for the fast path --------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Image:
         If it happens all the same, the image has failed, and its file stays as it is.
         """
         committer = self._committer_of()
-        committer.unsynced = True
+        committer.note_written()
         if not taken:
             return
         start, end = self._offered
@@ -247,7 +248,7 @@ class Image:
         runs = self._tables.map_prefix(offset, size)
         if len(runs) != 1 or runs[0].kind is not Kind.DATA or runs[0].length != size:
             return False
-        self._committer.unsynced = True
+        self._committer.note_written()
         return self.storage.write_nowait(runs[0].host, data)
 
     async def write(self, offset: int, data: Buffer) -> None:

@@ -57,6 +57,11 @@ class Layer(Protocol):
     @property
     def backing(self) -> Layer | None: ...
 
+    @property
+    def version(self) -> object:
+        """Another one whenever what it has, or what is a hole of it, may have changed."""
+        ...
+
     def map_nowait(self, offset: int, size: int) -> list[Run] | None:
         """Runs that cover exactly [offset, offset+size), or None if tables must be read first (then use `map`).
 

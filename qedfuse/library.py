@@ -151,7 +151,7 @@ class Image:
         """What the image itself, without its backing file, has for a range: see `Run`.
 
         The runs begin at `offset`, and are as many as a few milliseconds give: they may cover less than `size`. None at
-        the end of the image.
+        the end of the image. What has a place in the file is DATA, also where the host has a hole there.
         """
         start, wanted = _number("offset", offset), _number("size", size)
         await checkpoint()

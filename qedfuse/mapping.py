@@ -3,29 +3,37 @@
 Memory is bounded by what one layer says at a time, however large the image is. The depths are QEMU's: a range that no
 layer has belongs to the last layer that was long enough to be asked.
 
+Clusters of a QED image that the host has holes for are told as `qemu-img map` tells the holes of a raw file: present,
+zero, no data, at an offset. (It does not look for them in QED images, whose clusters it tells as data.) A script that
+copies what is data copies all there is, and what is present hides the layers below as ever.
+
 Source: qemu-img(1), "map"; QAPI `MapEntry`; QEMU's block-status semantics, as observed.
 """
 
 from __future__ import annotations
 
-import errno
-from collections.abc import AsyncGenerator, Container, Iterable, Iterator
+from collections.abc import AsyncGenerator, Container
 from contextlib import aclosing
+from itertools import islice
 from typing import NamedTuple
 
+from qedfuse.extents import HostExtents
 from qedfuse.layer import Kind, Layer
 from qedfuse.scan import Breather
-from qedfuse.storage import Storage
+from qedfuse.storage import HostExtent
 
 #: The host offset of zeroes that no layer has.
 _NOWHERE = -1
+#: What is mapped may be a hole of the host, and is no data then.
+_FORMATS = ("raw", "qed")
 
 
 class MapEntry(NamedTuple):
     """A range of the guest; bytes. `offset` is where it lies in the file `filename`, if it lies anywhere as it is.
 
     `depth`: 0 is the image, 1 its backing file, ... `present`: the layer at `depth` has it. `zero`: reads as zeroes.
-    `data`: bytes are stored for it.
+    `data`: bytes are stored for it. (Of a preallocated qcow2 image what is mapped is `data`, as in QEMU, and `zero` if
+    it is a hole of the host.)
     """
 
     start: int
@@ -66,8 +74,8 @@ async def map_image(
 ) -> AsyncGenerator[MapEntry, None]:
     """The entries of [start, start+length) (default: to the end of the image), in order, merged, without gaps.
 
-    `sparse`: layers (other than raw ones) of which what is stored may be holes of the host, and is told to be zeroes
-    then. Raises OSError, CorruptError as the layers do.
+    `sparse`: qcow2 layers of which what is mapped may be holes of the host, and is told to be zeroes then. Raises
+    OSError, CorruptError as the layers do.
     """
     end = top.size if length is None else min(top.size, start + length)
     pending: MapEntry | None = None
@@ -103,9 +111,53 @@ class _Known(NamedTuple):
     host: int
 
 
-async def walk(top: Layer, start: int, end: int, *, sparse: Container[Layer] = ()) -> AsyncGenerator[MapEntry, None]:
-    """As `map_image`, but not merged: for who looks for something, and reads no more of the tables than it takes."""
+class Search:
+    """What has been found out of the host's holes, for several walks at one time: see `HostExtents`."""
+
+    def __init__(self) -> None:
+        self._found: dict[Layer, tuple[object, HostExtents]] = {}
+
+    async def extents(self, item: _Known, todo: list[_Ask | _Known]) -> list[HostExtent]:
+        """What is stored of the beginning of a range that `item.layer` has, and what is a hole. Asks for what comes
+        next in `todo`, too."""
+        layer = item.layer
+        version, extents = self._found.get(layer, (None, None))
+        if extents is None or version != layer.version:
+            extents = HostExtents(layer.storage)
+            self._found[layer] = layer.version, extents
+        start, end = _host_range(item)
+        found = extents.known(start, end)
+        if not found:
+            ranges = [(start, end)]
+            for other in islice(reversed(todo), extents.ahead - 1):
+                if not isinstance(other, _Known):
+                    break
+                if other.layer is layer and other.kind is Kind.DATA and not extents.known(other.host, other.host + 1):
+                    ranges.append(_host_range(other))
+            await extents.learn(ranges)
+            found = extents.known(start, end)
+        return found
+
+
+def _host_range(item: _Known) -> tuple[int, int]:
+    return item.host, item.host + item.end - item.start
+
+
+async def walk(
+    top: Layer,
+    start: int,
+    end: int,
+    *,
+    sparse: Container[Layer] = (),
+    below: bool = True,
+    search: Search | None = None,
+) -> AsyncGenerator[MapEntry, None]:
+    """As `map_image`, but not merged: for who looks for something, and reads no more of the tables than it takes.
+
+    `below` False: what the top layer has not counts as zeroes. `search`: for walks between which nothing is written.
+    """
     todo: list[_Ask | _Known] = [_Ask(top, start, end, 0)]  # the ranges still to come, the nearest on top
+    search = search or Search()
     breathe = Breather()
     while todo:
         await breathe()
@@ -115,10 +167,15 @@ async def walk(top: Layer, start: int, end: int, *, sparse: Container[Layer] = (
         if isinstance(item, _Ask):
             todo += reversed(await _ask(item))
         elif item.kind is Kind.UNALLOCATED:
-            todo += reversed(_below(item))
-        else:
-            for entry in _entries(item, sparse):
+            todo += reversed(_below(item, item.layer.backing if below else None))
+        elif item.kind is Kind.DATA and (item.layer.format in _FORMATS or item.layer in sparse):
+            for extent in await search.extents(item, todo):
+                entry = _stored(item, extent)
+                item = item._replace(start=entry.start + entry.length, host=extent.end)
                 yield entry
+            todo.append(item)
+        else:
+            yield _entry(item)
 
 
 async def _ask(item: _Ask) -> list[_Ask | _Known]:
@@ -134,9 +191,8 @@ async def _ask(item: _Ask) -> list[_Ask | _Known]:
     return [*known, _Ask(layer, position, end, depth)]
 
 
-def _below(item: _Known) -> list[_Ask | _Known]:
+def _below(item: _Known, below: Layer | None) -> list[_Ask | _Known]:
     """A range that a layer has not: the part to ask the layer below for, and the part past that one's end."""
-    below = item.layer.backing
     if below is None:
         return [item._replace(kind=Kind.ZERO, host=_NOWHERE)]
     covered = max(item.start, min(item.end, below.size))
@@ -144,52 +200,23 @@ def _below(item: _Known) -> list[_Ask | _Known]:
     return [_Ask(below, item.start, covered, item.depth + 1), rest]
 
 
-def _entries(item: _Known, sparse: Container[Layer]) -> Iterator[MapEntry]:
-    """The entries of a range that is settled. What is stored of a raw file may be holes after all."""
+def _stored(item: _Known, extent: HostExtent) -> MapEntry:
+    """The entry of a part of DATA; `extent` is where its layer's file has it, and begins where `item` does."""
+    layer, start, _end, depth, _kind, host = item
+    stored = extent.is_data or layer.format not in _FORMATS
+    zero = not extent.is_data
+    length = extent.end - host
+    return MapEntry(start, length, depth, present=True, zero=zero, data=stored, offset=host, filename=layer.path)
+
+
+def _entry(item: _Known) -> MapEntry:
+    """The entry of a range whose layer has told all of it."""
     layer, start, end, depth, kind, host = item
-    if kind is Kind.ZERO and host > 0:
-        yield MapEntry(start, end - start, depth, present=True, zero=True, data=False, offset=host, filename=layer.path)
-    elif kind is Kind.ZERO:
-        yield MapEntry(start, end - start, depth, present=host != _NOWHERE, zero=True, data=False)
-    elif kind is Kind.INDIRECT:
-        yield MapEntry(
-            start, end - start, depth, present=True, zero=False, data=True, compressed=True, filename=layer.path
-        )
-    else:
-        is_raw = layer.format == "raw"
-        parts: Iterable[tuple[bool, int, int]] = [(True, host, host + end - start)]
-        if is_raw or layer in sparse:
-            parts = _data_and_holes(layer.storage, host, host + end - start)
-        for data, offset, stop in parts:
-            stored = data or not is_raw
-            first = start + offset - host
-            yield MapEntry(
-                first,
-                stop - offset,
-                depth,
-                present=True,
-                zero=not data,
-                data=stored,
-                offset=offset,
-                filename=layer.path,
-            )
-
-
-def _data_and_holes(storage: Storage, position: int, end: int) -> Iterator[tuple[bool, int, int]]:
-    """(is data, start, end) of a file's range; all data where the file system does not tell."""
-    while position < end:
-        try:
-            data = storage.next_data(position)
-            data = end if data is None else min(data, end)
-            if position < data:
-                yield False, position, data
-            position = data
-            if position < end:
-                hole = min(storage.next_hole(position), end)
-                yield True, position, hole
-                position = hole
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            yield True, position, end
-            return
+    length = end - start
+    if kind is Kind.DATA:
+        return MapEntry(start, length, depth, present=True, zero=False, data=True, offset=host, filename=layer.path)
+    if kind is Kind.INDIRECT:
+        return MapEntry(start, length, depth, present=True, zero=False, data=True, compressed=True, filename=layer.path)
+    if host > 0:
+        return MapEntry(start, length, depth, present=True, zero=True, data=False, offset=host, filename=layer.path)
+    return MapEntry(start, length, depth, present=host != _NOWHERE, zero=True, data=False)

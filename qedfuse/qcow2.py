@@ -106,6 +106,7 @@ class Qcow2Layer:
     """
 
     format = "qcow2"
+    version = 0
 
     def __init__(self, storage: Storage, header: Qcow2Header, backing: Layer | None) -> None:
         self.path = storage.path

@@ -10,6 +10,7 @@ class RawLayer:
     """A raw disk. See `layer.Layer`. `storage` is owned and closed with the layer."""
 
     format = "raw"
+    version = 0
 
     def __init__(self, storage: Storage, size: int) -> None:
         self.path = storage.path

@@ -17,7 +17,7 @@ import trio
 
 from qedfuse.file_storage import FileStorage
 from qedfuse.mount_table import find_by_id, is_remote, mount_id
-from qedfuse.storage import Buffer
+from qedfuse.storage import Buffer, HostExtent, find_extents
 from qedfuse.threads import enter, look
 
 T = TypeVar("T")
@@ -137,6 +137,9 @@ class RemoteFile(FileStorage):
 
     def next_hole(self, offset: int) -> int:
         return self._size
+
+    async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
+        return find_extents(self, ranges, most)
 
 
 def isolate(file: FileStorage) -> FileStorage:

@@ -9,10 +9,11 @@ lacks reads as zeroes.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from qedfuse.geometry import whole_sectors
 
@@ -21,10 +22,21 @@ Buffer = bytes | bytearray | memoryview
 #: What makes two names one file, or one block device.
 Identity = tuple[int, int]
 
+#: Behind every file.
+_END = 1 << 63
+
 
 def identity(status: os.stat_result) -> Identity:
     """Which file, or which block device, whatever node stands for it."""
     return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+class HostExtent(NamedTuple):
+    """Bytes of a host file that are data, or a hole."""
+
+    start: int
+    end: int
+    is_data: bool
 
 
 class Storage(Protocol):
@@ -87,6 +99,12 @@ class Storage(Protocol):
         """The first offset at or behind `offset` that holds none (the end of the file counts as one)."""
         ...
 
+    async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
+        """What is data and what are holes in ranges (start, end), sorted and not empty: in each from its start on, and
+        not more than `most` extents, at least one. An extent may begin before a range that it covers, and end behind
+        it. What is only reserved (unwritten) counts as the file system says."""
+        ...
+
     async def close(self) -> None:
         """Release the file. Idempotent; makes nothing durable."""
         ...
@@ -104,6 +122,41 @@ async def read(storage: Storage, offset: int, size: int) -> bytes:
     with memoryview(buffer) as target:
         await fill(storage, offset, target)
     return bytes(buffer)
+
+
+def find_extents(storage: Storage, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
+    """See `Storage.find_extents`; with one call for an extent, as a rule, on the spot. All is data where the file
+    system does not tell."""
+    found: list[HostExtent] = []
+    position = -1  # up to where all is known since the start of the range before
+    for start, end in ranges:
+        is_data: bool | None = None
+        position = max(position, start)
+        for _ in range(most):
+            if position >= end:
+                break
+            extent = _extent_at(storage, position, is_data)
+            found.append(extent)
+            position, is_data = extent.end, not extent.is_data
+    return found
+
+
+def _extent_at(storage: Storage, position: int, is_data: bool | None) -> HostExtent:
+    """`is_data`: what is there, as far as that has been told; but the file may change meanwhile."""
+    try:
+        if not is_data:
+            data = storage.next_data(position)
+            if data is None:
+                return HostExtent(position, _END, False)
+            if data > position:
+                return HostExtent(position, data, False)
+        return HostExtent(position, max(storage.next_hole(position), position + 1), True)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return HostExtent(position, _END, False)
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return HostExtent(position, _END, True)
+        raise
 
 
 def held_bytes(storage: Storage) -> int:

@@ -409,13 +409,13 @@ def test_lseek_sees_what_was_just_written(tmp_path: Path, raw: Path, options: tu
     image = new_image(tmp_path / "disk.qed", "64M")
     with mounted(image, raw, *options), opened(raw) as fd:
         assert segments(fd) == []
-        os.pwrite(fd, b"x" * 100, 8 * MIB)
+        os.pwrite(fd, b"x" * CLUSTER, 8 * MIB)
         assert segments(fd) == [(8 * MIB, 8 * MIB + CLUSTER)]
-        os.pwrite(fd, b"x" * 100, 8 * MIB + CLUSTER)
+        os.pwrite(fd, b"x" * CLUSTER, 8 * MIB + CLUSTER)
         assert segments(fd) == [(8 * MIB, 8 * MIB + 2 * CLUSTER)]
-        os.pwrite(fd, b"x" * 100, 40 * MIB + 300)
+        os.pwrite(fd, b"x" * (CLUSTER - 300), 40 * MIB + 300)
         assert segments(fd) == [(8 * MIB, 8 * MIB + 2 * CLUSTER), (40 * MIB, 40 * MIB + CLUSTER)]
-        os.pwrite(fd, b"x", 64 * MIB - 1)
+        os.pwrite(fd, b"x" * CLUSTER, 64 * MIB - CLUSTER)
         assert os.lseek(fd, 50 * MIB, os.SEEK_DATA) == 64 * MIB - CLUSTER
         assert os.lseek(fd, 64 * MIB - CLUSTER, os.SEEK_HOLE) == 64 * MIB
         with pytest.raises(OSError, match="No such device or address"):
@@ -459,7 +459,7 @@ def test_64_tib_are_scanned_in_no_time(tmp_path: Path, raw: Path) -> None:
     image = new_image(tmp_path / "disk.qed", "64T")
     with mounted(image, raw), opened(raw) as fd:
         position = (63 << 40) + 12345
-        os.pwrite(fd, b"x", position)
+        os.pwrite(fd, b"x" * CLUSTER, position // CLUSTER * CLUSTER)
         begin = time.perf_counter()
         start = position // CLUSTER * CLUSTER
         assert segments(fd) == [(start, start + CLUSTER)]

@@ -88,7 +88,7 @@ def test_tables_that_do_not_exist_are_passed_over_together(tmp_path: Path) -> No
             assert await image.map(CLUSTER, image.size - CLUSTER) == [Run(Kind.UNALLOCATED, image.size - CLUSTER)]
             table = image.geometry.l2_coverage
             for index in (0, 3, 511, 513):
-                await image.write(index * table + 5 * CLUSTER, b"x")
+                await image.write(index * table + 5 * CLUSTER, b"x" * CLUSTER)
             starts = [index * table + 5 * CLUSTER for index in (0, 3, 511, 513)]
             assert await segments(image) == [(start, start + CLUSTER) for start in starts]
 
@@ -98,9 +98,9 @@ def test_tables_that_do_not_exist_are_passed_over_together(tmp_path: Path) -> No
 def test_data_is_found_by_clusters(tmp_path: Path) -> None:
     async def check() -> None:
         async with new_image(tmp_path, 100 * MIB + 512) as image:
-            for offset in (0, 5 * CLUSTER + 700, 6 * CLUSTER, 80 * MIB, image.size - 1):
-                await image.write(offset, b"x")
             last = image.size // CLUSTER * CLUSTER
+            for offset in (0, 5 * CLUSTER, 6 * CLUSTER, 80 * MIB, last):
+                await image.write(offset, b"x" * min(CLUSTER, image.size - offset))
             assert await segments(image) == [
                 (0, CLUSTER),
                 (5 * CLUSTER, 7 * CLUSTER),
@@ -135,7 +135,7 @@ def test_holes_of_a_raw_backing_file_are_holes(tmp_path: Path) -> None:
     async def check() -> None:
         async with new_image(tmp_path, "8M", "-b", base, "-F", "raw") as image:
             assert await segments(image) == data
-            await image.write(4 * MIB, b"x")
+            await image.write(4 * MIB, b"x" * CLUSTER)
             assert await segments(image) == [*data, (4 * MIB, 4 * MIB + CLUSTER)]
             assert await next_hole(image, MIB + 4 * KIB) == MIB + 8 * KIB
 
@@ -186,7 +186,7 @@ def test_64_tib_are_scanned_in_no_time(tmp_path: Path) -> None:
     async def check() -> None:
         async with new_image(tmp_path, "64T") as image:
             assert image.size == 64 * TIB
-            await image.write(63 * TIB + 4711, b"x")
+            await image.write(63 * TIB, b"x" * CLUSTER)
             begin = time.perf_counter()
             cluster = 63 * TIB
             assert await segments(image) == [(cluster, cluster + CLUSTER)]
@@ -285,7 +285,7 @@ def test_zero_range_grows_unless_told_not_to(tmp_path: Path) -> None:
 def test_preallocation_grows_and_stores_nothing(tmp_path: Path) -> None:
     async def check() -> None:
         async with new_image(tmp_path, "4M") as image:
-            await image.write(0, b"x")
+            await image.write(0, b"x" * CLUSTER)
             await fallocate(image, 0, MIB, MIB)
             await fallocate(image, FALLOC_FL_KEEP_SIZE, 3 * MIB, 3 * MIB)
             assert image.size == 4 * MIB

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import gc
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from qedfuse.header import Header
 from qedfuse.holes import next_data, next_hole
 from qedfuse.image import Image
 from qedfuse.opening import open_image
+from tests.helpers.breathing import breathing
 from tests.helpers.cli import environment, qemu_img
 from tests.helpers.expect import raises_errno
 from tests.helpers.hostile import GIANT, GOOD, C, entries, giant, good, wide, words
@@ -29,28 +28,6 @@ from tests.helpers.images import POOL, checked
 from tests.helpers.ram import RamFile, RamStorage
 
 EXABYTES = (1 << 63) - 1
-
-
-@asynccontextmanager
-async def breathing(most: float) -> AsyncIterator[None]:
-    """Other tasks run at least every `most` processor seconds while the block does its work."""
-    gaps: list[float] = []
-
-    async def watch() -> None:
-        last = time.process_time()
-        while True:
-            await trio.lowlevel.checkpoint()
-            now = time.process_time()
-            gaps.append(now - last)
-            last = now
-
-    gc.freeze()  # what the tests before have left behind takes half a second to go through
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        yield
-        nursery.cancel_scope.cancel()
-    gc.unfreeze()
-    assert max(gaps, default=0) < most
 
 
 # -- time and responsiveness ------------------------------------------------------------------------------------------

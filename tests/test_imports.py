@@ -28,7 +28,7 @@ ORDER = """
     file_storage
     remote_file
     background
-    layer backing scan
+    layer backing scan extents
     raw qcow2_entries mapping mount_options clustermap
     config
     qcow2 tables attributes changes reserve qcow2_refcounts dirty_limit

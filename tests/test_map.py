@@ -158,6 +158,8 @@ def test_table_size_1(capsys: pytest.CaptureFixture[str]) -> None:
         file.write(struct.pack("<3Q", 0, 2 * 4096, 0))
         file.seek(2 * 4096)
         file.write(struct.pack("<5Q", 0, 1, 3 * 4096, 4 * 4096, 5 * 4096))
+        file.seek(3 * 4096)
+        file.write(b"data" * 3 * 1024)
     absent = {"depth": 0, "present": False, "zero": True, "data": False}
     zero = {"depth": 0, "present": True, "zero": True, "data": False}
     data = {"depth": 0, "present": True, "zero": False, "data": True, "offset": 12288}

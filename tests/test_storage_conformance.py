@@ -151,6 +151,10 @@ def test_holes(kind: str, tmp_path: Path) -> None:
             assert storage.stat().st_blocks * 512 >= 4 * PAGE
             with raises_errno(errno.ENXIO):
                 storage.next_hole(64 * PAGE)
+            hole, data, rest = await storage.find_extents([(5, 10), (3 * PAGE, 64 * PAGE), (20 * PAGE, 21 * PAGE)], 2)
+            assert (hole.start, hole.end, hole.is_data) == (5, 16 * PAGE, False)
+            assert (data.start, data.end, data.is_data) == (16 * PAGE, 20 * PAGE, True)
+            assert rest.start == 20 * PAGE and rest.end >= 64 * PAGE and not rest.is_data
             await storage.write(63 * PAGE, [b"z" * PAGE])
             assert storage.next_hole(63 * PAGE) == 64 * PAGE
             await storage.punch(16 * PAGE, 4 * PAGE)

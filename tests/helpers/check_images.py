@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 
 from qedfuse.header import HEADER_BYTES, Header
-from qedfuse.storage import Buffer
+from qedfuse.storage import Buffer, HostExtent, find_extents
 
 CLUSTER = 4096
 TABLE = 2
@@ -266,6 +266,9 @@ class Ram:
 
     def next_hole(self, offset: int) -> int:
         return self._next(offset, hole=True)
+
+    async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
+        return find_extents(self, ranges, most)
 
     async def close(self) -> None:
         await trio.lowlevel.checkpoint()

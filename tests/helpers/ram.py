@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import trio
 
 from qedfuse.errors import QedfuseError
-from qedfuse.storage import Buffer, size_in_sectors
+from qedfuse.storage import Buffer, HostExtent, find_extents, size_in_sectors
 
 PAGE = 4096
 #: What off_t holds.
@@ -270,6 +270,9 @@ class RamStorage:
         while index in self.file.pages:
             index += 1
         return min(max(offset, index * PAGE), self.file.size)
+
+    async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
+        return find_extents(self, ranges, most)
 
     async def close(self) -> None:
         self.closed = True
