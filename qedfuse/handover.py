@@ -20,9 +20,8 @@ import trio
 
 from qedfuse.blocking import Stepper
 from qedfuse.complaints import Complaints
-from qedfuse.holes import LastExtent, fallocate, next_data, next_hole
+from qedfuse.holes import LastSegments, fallocate, find_segments
 from qedfuse.image import Image
-from qedfuse.mapping import Search
 from qedfuse.offload import Worker, idle_worker, offload
 from qedfuse.replaced import check_not_replaced, may_be_replaced
 from qedfuse.storage import Buffer
@@ -41,6 +40,8 @@ _INVAL_INODE_OUT = struct.Struct("=Qqq")  # inode, offset, length (0: to the end
 
 #: Seconds that a commit may keep the event loop from its other tasks.
 _ON_THE_SPOT = 0.004
+#: Seconds for which a search for a hole goes on to find what will be asked for next.
+_AHEAD = 0.001
 
 _log = logging.getLogger("qedfuse")
 
@@ -65,7 +66,7 @@ class HandOver:
         self._has_writers = has_writers
         self._enter, self._leave = in_python
         self._complaints = Complaints()
-        self._last = LastExtent()
+        self._last = LastSegments()
         # Threads of their own, by inode: what they wait for may need one of trio's, and may never come.
         self._write_backs: dict[int, trio.CapacityLimiter] = {}
 
@@ -201,25 +202,22 @@ class HandOver:
         a close.
         """
         written_back = -1
+        to_data = whence == os.SEEK_DATA
         while True:
             version = image.version
-            search = Search()
-            data = await next_data(image, offset, search)
-            found: int | None = data
-            hole = offset
-            if data != offset:
-                self._last.note(image, version, offset, image.size if data is None else data, is_data=False)
-                if whence == os.SEEK_HOLE:
-                    found = offset
-            elif whence == os.SEEK_HOLE:
-                found = hole = await next_hole(image, offset, search)
-                self._last.note(image, version, offset, hole, is_data=True)
-                data = await next_data(image, hole, search)
-            if self._is_cached(image) and data != hole and hole != written_back:
-                await self._write_back(fd, node, hole, 0 if data is None else data - hole)
-                written_back = hole
-                continue
-            if found is None or offset >= image.size:
+            ahead = 0 if self._is_cached(image) else _AHEAD
+            segments = await find_segments(image, offset, data=to_data, ahead=ahead)
+            self._last.note(image, version, segments)
+            if to_data and segments.is_data:
+                return offset
+            if self._is_cached(image):
+                hole, *rest = (offset, *segments.ends)[segments.is_data :]
+                if hole != written_back:
+                    await self._write_back(fd, node, hole, rest[0] - hole if rest and rest[0] < image.size else 0)
+                    written_back = hole
+                    continue
+            found = segments.seek(offset, data=to_data)
+            if found is None or (to_data and found == image.size):
                 raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
             return found
 

@@ -15,71 +15,109 @@ from __future__ import annotations
 import errno
 import os
 import time
+from bisect import bisect_right
 from contextlib import aclosing
+from typing import NamedTuple
 
 from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
 from qedfuse.layer import Layer
-from qedfuse.mapping import Search, walk
+from qedfuse.mapping import walk
 
 #: Seconds; time for a terabyte of tables that say "zeroes" and "data" cluster by cluster.
 PATIENCE = 2.0
+#: Segments that are found at a time.
+_MANY = 1024
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
 
-async def next_data(layer: Layer, offset: int, search: Search | None = None) -> int | None:
+class Segments(NamedTuple):
+    """Data and holes in turn, from `start` on: `is_data` is the first of them, `ends` is where each ends."""
+
+    start: int
+    is_data: bool
+    ends: list[int]
+
+    def seek(self, offset: int, *, data: bool) -> int | None:
+        """The first byte at or behind `offset` that is data, or in a hole; the layer's size: there is none. None: it is
+        not known."""
+        index = bisect_right(self.ends, offset)
+        if offset < self.start or index == len(self.ends):
+            return None
+        return offset if data is (self.is_data ^ bool(index & 1)) else self.ends[index]
+
+
+async def next_data(layer: Layer, offset: int) -> int | None:
     """The first byte at or behind `offset` that is data, None if there is none. Raises OSError as reading does.
 
-    After `PATIENCE`: a byte behind `offset` before which there is none. `search`: see `walk`.
+    After `PATIENCE`: a byte behind `offset` before which there is none.
     """
-    found, tired = await _find(layer, offset, search, data=True)
-    return None if found == layer.size and not tired else found
+    found = await find_segments(layer, offset, data=True)
+    position = offset if found.is_data else found.seek(offset, data=True)
+    return None if position == layer.size else position
 
 
-async def next_hole(layer: Layer, offset: int, search: Search | None = None) -> int:
+async def next_hole(layer: Layer, offset: int) -> int:
     """The first byte at or behind `offset` that is in a hole; the image's end counts as one. Raises OSError.
 
     After `PATIENCE`: the image's end.
     """
-    found, tired = await _find(layer, offset, search, data=False)
-    return layer.size if tired else found
+    found = await find_segments(layer, offset, data=False)
+    position = found.seek(offset, data=False)
+    return layer.size if position is None else position
 
 
-async def _find(layer: Layer, offset: int, search: Search | None, *, data: bool) -> tuple[int, bool]:
-    """Where what is looked for begins (the layer's end: nowhere), or how far the search came before it was given up."""
+async def find_segments(layer: Layer, offset: int, *, data: bool, ahead: float = 0) -> Segments:
+    """What is at `offset`, and where it ends: a hole where data begins, data where a hole begins, for whoever seeks one
+    (not `data`), and where that hole ends. Nothing from the layer's end on. Raises OSError.
+
+    `ahead`: seconds for which the search goes on after that, for what will be asked for next. After `PATIENCE` it is
+    given up: a hole ends where it came to then, data at the layer's end.
+    """
+    found = Segments(offset, False, [])
+    ends, wanted = found.ends, 1
+    enough = False
     deadline = time.monotonic() + PATIENCE
-    async with aclosing(walk(layer, offset, layer.size, search=search)) as entries:
+    async with aclosing(walk(layer, offset, layer.size)) as entries:
         async for entry in entries:
-            if entry.data is data:
-                return entry.start, False
-            if entry.start > offset and time.monotonic() > deadline:
-                return entry.start, True
-    return layer.size, False
+            if entry.start == offset and entry.data:
+                found, wanted = Segments(offset, True, ends), 0 if data else 2
+            if entry.data is not found.is_data ^ bool(len(ends) & 1):
+                ends.append(entry.start)
+            now = time.monotonic()
+            if not enough and len(ends) >= wanted:
+                enough, deadline = True, now + ahead
+            if enough and (now >= deadline or len(ends) >= _MANY):
+                return found
+            if not enough and now > deadline and entry.start > (ends[-1] if ends else offset):
+                ends.append(layer.size if entry.data else entry.start)
+                return found
+    if offset < layer.size:
+        ends.append(layer.size)
+    return found
 
 
-class LastExtent:
-    """The hole, or the data, that was found last: programs go through a large one in small steps."""
+class LastSegments:
+    """What was found last: programs go from one segment to the next, and through a large one in small steps."""
 
     def __init__(self) -> None:
         self._image: Image | None = None
         self._version = (0, 0, 0)
-        self._start = self._end = 0
-        self._is_data = False
+        self._segments = Segments(0, False, [])
 
-    def note(self, image: Image, version: tuple[int, int, int], start: int, end: int, *, is_data: bool) -> None:
+    def note(self, image: Image, version: tuple[int, int, int], segments: Segments) -> None:
         """`version`: the image's when the search began."""
-        self._image, self._version = image, version
-        self._start, self._end, self._is_data = start, end, is_data
+        if segments.ends:
+            self._image, self._version, self._segments = image, version, segments
 
     def seek(self, image: Image, offset: int, *, data: bool) -> int | None:
-        """The first byte at or behind `offset` that is data, or in a hole; the image's size: there is none. None: it is
-        not known, or no longer."""
-        if image is not self._image or image.version != self._version or not self._start <= offset < self._end:
+        """See `Segments.seek`. None also if it is known no longer."""
+        if image is not self._image or image.version != self._version:
             return None
-        return offset if data is self._is_data else self._end
+        return self._segments.seek(offset, data=data)
 
 
 async def fallocate(image: Image, mode: int, offset: int, size: int) -> None:

@@ -111,8 +111,8 @@ class _Known(NamedTuple):
     host: int
 
 
-class Search:
-    """What has been found out of the host's holes, for several walks at one time: see `HostExtents`."""
+class _Search:
+    """What a walk has found out of the host's holes; see `HostExtents`."""
 
     def __init__(self) -> None:
         self._found: dict[Layer, tuple[object, HostExtents]] = {}
@@ -150,14 +150,13 @@ async def walk(
     *,
     sparse: Container[Layer] = (),
     below: bool = True,
-    search: Search | None = None,
 ) -> AsyncGenerator[MapEntry, None]:
     """As `map_image`, but not merged: for who looks for something, and reads no more of the tables than it takes.
 
-    `below` False: what the top layer has not counts as zeroes. `search`: for walks between which nothing is written.
+    `below` False: what the top layer has not counts as zeroes.
     """
     todo: list[_Ask | _Known] = [_Ask(top, start, end, 0)]  # the ranges still to come, the nearest on top
-    search = search or Search()
+    search = _Search()
     breathe = Breather()
     while todo:
         await breathe()

@@ -18,6 +18,7 @@ from qedfuse.holes import (
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
     fallocate,
+    find_segments,
     next_data,
     next_hole,
 )
@@ -316,5 +317,54 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, mode: int) -> None:
                 await fallocate(image, mode, 0, MIB)
             assert caught.value.errno == errno.EOPNOTSUPP
             assert await segments(image) == [(0, MIB)]
+
+    run(check)
+
+
+# -- what is found at a time ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [0, 60])
+def test_a_search_finds_what_is_asked_for_and_on_demand_what_comes_next(tmp_path: Path, ahead: float) -> None:
+    """Wherever it begins; and what it knows of any place is what a search from there finds."""
+
+    async def check() -> None:
+        async with new_image(tmp_path, 64 * CLUSTER + 512) as image:
+            for cluster in (0, 1, 5, 9, 10, 11, 40, 64):
+                await image.write(cluster * CLUSTER, b"x" * min(CLUSTER, image.size - cluster * CLUSTER))
+            for offset in range(0, image.size + CLUSTER, CLUSTER // 2):
+                for data in (True, False):
+                    found = await find_segments(image, offset, data=data, ahead=ahead)
+                    assert found.start == offset
+                    assert found.is_data == (await next_data(image, offset) == offset)
+                    if offset >= image.size:
+                        assert found.ends == []
+                    elif ahead:
+                        assert found.ends[-1] == image.size
+                    else:
+                        assert len(found.ends) <= (0 if data and found.is_data else 1 + found.is_data)
+                    for place in range(0, image.size + CLUSTER, CLUSTER // 2):
+                        if not offset <= place < max(found.ends, default=0):
+                            assert found.seek(place, data=data) is None
+                            continue
+                        there = await next_data(image, place) if data else await next_hole(image, place)
+                        assert found.seek(place, data=data) == (image.size if there is None else there)
+
+    run(check)
+
+
+def test_a_search_ahead_ends_in_time(tmp_path: Path) -> None:
+    """A hundred thousand segments: not all of them are looked for when the first is asked for."""
+
+    async def check() -> None:
+        async with new_image(tmp_path, "1G", "-o", "cluster_size=4096") as image:
+            for cluster in range(0, 20_000, 2):
+                await image.write(cluster * 4096, b"x" * 4096)
+            started = time.process_time()
+            found = await find_segments(image, 0, data=False, ahead=60)
+            assert 1000 < len(found.ends) <= 1024
+            assert found.ends == [4096 * number for number in range(1, len(found.ends) + 1)]
+            assert time.process_time() - started < 1
+            assert len((await find_segments(image, 0, data=False, ahead=0.001)).ends) >= 2
 
     run(check)
