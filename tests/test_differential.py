@@ -2,6 +2,10 @@
 of it is compared: with every read, through the mount, and after each unmount and each kill of the daemon, by a new
 mount and by QEMU. What was synced must be there after a kill, what was not reads as one of a sector's contents since.
 
+One of them may use a loop device on the raw file, without readahead, and nothing else is left out: the device's page
+cache is not the file's, and what it has read ahead of another's part could be written back over what is there by now
+(see `Handles`). The others read ahead, the device is read in pieces as large as asked for, through a map page by page.
+
 `QEDFUSE_DIFFERENTIAL_SEED` begins with the image that failed (its seed is printed, and repeats its choices, but not the
 timing). The slow test takes an hour, or `QEDFUSE_DIFFERENTIAL_SECONDS`.
 """
@@ -22,8 +26,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.diff_case import DiffCase
+from tests.helpers.diff_handles import Handles
 from tests.helpers.diff_image import MODES, Counts
+from tests.helpers.guests import loop_device, need_guest
 from tests.helpers.mounts import EXTRA_OPTIONS
+from tests.helpers.parts import PAGE
 
 SEED = int(os.environ.get("QEDFUSE_DIFFERENTIAL_SEED") or random.SystemRandom().randrange(1 << 32))
 #: Seconds of one test: pytest takes one of half an hour for one that hangs.
@@ -85,3 +92,27 @@ def test_all_that_several_processes_do_for_long(tmp_path: Path, part: int, monke
                 DiffCase(directory, seed, mode, counts).run(rounds=6, count=300)
     finally:
         print(f"figures: {counts}")
+
+
+@pytest.mark.parametrize("options", [[], ["--direct-io=on"]], ids=["buffered", "direct"])
+def test_who_uses_a_loop_device_changes_only_its_own_pages(tmp_path: Path, options: list[str]) -> None:
+    """On a plain file. What the device has in its page cache of others' pages is not written back."""
+    need_guest("losetup")
+    raw, size = tmp_path / "raw", 512 * PAGE
+    raw.write_bytes(b"old." * (size // 4))
+    with loop_device(raw, *options) as device:
+        others, mine = Handles(str(raw), size, None), Handles(str(device), size, None)
+        try:
+            for kind in ("plain", "reader"):
+                for offset in range(0, size, 16 * PAGE):
+                    mine.pread(kind, offset, 16 * PAGE)
+            mine.load(0, size)
+            for offset in range(0, size, 8 * PAGE):
+                others.pwrite("direct", offset, b"new." * (PAGE // 4))
+                mine.store(offset + PAGE, b"mine" * (PAGE // 4))
+            os.fsync(mine.fd("plain"))
+            found = [others.pread("direct", offset, PAGE)[:4] for offset in range(0, size, 8 * PAGE)]
+        finally:
+            mine.close_all()
+            others.close_all()
+    assert found == [b"new."] * len(found)

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 
 FLAGS = {
     "plain": os.O_RDWR,
@@ -21,10 +22,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Handles:
-    """A map is stored into and read by system calls from a buffer: a page that cannot be had is EFAULT, not SIGBUS."""
+    """A map is stored into and read by system calls from a buffer: a page that cannot be had is EFAULT, not SIGBUS.
+
+    A loop device has a page cache of its own, apart from its file's. Readahead fills it with folios of many pages (seen
+    with Linux 6.18), and after a store into one page all of its folio is written to the file, whatever that is: what
+    others have written there meanwhile is undone. So no handle of a block device reads ahead, and a folio there is one
+    page, or several that one write has filled.
+    """
 
     def __init__(self, path: str, tail: int, source: str | None) -> None:
         self._path = path
+        self._is_device = stat.S_ISBLK(os.stat(path).st_mode)
         self._source = source
         self._tail = tail
         self._fds: dict[str, int] = {}
@@ -38,6 +46,8 @@ class Handles:
                 self._fds[kind] = os.open(self._source, os.O_RDONLY)
             else:
                 self._fds[kind] = os.open(self._path, FLAGS[kind])
+                if self._is_device:
+                    os.posix_fadvise(self._fds[kind], 0, 0, os.POSIX_FADV_RANDOM)
         return self._fds[kind]
 
     def open_all(self) -> None:
@@ -96,6 +106,8 @@ class Handles:
         if self._map is None or len(self._map) < end:
             self.unmap()
             self._map = mmap.mmap(self.fd("plain"), max(end, self._tail))  # further on it may end any time
+            if self._is_device:
+                self._map.madvise(mmap.MADV_RANDOM)
         return self._map
 
     def store(self, offset: int, data: bytes) -> None:
