@@ -132,7 +132,7 @@ class Committer:
         self._waiting: dict[int, int] = {}
         self._dirty_event = trio.Event()
         self.changes = 0  # counts them
-        self.writes = 0  # counts those of guest data, or bursts of them
+        self.writes = 0  # counts those of guest data and of pages, or bursts of them
 
     # -- what the engine tells --------------------------------------------------------------------------------------
 
@@ -324,6 +324,7 @@ class Committer:
             self.unsynced = self._unsynced_tables = True
         if run:
             await self._storage.write(start, run)
+        self.writes += 1
 
     async def _mark(self) -> None:
         """Step 1."""

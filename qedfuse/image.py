@@ -19,6 +19,7 @@ from qedfuse.allocator import Allocator
 from qedfuse.clusters import ClusterWriter
 from qedfuse.commit import Committer
 from qedfuse.errors import QedfuseError, ReadOnlyError
+from qedfuse.extents import HostExtents
 from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, UNALLOCATED, ZERO_CLUSTER, Geometry, round_up
 from qedfuse.header import Header
 from qedfuse.layer import Kind, Layer, Run, read_extents, read_extents_nowait, resolve, resolve_nowait
@@ -144,7 +145,8 @@ class Image:
 
     @property
     def version(self) -> tuple[int, int, int]:
-        """Another one whenever what is a hole, or the size, may have changed. A write in place may fill a hole."""
+        """Another one whenever what is a hole, or the size, may have changed. A write in place may fill a hole, of a
+        table, too."""
         committer = self._committer
         return (committer.changes, committer.writes, self._size) if committer else (0, 0, self._size)
 
@@ -231,8 +233,13 @@ class Image:
         runs = self._tables.map_prefix(offset, size)
         return runs if sum(run.length for run in runs) == size else None
 
-    async def map(self, offset: int, size: int) -> list[Run]:
+    async def map(self, offset: int, size: int, extents: HostExtents | None = None) -> list[Run]:
         """See `Layer.map`. Source of the entries' meaning: qed_spec, "Data cluster offsets"."""
+        if extents is not None:
+            version = self.version
+            blank = await self._tables.measure_blank(offset, size, extents)
+            if blank and version == self.version:  # no page of a table has been written since, and left memory
+                return [Run(Kind.UNALLOCATED, blank)]
         return await self._tables.map(offset, size)
 
     async def read_indirect(self, offset: int, size: int) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
+from qedfuse.extents import HostExtents
 from qedfuse.storage import Storage, fill
 
 
@@ -69,8 +70,11 @@ class Layer(Protocol):
         """
         ...
 
-    async def map(self, offset: int, size: int) -> list[Run]:
-        """As `map_nowait`, reading tables as needed. May cover less than `size`, never nothing (for size > 0)."""
+    async def map(self, offset: int, size: int, extents: HostExtents | None = None) -> list[Run]:
+        """As `map_nowait`, reading tables as needed. May cover less than `size`, never nothing (for size > 0).
+
+        `extents`: of `storage`, as a search for data knows them: parts of tables that are holes are not read.
+        """
         ...
 
     async def read_indirect(self, offset: int, size: int) -> bytes:

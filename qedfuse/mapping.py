@@ -117,14 +117,19 @@ class _Search:
     def __init__(self) -> None:
         self._found: dict[Layer, tuple[object, HostExtents]] = {}
 
-    async def extents(self, item: _Known, todo: list[_Ask | _Known]) -> list[HostExtent]:
-        """What is stored of the beginning of a range that `item.layer` has, and what is a hole. Asks for what comes
-        next in `todo`, too."""
-        layer = item.layer
+    def of(self, layer: Layer) -> HostExtents:
+        """What holds for a layer's file now."""
         version, extents = self._found.get(layer, (None, None))
         if extents is None or version != layer.version:
             extents = HostExtents(layer.storage)
             self._found[layer] = layer.version, extents
+        return extents
+
+    async def extents(self, item: _Known, todo: list[_Ask | _Known]) -> list[HostExtent]:
+        """What is stored of the beginning of a range that `item.layer` has, and what is a hole. Asks for what comes
+        next in `todo`, too."""
+        layer = item.layer
+        extents = self.of(layer)
         start, end = _host_range(item)
         found = extents.known(start, end)
         if not found:
@@ -164,7 +169,7 @@ async def walk(
         if item.start >= item.end:
             continue
         if isinstance(item, _Ask):
-            todo += reversed(await _ask(item))
+            todo += reversed(await _ask(item, search))
         elif item.kind is Kind.UNALLOCATED:
             todo += reversed(_below(item, item.layer.backing if below else None))
         elif item.kind is Kind.DATA and (item.layer.format in _FORMATS or item.layer in sparse):
@@ -177,14 +182,14 @@ async def walk(
             yield _entry(item)
 
 
-async def _ask(item: _Ask) -> list[_Ask | _Known]:
+async def _ask(item: _Ask, search: _Search) -> list[_Ask | _Known]:
     """What the layer knows of the range, and what is left to ask."""
     layer, position, end, depth = item
     inside = min(end, layer.size)
     known: list[_Ask | _Known] = []
     if position >= inside:  # an image in use has shrunk
         return []
-    for run in await layer.map(position, inside - position):
+    for run in await layer.map(position, inside - position, search.of(layer)):
         known.append(_Known(layer, position, position + run.length, depth, run.kind, run.host))
         position += run.length
     return [*known, _Ask(layer, position, end, depth)]

@@ -20,6 +20,7 @@ from typing import Generic, NamedTuple, TypeVar
 import trio
 
 from qedfuse.errors import CorruptError
+from qedfuse.extents import HostExtents
 from qedfuse.geometry import ENTRY_SIZE, PAGE_ENTRIES, PAGE_SIZE
 from qedfuse.layer import Kind, Layer, Run, append_run
 from qedfuse.qcow2_entries import (
@@ -140,7 +141,7 @@ class Qcow2Layer:
             return None
         return runs if end == offset + size else None
 
-    async def map(self, offset: int, size: int) -> list[Run]:
+    async def map(self, offset: int, size: int, extents: HostExtents | None = None) -> list[Run]:
         """See `Layer`. Raises CorruptError, OSError of the host."""
         while True:
             try:

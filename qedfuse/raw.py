@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qedfuse.extents import HostExtents
 from qedfuse.layer import Kind, Layer, Run
 from qedfuse.storage import Storage, size_in_sectors
 
@@ -33,7 +34,7 @@ class RawLayer:
     def map_nowait(self, offset: int, size: int) -> list[Run] | None:
         return [Run(Kind.DATA, size, offset)]
 
-    async def map(self, offset: int, size: int) -> list[Run]:
+    async def map(self, offset: int, size: int, extents: HostExtents | None = None) -> list[Run]:
         return [Run(Kind.DATA, size, offset)]
 
     async def read_indirect(self, offset: int, size: int) -> bytes:

@@ -19,6 +19,7 @@ import trio
 
 from qedfuse.allocator import Allocator
 from qedfuse.errors import CorruptError
+from qedfuse.extents import HostExtents
 from qedfuse.geometry import ENTRY_SIZE, PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE, UNALLOCATED, ZERO_CLUSTER
 from qedfuse.header import Header
 from qedfuse.layer import Kind, Run, append_run
@@ -103,6 +104,26 @@ class Tables:
             if runs or not size:
                 return runs
             await self.load(offset >> self.geometry.cluster_bits >> PAGE_BITS)
+
+    async def measure_blank(self, offset: int, size: int, extents: HostExtents) -> int:
+        """Bytes from `offset` on, at most `size`, that are unallocated since the file has a hole where their pages of
+        an L2 table should be, and none of these is in memory. 0: have a look. Raises OSError, CorruptError."""
+        bits = self.geometry.cluster_bits + PAGE_BITS
+        index = offset >> bits
+        l1_index = index >> self.geometry.table_page_bits
+        table = None if index in self.l2.pages or l1_index in self.new_tables else self._table_nowait(l1_index)
+        if not table:
+            return 0
+        start, end = table + self._in_table(index), table + self.geometry.table_bytes
+        known = extents.known(start, end)
+        if not known:
+            await extents.learn([(start, end)])
+            known = extents.known(start, end)
+        if known[0].is_data or self._table_nowait(l1_index) != table:
+            return 0
+        pages = min((known[0].end - start) // PAGE_SIZE, _MAX_STEPS)
+        stop = next((page for page in range(index, index + pages) if page in self.l2.pages), index + pages)
+        return min((stop << bits) - offset, size) if stop > index else 0
 
     def _run_in_page(self, page: Page, cluster: int, limit: int) -> tuple[Kind, int, int]:
         """The run that starts at `cluster`, inside its page, at most `limit` clusters: kind, clusters, host offset."""

@@ -21,9 +21,11 @@ import pytest
 
 from qedfuse.extents import HostExtents
 from qedfuse.file_storage import FileStorage
-from qedfuse.holes import fallocate, next_data, next_hole
+from qedfuse.geometry import PAGE_ENTRIES, Geometry
+from qedfuse.header import Header
+from qedfuse.holes import fallocate, find_segments, next_data, next_hole
 from qedfuse.layer import Kind
-from qedfuse.mapping import map_image
+from qedfuse.mapping import map_image, walk
 from qedfuse.opening import open_image
 from qedfuse.remote_file import RemoteFile
 from qedfuse.storage import HostExtent
@@ -35,6 +37,7 @@ from tests.helpers.chains import run
 from tests.helpers.cli import qedfuse, qemu_img, qemu_io
 from tests.helpers.devices import device_with
 from tests.helpers.guests import MKFS, assert_clean, filesystem, need_filesystem, need_guest
+from tests.helpers.hostile import words
 from tests.helpers.modes import MODES, NEEDS_NATIVE, Mode
 from tests.helpers.mounts import mounted
 from tests.helpers.ram import PAGE, RamFile, RamStorage
@@ -161,8 +164,8 @@ def test_map_info_and_convert(host: Path) -> None:
     after = json.loads(qedfuse("info", "--output=json", image).out)["actual-size"]
     assert after == held(image) <= before - MIB - CLUSTER
 
-    for target, words in ((host / "sparse", ()), (host / "whole", ("-S", "0")), (host / "copy.qed", ("-O", "qed"))):
-        done = qedfuse("convert", *(words if "-O" in words else ("-O", "raw", *words)), image, target)
+    for target, options in ((host / "sparse", ()), (host / "whole", ("-S", "0")), (host / "copy.qed", ("-O", "qed"))):
+        done = qedfuse("convert", *(options if "-O" in options else ("-O", "raw", *options)), image, target)
         assert done.code == 0, done
         assert "identical" in qemu_img("compare", image, target, "-f", "qed")
     assert data_of(json.loads(qemu_img("map", "-f", "raw", "--output=json", host / "sparse"))) == expected
@@ -462,6 +465,88 @@ def test_seeking_through_a_discarded_terabyte_lets_others_run(terabyte: Path) ->
             seconds = time.thread_time() - started
             print(f"figures: {seconds:.2f} s of processor time; others waited for {max(gaps) * 1000:.1f} ms at most")
             assert seconds < 5
+
+    run(check)
+
+
+def scattered(path: Path, tables: int) -> Segments:
+    """64 TiB, as mkfs leaves it: so many tables, each of which has one page with one entry. Returns where the clusters
+    are; every second one is stored."""
+    geometry = Geometry()
+    cluster, size = geometry.cluster_size, 64 * TIB
+    unit = geometry.table_bytes + cluster
+    first, count = cluster + geometry.table_bytes, size // geometry.l2_coverage
+    found: Segments = []
+    with path.open("wb") as file:
+        file.write(Header(cluster, geometry.table_size, 1, 0, 0, 0, cluster, size).encode())
+        l1 = [0] * count
+        for number in range(tables):
+            table = first + number * unit
+            index = number * (count // tables)
+            l1[index] = table
+            page = number % geometry.table_pages
+            file.seek(table + page * PAGE)
+            file.write(words(table + geometry.table_bytes))
+            if number % 2:
+                file.seek(table + geometry.table_bytes)
+                file.write(b"x" * cluster)
+                start = index * geometry.l2_coverage + page * PAGE_ENTRIES * cluster
+                found.append((start, start + cluster))
+        file.seek(cluster)
+        file.write(words(*l1))
+        file.truncate(first + tables * unit)
+    return found
+
+
+def test_holes_of_tables_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the tables would be 64 pages each; the pages that are there are found without."""
+    path, tables = tmp_path / "disk.qed", 1024
+    expected = scattered(path, tables)
+    reads = 0
+    real = FileStorage.read_into_nowait
+
+    def counted(self: FileStorage, offset: int, target: memoryview) -> bool:
+        nonlocal reads
+        reads += 1
+        return real(self, offset, target)
+
+    monkeypatch.setattr(FileStorage, "read_into_nowait", counted)
+
+    async def check() -> None:
+        async with open_image(path, read_only=True) as image:
+            found = await find_segments(image, 0, data=True, ahead=60)
+            assert found.ends == [end for segment in expected for end in segment][: len(found.ends)]
+            assert len(found.ends) > 1000 and reads < 3 * tables
+            first, count = expected[0][0], 5  # what is in memory is not looked for
+            for at in range(count):
+                await image.read(first + at * CLUSTER, 1)
+            assert await next_data(image, first - MIB) == first
+
+    run(check)
+
+
+def test_entries_that_are_only_in_memory_are_seen(tmp_path: Path) -> None:
+    """Where the file has a hole in a table, and also once they were written while a search is under way."""
+    path = tmp_path / "disk.qed"
+    scattered(path, 1)
+    page = PAGE_ENTRIES * CLUSTER  # what one page of a table maps
+
+    async def check() -> None:
+        async with open_image(path) as image:
+            await image.write(5 * page, b"x" * CLUSTER)
+            assert await next_data(image, 0) == 5 * page
+            await image.flush()
+            assert await next_data(image, 0) == 5 * page
+            await image.write(9 * page, b"x" * CLUSTER)
+            async with aclosing(walk(image, 0, image.size)) as entries:
+                async for entry in entries:
+                    if entry.start > 5 * page:  # it knows by now that the file has nothing more of the table
+                        break
+                await image.flush()
+                for index in list(image.tables.l2.pages):
+                    image.tables.l2.drop(index)
+                found = [entry.start async for entry in entries if entry.data]
+            assert found == [9 * page]
 
     run(check)
 

@@ -25,10 +25,10 @@ ORDER = """
     qcow2_header
     probe peek
     storage filelock
-    file_storage
+    file_storage extents
     remote_file
     background
-    layer backing scan extents
+    layer backing scan
     raw qcow2_entries mapping mount_options clustermap
     config
     qcow2 tables attributes changes reserve qcow2_refcounts dirty_limit
