@@ -6,7 +6,8 @@ What is found, and how it counts (QEMU 7.2, `qemu-img check`, is the reference):
   file's size in whole sectors, rounded down to clusters); each cluster that is referenced again after a first
   reference, by whatever table. A table that overlaps something is not followed. L1 entries have no value 1; an L2 entry
   1 reads as zeroes.
-- leaks: clusters that no table refers to and that hold data, and those that only entries past the image's end refer to.
+- leaks: clusters that no table refers to and that hold data. Those that only entries past the image's end refer to are
+  used: an image that was cut short keeps them, as holes.
 - NEED_CHECK left over and unknown autoclear bits are no faults by themselves.
 
 Where it differs from QEMU's numbers:
@@ -17,7 +18,6 @@ Where it differs from QEMU's numbers:
   what `-r leaks` leaves in the middle of a file.
 - On a block device it counts everything as leaked that nothing refers to, up to the device's end. Here nothing is: it
   is free, and used before the device counts as full (`reserve.py`).
-- It counts clusters past the image's end as used.
 
 How repair works, and why a crash in it does no harm, is in `repair.py`.
 """
@@ -59,8 +59,8 @@ class CheckResult:
     `fragmented_clusters` those of them that do not follow the one before. `check_errors` are tables that could not be
     read; leaks are not counted then, and nothing is repaired.
 
-    `problems` are the first lines of all `problem_count`, found before a repair. `past_end_clusters` (also in `leaks`)
-    are allocated past the image's end. `cut_end`: up to where the file (bytes) would have to reach for the tables and
+    `problems` are the first lines of all `problem_count`, found before a repair. `past_end_clusters` are allocated past
+    the image's end, which is no fault. `cut_end`: up to where the file (bytes) would have to reach for the tables and
     clusters that begin inside and end behind it; 0 if there are none, as far as is known: `tables_not_followed` are L2
     tables that overlap something. `header` is the header that is in the file.
     """
@@ -160,7 +160,7 @@ async def _repair(
     if crash and found.cut_end:
         await extend(storage, found.cut_end)
         result, used = await _scan(storage, header, progress)
-    if result.corruptions or result.past_end_clusters:
+    if result.corruptions:
         await repair_tables(storage, header, overlaps=result.overlaps > 0, progress=progress)
         result, used = await _scan(storage, header, progress)
         result.problems = (result.problems + found.problems)[:MAX_PROBLEMS]  # first what is still wrong
@@ -205,8 +205,6 @@ async def _scan(storage: Storage, header: Header, progress: Progress | None) -> 
         if progress is not None:
             progress(index + 1, geometry.table_entries)
     result.image_end_offset = used.end_of_marked() * header.cluster_size
-    if result.past_end_clusters:
-        result.note(f"{result.past_end_clusters} clusters are allocated past the end of the image")
     if not result.check_errors:
         await _count_leaks(storage, result, used)
     if progress is not None:
@@ -274,7 +272,7 @@ async def _count_leaks(storage: Storage, result: CheckResult, used: ClusterMap) 
     for first, end in leaked_runs(storage, result.header, used):
         leaked += end - first
         await breathe()
-    result.leaks = leaked + result.past_end_clusters
+    result.leaks = leaked
     end = Bounds.of(result.header, storage.size()).end  # a repair shortens the file
     clusters = min(used.clusters, end // result.header.cluster_size)
     if storage.fixed:

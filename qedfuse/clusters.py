@@ -1,4 +1,4 @@
-"""What may be done to clusters: write into unmapped ones, zero, free, clear. The caller holds their range lock.
+"""What may be done to clusters: write into unmapped ones, zero, drop. The caller holds their range lock.
 
 Knows the tables, the allocator and the file; when a change may happen is `image.py`'s business, when it becomes
 durable is `commit.py`'s. A step changes entries of one L2 page at most, at once, after its data has been written: if it
@@ -10,20 +10,19 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 
-import trio
-
 from qedfuse.allocator import Allocator
 from qedfuse.commit import Committer
 from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, UNALLOCATED, ZERO_CLUSTER, round_up
-from qedfuse.layer import Kind, Layer, read_layer
-from qedfuse.scan import Breather, TableChunks, unpack_entries
+from qedfuse.layer import Kind, Layer, Run, append_run, read_layer
 from qedfuse.storage import Buffer, Storage
 from qedfuse.tables import Tables
 
 _ENTRY_MASK = PAGE_ENTRIES - 1
-#: Zeroing less than this inside a cluster is a write, more is a punch.
-_PUNCH_MIN = 128 << 10
+#: Zeroing less than this inside a cluster is a write, more is a punch, which gives space back.
+_PUNCH_MIN = 16 << 10
 _ZEROES = bytes(1 << 20)
+#: So many holes are made at a time.
+_MAX_PUNCHES = 256
 #: So many bytes, written at once into new clusters, are a part of more to come.
 _BEHIND_MIN = 512 << 10
 
@@ -45,11 +44,10 @@ class ClusterWriter:
         self._cluster_size = tables.geometry.cluster_size
         self._bits = tables.geometry.cluster_bits
         self._mask = self._cluster_size - 1
-        self._coverage = tables.geometry.l2_coverage
         #: Zeroes that are written to unallocated clusters are stored, too.
         self.keep_zeroes = False
-        #: The entry of a cluster that was zeroed or discarded.
-        self.zero_entry = UNALLOCATED if backing is None else ZERO_CLUSTER
+        #: The entry of a cluster that reads as zeroes, and has no data.
+        self._zero_entry = UNALLOCATED if backing is None else ZERO_CLUSTER
 
     async def write(self, offset: int, data: memoryview, image_end: int) -> None:
         """Write `data`, in place where clusters have data of their own, else into new ones."""
@@ -84,7 +82,7 @@ class ClusterWriter:
                 await self._put(host if head else host + skip, [head, part, tail] if head or tail else [part])
                 await self._set_entries(offset - skip, room, host)
             except BaseException:
-                self._release(host, room)
+                self._lose(host, room)
                 raise
             self._write_behind(host, room, len(part))
             offset += len(part)
@@ -101,61 +99,75 @@ class ClusterWriter:
     async def zero(self, offset: int, size: int, image_end: int) -> int:
         """Zero up to `size` bytes at `offset`. Returns how far it got, at least 1.
 
-        Whole clusters are given back; the last cluster of the image counts as whole when the range reaches its end.
-        Without a backing file a whole table is, too, if nothing of it waits to be written.
+        Clusters that have data keep their place in the file, which becomes a hole. The last cluster of the image counts
+        as whole when the range reaches its end.
         """
-        table, rest = divmod(offset, self._coverage)
-        length = min(size, self._coverage)
-        whole = not rest and (length == self._coverage or offset + length == image_end)
-        if whole and self._backing is None and await self._tables.table(table) and self._tables.settled(table):
-            await self.drop_table(table)
-            return length
-        kind, length, host = (await self._tables.map(offset, size))[0]
-        if kind is Kind.ZERO or (kind is Kind.UNALLOCATED and not self._below(offset, length)):
+        if data := await self._data(offset, size):
+            return await self._zero_data(offset, data, image_end)
+        kind, length, _host = (await self._tables.map(offset, size))[0]
+        if kind is Kind.ZERO or not self._below(offset, length):
             return length
         length = min(length, self._page_room(offset))
         skip = offset & self._mask
         if skip or (length < self._cluster_size and offset + length < image_end):
             length = min(length, self._cluster_size - skip)
-            if kind is Kind.DATA:
-                await self._zero_data(host, length)
-            else:
-                await self._write_unmapped(offset, memoryview(bytes(length)), kind, image_end)
+            await self._write_unmapped(offset, memoryview(bytes(length)), kind, image_end)
             return length
         if offset + length < image_end:
             length &= -self._cluster_size
-        await self._set_whole(offset, round_up(length, self._cluster_size), self.zero_entry, kind, host)
+        await self._set_entries(offset, round_up(length, self._cluster_size), self._zero_entry)
         return length
 
-    async def clear(self, offset: int, size: int, entry: int) -> int:
-        """Set whole clusters outside the image to `entry` (0 or 1), up to `size` bytes from a cluster's start.
+    async def _data(self, offset: int, size: int) -> list[Run]:
+        """The runs that have data, from `offset` on, as many as are handled at a time."""
+        found: list[Run] = []
+        end = offset + size
+        while offset < end and len(found) < _MAX_PUNCHES:
+            for run in await self._tables.map(offset, end - offset):
+                if run.kind is not Kind.DATA:
+                    return found
+                append_run(found, *run)
+                offset += run.length
+        return found
 
-        Returns how far it got, at least 1. Setting 1 passes over what reads as zeroes anyway.
-        """
-        kind, length, host = (await self._tables.map(offset, size))[0]
-        if (
-            kind is Kind.DATA
-            or (kind is Kind.ZERO and entry == UNALLOCATED)
-            or (kind is Kind.UNALLOCATED and entry == ZERO_CLUSTER and self._below(offset, length))
-        ):
-            length = round_up(min(length, self._page_room(offset)), self._cluster_size)
-            await self._set_whole(offset, length, entry, kind, host)
-        return length
+    async def _zero_data(self, offset: int, runs: Sequence[Run], image_end: int) -> int:
+        """The same where clusters have data: `runs`, which begin at `offset`."""
+        skip = offset & self._mask
+        first = runs[0]
+        rest = self._cluster_size - skip
+        if skip or (first.length < rest and offset + first.length < image_end):
+            length = min(first.length, rest)
+            await self._zero_part(first.host, length)
+            return length
+        whole: list[tuple[int, int]] = []
+        end = offset
+        for run in runs:
+            length = run.length if end + run.length < image_end else round_up(run.length, self._cluster_size)
+            if length := length & ~self._mask:
+                whole.append((run.host, length))
+                end += length
+        if not await self.punch(whole):
+            end = offset + min(whole[0][1], self._page_room(offset))
+            await self._set_entries(offset, end - offset, self._zero_entry)
+        return min(end, image_end) - offset
+
+    async def punch(self, runs: Sequence[tuple[int, int]]) -> bool:
+        """Make holes of the file's runs (offset, size). False: the host can't, and some may be as they were."""
+        try:
+            return not runs or await self._storage.deallocate(runs)
+        finally:
+            self._committer.note_written()
+
+    async def unmap(self, offset: int, size: int) -> None:
+        """Set the entries of whole clusters, which have a table, to 0."""
+        for start, length in self._by_page(offset, size):
+            await self._set_entries(start, length, UNALLOCATED)
 
     async def drop_table(self, l1_index: int) -> None:
-        """Give back an L2 table and all that it maps, which nobody can ask for any more. Nothing of it may wait to be
-        written (`Tables.settled`). Once begun it is carried out even if cancelled; failed, the rest is leaked."""
-        offset = await self._tables.table(l1_index)
-        if not offset:
-            return
-        size = self._tables.geometry.table_bytes
-        self._tables.drop_table(l1_index)
-        self._committer.note_change()
-        with trio.CancelScope(shield=True):
-            async for _position, chunk in TableChunks(self._storage, offset, size, Breather()):
-                for start, length in self._tables.data_runs(unpack_entries(chunk)):
-                    self._release(start, length)
-        self._release(offset, size)
+        """Take away an L2 table behind the image's end, of which nothing waits to be written (`Tables.settled`)."""
+        if await self._tables.table(l1_index):
+            self._tables.drop_table(l1_index)
+            self._committer.note_change()
 
     async def clear_tail(self, image_end: int, *, growing: bool) -> None:
         """Make the rest of the image's last cluster, past its end, read as zeroes: what it holds goes, and if the image
@@ -167,7 +179,7 @@ class ClusterWriter:
         rest = self._cluster_size - skip
         kind, _length, host = (await self._tables.map(image_end, rest))[0]
         if kind is Kind.DATA:
-            await self._zero_data(host, rest)
+            await self._zero_part(host, rest)
         elif growing and kind is Kind.UNALLOCATED and self._below(image_end, rest):
             await self._own(image_end - skip, skip)
 
@@ -187,7 +199,7 @@ class ClusterWriter:
             await self._put(host, [data])
             await self._set_entries(start, room, host)
         except BaseException:
-            self._release(host, room)
+            self._lose(host, room)
             raise
 
     # -- for the fast path --------------------------------------------------------------------------------------------
@@ -206,7 +218,7 @@ class ClusterWriter:
                 raise AssertionError(f"l2 page {index} was changed, but is not in memory")
             self._tables.changed(index)
         if lost:
-            self._allocator.release(offset + size - lost, lost)
+            self._allocator.lose(offset + size - lost, lost)
         self._committer.note_change()
         self._write_behind(offset, size, filled)
 
@@ -224,7 +236,7 @@ class ClusterWriter:
         if filled >= max(_BEHIND_MIN, size // 2):
             self._storage.write_behind(host, size)
 
-    async def _zero_data(self, host: int, size: int) -> None:
+    async def _zero_part(self, host: int, size: int) -> None:
         """Zero part of a cluster in place."""
         if size < _PUNCH_MIN:
             try:
@@ -255,8 +267,8 @@ class ClusterWriter:
             raise
         return run
 
-    def _release(self, host: int, size: int) -> None:
-        self._allocator.release(host, size)
+    def _lose(self, host: int, size: int) -> None:
+        self._allocator.lose(host, size)
         self._committer.note_change()
 
     def _page_room(self, offset: int) -> int:
@@ -271,12 +283,6 @@ class ClusterWriter:
             step = min(end - offset, self._page_room(offset))
             yield offset, step
             offset += step
-
-    async def _set_whole(self, offset: int, size: int, entry: int, kind: Kind, host: int) -> None:
-        """Map whole clusters of one run and one L2 page to 0 or 1 and release the data they had."""
-        await self._set_entries(offset, size, entry)
-        if kind is Kind.DATA:
-            self._release(host, size)
 
     async def _set_entries(self, offset: int, size: int, entry: int) -> None:
         """Map the clusters of [offset, offset+size), whole and in one L2 page, to `entry` and on, or all to 0 or 1.

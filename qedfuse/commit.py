@@ -14,10 +14,9 @@ instant (the group: copies of the dirty pages, so that later changes stay out) a
     2 new      pages of L2 tables to which the file's L1 table does not refer yet
     3 barrier  backing file: sync
     4 tables   pages of the other L2 tables, pages of the L1 table
-    5 sync     if somebody waits for durability, if clusters are being recycled, if the image size has grown
+    5 sync     if somebody waits for durability, if clusters were lost, if the image size has grown. Before it, clusters
+               that were lost before the group was taken are punched; after it, they are free
     6 size     a grown image_size goes to the header; sync
-    7 recycle  clusters released before the group was taken are punched (the entry that freed them is durable since 5);
-               clusters punched before step 5 are free
 
 What a crash leaves (power loss: any subset of what was written since the last completed sync, torn at 512 bytes):
 
@@ -31,37 +30,40 @@ What a crash leaves (power loss: any subset of what was written since the last c
                since 3                                     entry at a table of zeroes or outside: the same
     5          as 4                                        as 4
     6          the old size or the new one (8 aligned bytes); behind the old end all reads as zeroes since 5
-    7          the cluster's entry is gone: a leak         the same
 
-Reads of "missing" data as zeroes hold because a cluster handed out reads as zeroes durably (`allocator.py`), so a
-freed cluster must not come back before step 7 of one commit and step 5 of a later one. Guest data needs no step of its
-own: it was written before the group was taken, so the syncs of 3 and 5 cover it.
+Reads of "missing" data as zeroes hold because a cluster handed out reads as zeroes durably (`allocator.py`). Guest data
+needs no step of its own: it was written before the group was taken, so the syncs of 3 and 5 cover it.
+
+An entry, once set, stays: what is zeroed or discarded of a cluster is punched in place, which is a write like any
+other, and so is what is written there later. (QED has no free list: a cluster without an entry is a leak for ever.) So
+no table changes, nothing waits for a commit, and no cluster goes from one place of the guest to another. Two entries
+do go away. Where the host cannot punch, the entry becomes 1, or 0 without a backing file, as any entry changes: its
+cluster is a leak. And the tail of the file goes when an image was cut short, see below.
 
 A block device has stale bytes everywhere, and any of them could pass for a table or for data. What is free there was
-found by reading the tables (`reserve.py`) before any of them changed. It is synced once before the first of it is
+found by reading the tables (`reserve.py`) before any of it was handed out. It is synced once before the first of it is
 zeroed: what was read may be younger than what is on the disk, where an entry may still lead to it. Then it is zeroed in
 large steps, each followed by a sync, and only then handed out. From there on a device is like a file.
 
 Shrinking goes the other way round: the smaller size is durable before anything behind it is dropped or zeroed. Before
 that comes what may lack space: a cluster of its own for the last sector, if the backing file's is to be cut. What is
-cut off inside of a cluster is zeroed in place, then, before the answer. After a crash in between it is still there,
-behind the end: growing zeroes it, too, but a QEMU that grows the image would show it. Inside of the last sector, which
-stays in the image if the size asked for is no multiple of 512, it reads as before or as zeroes, as after any write.
+cut off inside of the last cluster is zeroed in place, then, before the answer. Inside of the last sector, which stays
+in the image if the size asked for is no multiple of 512, it reads as before or as zeroes, as after any write.
 
-An L2 table that lies wholly behind the new end, or whose whole range is zeroed without a backing file, is dropped as
-one: its L1 entry becomes 0 in memory and its pages leave memory, then the clusters that it maps are released, then its
-own. Three things make that safe:
+Then the tail of the file is given up: the clusters at its end, as far as only entries and tables behind the new end
+refer to them (`tail.py`); on a device, all that is cut off, wherever it lies. Their entries become 0, and so do the L1
+entries of the tables among them, which leave memory. A commit with sync makes that durable. Only then is the file cut,
+which another sync makes durable before a cluster is handed out there again: the bytes are stale. (On a device, what is
+free is looked for anew.) Three things make it safe to drop a table:
 
-    - the L1 entry goes first. Whatever commit takes the released clusters has the L1 page in its group, or an earlier
-      one had, so they are free only when nothing in the file leads to them. The entries in the table stay as they are:
-      nobody follows them any more.
-    - a page of the table is not written once its clusters can be somebody else's. It is dropped only while none of its
-      pages is pinned (changed, in a new table, or in the group of a commit that is running) and its whole range is
-      locked, so that none becomes so. Then no group has them, now or later. Before a shrink all is flushed and locked;
-      zeroing leaves a table that has pinned pages where it is, and changes its entries.
+    - all that it refers to goes with it, or is no cluster of the file.
+    - a page of it is not written once its clusters can be somebody else's: all was flushed before, the whole image is
+      locked, so that no page of it is pinned or becomes so (changed, in a new table, or in the group of a commit).
     - a page that is being read while its table is dropped does not come into memory (`tables.py`).
 
-A crash leaves the old L1 entry, with the table and what it maps as they were, or 0: leaks.
+A crash leaves each entry old or 0, and the file with or without its tail, but without it only if all of them are 0.
+Last, what else is cut off is punched, before the answer, too; it keeps its entries, as anywhere. What a crash has left
+of all that is behind the end: growing zeroes it, too, but a QEMU that grows the image would show it.
 
 NEED_CHECK is cleared after a commit with sync that left nothing dirty: when the image has been idle, and on close.
 
@@ -97,8 +99,6 @@ COMMIT_DELAY = 1.0
 IDLE_DELAY = 5.0
 #: Dirty pages at which writers commit first: 1 MiB of tables.
 MAX_DIRTY_PAGES = 256
-#: Runs of freed clusters at which they do, too: a few hundred bytes each.
-_MAX_RELEASED_RUNS = 128 << 10
 
 _Group = list[tuple[PageMap, int, int, bytes]]
 
@@ -142,7 +142,8 @@ class Committer:
         self._dirty_event.set()
 
     def note_written(self) -> None:
-        """Guest data was written, or zeroed, in place or into new clusters: the next flush must sync it."""
+        """Guest data was written, or zeroed, in place or into new clusters: the next flush must sync it,
+        unless its sync began before this call."""
         self.unsynced = True
         self.writes += 1
 
@@ -227,10 +228,20 @@ class Committer:
                 await self._write_header(self.header.with_image_size(size))
                 self._size = size
 
+    async def give_up_tail(self, end: int) -> None:
+        """Cut the file at `end`: no entry refers to what lies behind. Raises OSError."""
+        await self.flush()
+        async with self._running:
+            self.check()
+            with trio.CancelScope(shield=True):
+                await self.growth.give_up(end)
+                self._tables.file_end = self._allocator.end
+                await self._sync()
+
     @property
     def crowded(self) -> bool:
         """Whether so much waits for a commit that writers have to see to one first."""
-        return self._tables.dirty_pages > MAX_DIRTY_PAGES or self._allocator.released_runs > _MAX_RELEASED_RUNS
+        return self._tables.dirty_pages > MAX_DIRTY_PAGES
 
     @property
     def _dirty(self) -> bool:
@@ -238,7 +249,7 @@ class Committer:
         return bool(
             tables.dirty_l1
             or tables.dirty_l2
-            or self._allocator.recycling
+            or self._allocator.has_lost
             or self._size != self.header.image_size
             or not self._header_known
         )
@@ -265,7 +276,7 @@ class Committer:
         size = self._size
         new_tables = dict(tables.new_tables)
         group = self._take(tables.l2, tables.dirty_l2) + self._take(tables.l1, tables.dirty_l1)
-        released, punched = allocator.take_released(), allocator.take_punched()
+        lost = allocator.take_lost()
         try:
             if not self._header_known:
                 await self._write_header(self.header)
@@ -284,20 +295,21 @@ class Committer:
                 for index in new_tables:
                     del tables.new_tables[index]
                 await self._write_pages(old)
-            if durable or released or punched or size != self.header.image_size:
+            punched = await self._punch(lost)
+            if durable or lost or size != self.header.image_size:
                 await self._sync()
             if size > self.header.image_size:
                 await self._write_header(self.header.with_image_size(size))
         except BaseException:
             for level, index, _host, _content in group:
                 self._dirty_set(level).add(index)
-            allocator.put_back(released, punched)
+            for run in lost:
+                allocator.lose(*run)
             raise
         for level, index, _host, _content in group:
             if index not in self._dirty_set(level):
                 level.unpin(index)
-        allocator.add_free(punched)
-        await self._punch(released)
+        allocator.put_free(punched)
 
     def _dirty_set(self, level: PageMap) -> set[int]:
         return self._tables.dirty_l1 if level is self._tables.l1 else self._tables.dirty_l2
@@ -364,16 +376,18 @@ class Committer:
             raise
         self.check()
 
-    async def _punch(self, released: Iterable[tuple[int, int]]) -> None:
-        """Step 7. A cluster that cannot be punched stays unused: a leak, which check gives back."""
-        for offset, size in released:
+    async def _punch(self, lost: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Before step 5. Returns what is a hole then. What cannot be punched stays unused: a leak."""
+        punched = []
+        for run in lost:
             try:
                 self.unsynced = True
-                await self._storage.punch(offset, size)
+                await self._storage.punch(*run)
             except OSError as error:
-                log.warning("%s: cannot punch a freed cluster: %s", self._storage.path, error.strerror)
-                continue
-            self._allocator.add_punched(offset, size)
+                log.warning("%s: cannot punch a lost cluster: %s", self._storage.path, error.strerror)
+            else:
+                punched.append(run)
+        return punched
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -430,7 +444,7 @@ class Committer:
         """
         try:
             await self.flush()
-            await self.growth.cut(self._allocator.trim())
+            await self.growth.trim()
             if self.unsynced:
                 await self._sync()
             await self.clean()

@@ -37,6 +37,8 @@ _BLKROGET = 0x125E
 _IOV_MAX = 1024
 #: A page, and no less than the blocks of nearly every device.
 _DEVICE_BLOCK = 4096
+#: A hole is made in steps of so many bytes: the file is locked meanwhile, and reads and writes wait.
+_HOLE_STEP = 128 << 20
 _MAX_SIZE = (1 << 63) - 1
 
 
@@ -172,21 +174,32 @@ class FileStorage:
         await self._in_thread(self._punch, offset, size)
 
     def _punch(self, offset: int, size: int) -> None:
-        if not self.fixed:
-            if not self._deallocate(_FALLOC_FL_PUNCH_HOLE, offset, size):
-                self._write_zeroes(offset, size)
-            return
-        # A device takes whole blocks only. What it cannot discard the kernel can overwrite, unless its pages are busy.
-        start, end = round_up(offset, _DEVICE_BLOCK), round_down(offset + size, _DEVICE_BLOCK)
-        modes = (_FALLOC_FL_PUNCH_HOLE, _FALLOC_FL_ZERO_RANGE)
-        if start < end and any(self._deallocate(mode, start, end - start) for mode in modes):
+        # A device takes whole blocks only.
+        block = _DEVICE_BLOCK if self.fixed else 1
+        start, end = round_up(offset, block), round_down(offset + size, block)
+        if start < end and self._deallocate(start, end - start):
             self._write_zeroes(offset, start - offset)
             self._write_zeroes(end, offset + size - end)
         else:
             self._write_zeroes(offset, size)
 
-    def _deallocate(self, mode: int, offset: int, size: int) -> bool:
-        """Zeroes without writing them. False: the file system, or the device, can't."""
+    async def deallocate(self, runs: Sequence[tuple[int, int]]) -> bool:
+        return await self._in_thread(self._deallocate_all, runs)
+
+    def _deallocate_all(self, runs: Sequence[tuple[int, int]]) -> bool:
+        return all(
+            self._deallocate(start, min(offset + size - start, _HOLE_STEP))
+            for offset, size in runs
+            for start in range(offset, offset + size, _HOLE_STEP)
+        )
+
+    def _deallocate(self, offset: int, size: int) -> bool:
+        """Zeroes without writing them; what a device cannot discard the kernel can overwrite, unless its pages are
+        busy. False: the file system, or the device, can't."""
+        modes = (_FALLOC_FL_PUNCH_HOLE, _FALLOC_FL_ZERO_RANGE) if self.fixed else (_FALLOC_FL_PUNCH_HOLE,)
+        return any(self._attempt(mode, offset, size) for mode in modes)
+
+    def _attempt(self, mode: int, offset: int, size: int) -> bool:
         try:
             _fallocate(self._fd, mode | _FALLOC_FL_KEEP_SIZE, offset, size)
         except OSError as error:

@@ -47,8 +47,8 @@ class Growth(ABC):
         self._growing = trio.Lock()
 
     @abstractmethod
-    async def prepare(self) -> None:
-        """To be called before anything changes."""
+    async def measure(self) -> None:
+        """Have `room` tell what is true."""
 
     @property
     @abstractmethod
@@ -70,8 +70,13 @@ class Growth(ABC):
     async def _extend(self, room: int) -> None: ...
 
     @abstractmethod
-    async def cut(self, end: int) -> None:
-        """Give up what lies behind `end`, as far as the file can."""
+    async def trim(self) -> None:
+        """Give up what is free at the end, as far as the file can, for good: nothing is handed out after this."""
+
+    @abstractmethod
+    async def give_up(self, end: int) -> None:
+        """No entry refers to what lies behind `end` any more, durably, and nothing of it waits to be used. It may be
+        handed out again after a sync."""
 
 
 class FileGrowth(Growth):
@@ -81,8 +86,8 @@ class FileGrowth(Growth):
         super().__init__(storage, allocator, durability)
         self._cluster_size = cluster_size
 
-    async def prepare(self) -> None:
-        """Nothing is to be known before."""
+    async def measure(self) -> None:
+        """There is nothing to measure."""
 
     @property
     def room(self) -> None:
@@ -103,7 +108,14 @@ class FileGrowth(Growth):
         self.file_size = size
         self._durability.unsynced = True
 
-    async def cut(self, end: int) -> None:
+    async def trim(self) -> None:
+        await self._cut(self._allocator.trim())
+
+    async def give_up(self, end: int) -> None:
+        await self._cut(end)
+        self._allocator.cut(end)
+
+    async def _cut(self, end: int) -> None:
         if end < self.file_size:
             self._durability.unsynced = True
             await self._storage.truncate(end)
@@ -115,25 +127,26 @@ class DeviceGrowth(Growth):
 
     def __init__(self, storage: Storage, allocator: Allocator, durability: Durability, header: Header) -> None:
         super().__init__(storage, allocator, durability)
+        self._header = header
         self._reserve = Reserve(storage, header)
         self._zeroed = 0  # bytes, to be handed out
 
-    async def prepare(self) -> None:
-        if not self._reserve.known:
-            await self._reserve.find()
+    async def measure(self) -> None:
+        await self._reserve.find()
 
     @property
     def room(self) -> int:
-        """Before `prepare`, the device's size."""
+        """Before `measure`, and the first new cluster, the device's size."""
         return self._reserve.total + self._allocator.unused
 
     async def _extend(self, room: int) -> None:
         """A device is full when nothing is on its way back either."""
         while not self._allocator.has_free(room):
+            await self._reserve.find()
             runs = await self._reserve.take(room, min(max(self._zeroed, _ZERO_MIN), _ZERO_MAX))
             if runs:
                 await self._zero(runs)
-            elif self._allocator.recycling:
+            elif self._allocator.has_lost:
                 await self._durability.flush()
             else:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.path)
@@ -148,9 +161,14 @@ class DeviceGrowth(Growth):
         except BaseException:
             self._reserve.put_back(runs)
             raise
-        for run in runs:
-            self._allocator.put_free(*run)
-            self._zeroed += run[1]
+        self._allocator.put_free(runs)
+        self._zeroed += sum(size for _offset, size in runs)
 
-    async def cut(self, end: int) -> None:
+    async def trim(self) -> None:
         """Its size is what it is."""
+
+    async def give_up(self, end: int) -> None:
+        """What is free is looked for anew."""
+        self._allocator.forget_free()
+        self._reserve, self._zeroed = Reserve(self._storage, self._header), 0
+        await self._reserve.find()

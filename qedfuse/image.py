@@ -28,6 +28,7 @@ from qedfuse.rangelock import FOREVER, RangeLock
 from qedfuse.scan import Breather
 from qedfuse.storage import Buffer, Storage
 from qedfuse.tables import Tables
+from qedfuse.tail import CutOff
 
 _ENTRY_MASK = PAGE_ENTRIES - 1
 #: One step of a long operation: bounds memory, lock time and the group.
@@ -140,7 +141,7 @@ class Image:
     async def measure_room(self) -> int | None:
         """As `room`, exactly: reads all tables, the first time. Raises OSError."""
         if self._committer:
-            await self._committer.growth.prepare()
+            await self._committer.growth.measure()
         return self.room
 
     @property
@@ -331,7 +332,12 @@ class Image:
             raise QedfuseError(self.path, f"file too large: this geometry maps at most {limit} bytes", errno.EFBIG)
         clusters = await self._begin_change()
         await clusters.clear_tail(self._size, growing=True)
-        await self._clear(self._size, size, clusters.zero_entry)
+        offset = round_up(self._size, self.geometry.cluster_size)
+        breathe = Breather()
+        while offset < size:
+            clusters = await self._begin_change()
+            offset += await clusters.zero(offset, size - offset, size)
+            await breathe()
         self._size = size
         self._committer_of().note_size(size)
 
@@ -355,22 +361,14 @@ class Image:
         if end < size:
             await clusters.zero(end, size - end, size)
         await clusters.clear_tail(size, growing=False)
-        first = self.geometry.l1_entries_for(size)
-        await self._clear(size, min(old, first * self.geometry.l2_coverage), UNALLOCATED)
-        breathe = Breather()
-        for index in range(first, self.geometry.l1_entries_for(old)):  # tables that are cut off whole
-            clusters = await self._begin_change()
-            await clusters.drop_table(index)
-            await breathe()
-
-    async def _clear(self, start: int, end: int, entry: int) -> None:
-        """Set every whole cluster of [start, end) to 0 or 1."""
-        offset = round_up(start, self.geometry.cluster_size)
-        breathe = Breather()
-        while offset < end:
-            clusters = await self._begin_change()
-            offset += await clusters.clear(offset, end - offset, entry)
-            await breathe()
+        if size == old:
+            return
+        cut_off = CutOff(self.storage, committer.header, self._tables, self._begin_change)
+        tail = self._data_start if self.storage.fixed else await cut_off.find_tail()
+        if tail < self._tables.file_end:
+            await cut_off.forget(tail)
+            await committer.give_up_tail(tail)
+        await cut_off.punch()
 
     async def flush(self) -> None:
         """Everything completed before this call is durable when it returns. Nothing to do on a read-only image.
@@ -424,7 +422,6 @@ class Image:
         """What every change begins with: may it be, and is there memory for more dirty pages?"""
         committer = self._committer_of()
         committer.check()
-        await committer.growth.prepare()
         if committer.crowded:
             await committer.write_back()
         return self._writer

@@ -2,8 +2,8 @@
 
 A file's new clusters come from its end, which moves. A device has none that could move: its size is fixed, nothing says
 how far an image on it reaches, and everywhere there may be stale bytes. So the tables are read once, before the first
-change to them, and what they do not refer to is free: first what lies behind all the rest, then the gaps (clusters that
-leaked, or that were discarded when the device was in use before). `commit.py` zeroes it before it is handed out.
+cluster is handed out, and what they do not refer to is free: first what lies behind all the rest, then the gaps
+(clusters that leaked). `growth.py` zeroes it before it is handed out.
 
 QEMU takes the device's end for the image's: it never allocates anything on a device.
 """
@@ -37,16 +37,12 @@ class Reserve:
         self._failure: str | None = None
         self._finding = trio.Lock()
 
-    @property
-    def known(self) -> bool:
-        """Whether `find` has been there."""
-        return self._used is not None or self._failure is not None
-
     async def find(self) -> None:
-        """Read the tables. Until then none may change. Raises OSError, and can be called again, also when cancelled.
-        That the tables are corrupt `take` says: what allocates nothing goes on."""
+        """Read the tables, once. Until then no cluster may be handed out; an entry may go, which is found in the file,
+        or not. Raises OSError, and can be called again, also when cancelled. That the tables are corrupt `take` says:
+        what allocates nothing goes on."""
         async with self._finding:
-            if self.known:
+            if self._used is not None or self._failure is not None:
                 return
             try:
                 used = await self._read_tables()

@@ -87,6 +87,11 @@ class Storage(Protocol):
         """Make a range inside the file read as zeroes and give its space back where the file system can."""
         ...
 
+    async def deallocate(self, runs: Sequence[tuple[int, int]]) -> bool:
+        """Make runs (offset, size) inside the file read as zeroes by giving their space back. False: that cannot be
+        done, and some of them may be as they were."""
+        ...
+
     def stat(self) -> os.stat_result:
         """The file's attributes (times, owner, st_blocks); of a block device those of its node."""
         ...

@@ -28,7 +28,7 @@ from qedfuse.scan import Bounds
 from qedfuse.storage import Storage, fill, size_in_sectors
 
 _PAGE_MASK = PAGE_ENTRIES - 1
-_MAX_STEPS = 1024
+_MAX_STEPS = 256
 
 #: The bytes of a page that says one thing throughout: comparing with it is faster than looking at each entry.
 _UNIFORM = {entry: entry.to_bytes(ENTRY_SIZE, "little") * PAGE_ENTRIES for entry in (UNALLOCATED, ZERO_CLUSTER)}

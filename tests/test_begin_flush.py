@@ -259,8 +259,8 @@ class TestNative:
                 await image.write(0, b"x" * 1024 * KIB)
                 await image.flush()
                 assert image._committer is not None
-                for offset in range(0, 1024 * KIB, 512):  # as if they had been freed: there is nothing behind the end
-                    image._committer._allocator.release((1 << 40) + 2 * offset, 512)
+                for offset in range(0, 1024 * KIB, 512):  # as if they had been lost: there is nothing behind the end
+                    image._committer._allocator.lose((1 << 40) + 2 * offset, 512)
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.start_soon(take_turns)
                 await trio.sleep(0.01)

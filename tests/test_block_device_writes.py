@@ -189,7 +189,7 @@ def test_convert_into_an_image_there(tmp_path: Path) -> None:
         assert qedfuse("check", device).code == 0
 
 
-def test_discarded_space_is_used_again(tmp_path: Path) -> None:
+def test_space_of_what_is_cut_off_is_used_again(tmp_path: Path) -> None:
     """Through the mount, without waiting and after a remount; QEMU agrees with what is read."""
     image, raw = make_image(tmp_path / "a.qed", 8 * MIB), tmp_path / "raw"
     raw.touch()

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Awaitable, Callable
 
 import pytest
 
 from qedfuse import growth as growing
-from qedfuse.allocator import Allocator
+from qedfuse.clustermap import ClusterMap
 from qedfuse.clusters import ClusterWriter
 from qedfuse.commit import Committer
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import UNALLOCATED, round_up
+from qedfuse.geometry import round_up
 from qedfuse.header import FEATURE_NEED_CHECK
 from qedfuse.image import Image
+from qedfuse.layer import Run
 from qedfuse.pages import PageMap
 from qedfuse.tables import Tables
+from qedfuse.tail import CutOff
 from tests.helpers.crash import SEED
 from tests.helpers.history import Guest
-from tests.helpers.scenarios import allocate, churn, cut, grow, idle, reuse, run_scenario, shrink, shrink_and_grow
+from tests.helpers.scenarios import (
+    CLUSTER,
+    allocate,
+    churn,
+    cut,
+    grow,
+    idle,
+    lose,
+    reuse,
+    run_scenario,
+    shrink,
+    shrink_and_grow,
+)
 from tests.helpers.schedule import run_seeded
 from tests.helpers.survival import BAD, Scenario
-from tests.helpers.table_scenarios import TABLE_SCENARIOS, cut_and_fill_again, cut_tables, run_tables, zero_tables
+from tests.helpers.table_scenarios import (
+    TABLE_SCENARIOS,
+    cut_and_fill_again,
+    cut_tables,
+    cut_what_is_mixed,
+    run_tables,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +60,16 @@ def expect_failure(scenario: Scenario, backing: str) -> None:
 
     with pytest.raises((AssertionError, CorruptError), match=BAD):
         run_seeded(SEED, main)
+
+
+def begin_change_of(committer: Committer) -> Callable[[], Awaitable[ClusterWriter]]:
+    """What `tail.CutOff` wants, from what it is for."""
+    writer = ClusterWriter(committer._storage, committer._tables, committer._allocator, committer, None)
+
+    async def begin_change() -> ClusterWriter:
+        return writer
+
+    return begin_change
 
 
 @pytest.mark.parametrize("backing", ["shorter", "longer"])
@@ -84,45 +115,55 @@ def test_l1_before_the_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
     expect_failure(allocate, "longer")
 
 
+def test_a_discard_that_no_flush_makes_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was discarded, and flushed, is there again."""
+    monkeypatch.setattr(Committer, "note_written", lambda self: None)
+    expect_failure(reuse, "alone")
+
+
 @pytest.mark.parametrize("backing", ["alone", "longer"])
-def test_reuse_without_waiting(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
-    """A freed cluster comes back before the entry that freed it is durable."""
-    monkeypatch.setattr(Allocator, "release", lambda self, offset, size: self._free.add(offset, size))
+def test_discards_that_give_up_their_cluster(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
+    """It is punched, and handed out again while the old entry may still be in the file."""
+
+    async def give_up(self: ClusterWriter, offset: int, runs: list[Run], image_end: int) -> int:
+        if offset % CLUSTER or runs[0].length % CLUSTER:
+            return await original(self, offset, runs, image_end)
+        await self._set_entries(offset, CLUSTER, self._zero_entry)
+        await self._storage.punch(runs[0].host, CLUSTER)
+        self._allocator.put_free([(runs[0].host, CLUSTER)])
+        return CLUSTER
+
+    original = ClusterWriter._zero_data
+    monkeypatch.setattr(ClusterWriter, "_zero_data", give_up)
     expect_failure(churn, backing)
 
 
-def test_reuse_before_the_entry_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Punched first (so nothing stale shows), but the old entry may still be in the file."""
+def test_lost_clusters_come_back_before_the_punch_is_durable() -> None:
+    """Without a backing file: what was not written shows beside what was."""
 
     async def punch_now(guest: Guest) -> None:
         allocator = guest.image._committer._allocator  # type: ignore[union-attr]
 
-        def release(offset: int, size: int) -> None:
+        def lose_and_find(offset: int, size: int) -> None:
             guest.image.storage.apply_punch(offset, size)  # type: ignore[attr-defined]
-            allocator._free.add(offset, size)
+            allocator.put_free([(offset, size)])
 
-        allocator.release = release  # type: ignore[method-assign]
-        await churn(guest)
+        allocator.lose = lose_and_find  # type: ignore[method-assign]
+        guest.may_fail = True
+        await lose(guest)
 
-    expect_failure(punch_now, "longer")
-
-
-def test_reuse_before_the_punch_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a backing file: the stale contents of a recycled cluster show beside what was written."""
-    monkeypatch.setattr(Allocator, "add_punched", lambda self, offset, size: self._free.add(offset, size))
-    expect_failure(churn, "alone")
+    expect_failure(punch_now, "alone")
 
 
-def test_reuse_without_punching(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def no_punch(self: Committer, released: list[tuple[int, int]]) -> None:
-        for offset, size in released:
-            self._allocator.add_punched(offset, size)
+def test_lost_clusters_come_back_unpunched(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_punch(self: Committer, lost: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return lost
 
     monkeypatch.setattr(Committer, "_punch", no_punch)
-    expect_failure(reuse, "alone")
+    expect_failure(lose, "alone")
 
 
-@pytest.mark.parametrize("scenario", [allocate, reuse], ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize("scenario", [allocate, lose], ids=lambda scenario: scenario.__name__)
 def test_no_need_check(monkeypatch: pytest.MonkeyPatch, scenario: Scenario) -> None:
     """Without a backing file and without the mark, nobody repairs the entries that point outside the file."""
 
@@ -164,14 +205,16 @@ def test_flush_without_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backing", ["alone", "longer"])
 def test_shrink_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
-    """The entries are dropped before the smaller size is durable."""
+    """What is cut off is zeroed before the smaller size is durable."""
+    original = Committer.shrink
 
-    async def broken(self: Image, size: int) -> None:
-        old, self._size = self._size, size
-        await self._clear(size, old, UNALLOCATED)
-        await self._committer_of().shrink(size)
+    async def broken(self: Committer, size: int) -> None:
+        await self.flush()
+        header = self.header.with_image_size(size)
+        await CutOff(self._storage, header, self._tables, begin_change_of(self)).punch()
+        await original(self, size)
 
-    monkeypatch.setattr(Image, "_shrink", broken)
+    monkeypatch.setattr(Committer, "shrink", broken)
     expect_failure(shrink, backing)
 
 
@@ -219,43 +262,54 @@ def test_shrink_before_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     expect_failure(shrink, "alone")
 
 
-# -- whole tables ---------------------------------------------------------------------------------------------------
+# -- the tail of the file -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scenario", "backing"), [(cut_tables, "shorter"), (zero_tables, "alone")])
-def test_tables_reused_without_waiting(monkeypatch: pytest.MonkeyPatch, scenario: Scenario, backing: str) -> None:
-    """The clusters of a dropped table, and those it maps, come back while the file still leads to them."""
-    monkeypatch.setattr(Allocator, "release", lambda self, offset, size: self._free.add(offset, size))
-    expect_failure(scenario, backing)
+def test_the_tail_is_cut_before_its_entries_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a backing file the image is marked, and the repair drops what points outside."""
+
+    async def broken(self: Committer, end: int) -> None:
+        await self.growth.give_up(end)
+        await self.flush()
+
+    monkeypatch.setattr(Committer, "give_up_tail", broken)
+    expect_failure(cut_tables, "shorter")
 
 
-@pytest.mark.parametrize(("scenario", "backing"), [(cut_tables, "shorter"), (zero_tables, "alone")])
-def test_tables_dropped_from_the_file_too_late(
-    monkeypatch: pytest.MonkeyPatch, scenario: Scenario, backing: str
-) -> None:
-    """What a dropped table mapped is released in one commit, its L1 entry is written two commits later."""
-    held: list[tuple[int, int]] = []
-    drop, commit_once = Tables.drop_table, Committer._commit
+def test_the_tail_is_used_before_the_cut_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of a table show beside what was written."""
 
-    def broken_drop(self: Tables, l1_index: int) -> None:
-        drop(self, l1_index)
-        self.dirty_l1.clear()  # there is only one page in these
-        held.append((2, 0))
+    async def broken(self: Committer, end: int) -> None:
+        await self.flush()
+        await self.growth.give_up(end)
 
-    async def broken_commit(self: Committer, durable: bool) -> None:
-        if held:
-            self._tables.dirty_l1.clear()
-        await commit_once(self, durable)
-        held[:] = [(left - 1, page) for left, page in held if left]
-        if not held:
-            self._tables.dirty_l1.update(self._tables.l1.pinned)
-
-    monkeypatch.setattr(Tables, "drop_table", broken_drop)
-    monkeypatch.setattr(Committer, "_commit", broken_commit)
-    expect_failure(scenario, backing)
+    monkeypatch.setattr(Committer, "give_up_tail", broken)
+    expect_failure(cut_tables, "alone")
 
 
-@pytest.mark.parametrize(("scenario", "backing"), [(cut_and_fill_again, "shorter"), (zero_tables, "alone")])
+def test_the_tail_is_used_again_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is not cut at all."""
+
+    async def broken(self: Committer, end: int) -> None:
+        await self.flush()
+        self._allocator.cut(end)
+
+    monkeypatch.setattr(Committer, "give_up_tail", broken)
+    expect_failure(cut_tables, "alone")
+
+
+@pytest.mark.parametrize("backing", ["alone", "shorter"])
+def test_a_tail_with_what_stays_in_it(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
+    """It begins where the first cluster that is cut off lies."""
+
+    async def broken(self: CutOff, cut: ClusterMap) -> int:
+        return cut.next_marked(0) * CLUSTER
+
+    monkeypatch.setattr(CutOff, "_end_of_the_rest", broken)
+    expect_failure(cut_what_is_mixed, backing)
+
+
+@pytest.mark.parametrize(("scenario", "backing"), [(cut_and_fill_again, "shorter"), (cut_tables, "alone")])
 def test_dropped_tables_stay_in_memory(monkeypatch: pytest.MonkeyPatch, scenario: Scenario, backing: str) -> None:
     """Changes go to pages whose place in the file is somebody else's."""
 
@@ -271,14 +325,15 @@ def test_dropped_tables_stay_in_memory(monkeypatch: pytest.MonkeyPatch, scenario
 
 @pytest.mark.parametrize("backing", ["alone", "shorter"])
 def test_tables_dropped_before_the_size_is_durable(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
-    original = Image._shrink
+    original = Committer.shrink
 
-    async def broken(self: Image, size: int) -> None:
+    async def broken(self: Committer, size: int) -> None:
         await self.flush()
-        geometry = self.geometry
-        for index in range(geometry.l1_entries_for(size), geometry.l1_entries_for(self._size)):
-            await self._writer.drop_table(index)
+        cut_off = CutOff(self._storage, self.header.with_image_size(size), self._tables, begin_change_of(self))
+        tail = await cut_off.find_tail()
+        await cut_off.forget(tail)
         await original(self, size)
+        await self.give_up_tail(tail)
 
-    monkeypatch.setattr(Image, "_shrink", broken)
+    monkeypatch.setattr(Committer, "shrink", broken)
     expect_failure(cut_tables, backing)

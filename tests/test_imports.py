@@ -35,6 +35,7 @@ ORDER = """
     growth
     commit repair
     clusters check
+    tail
     image recovery
     chain holes pagecache replaced rootclock
     opening create info handover

@@ -247,6 +247,11 @@ class Ram:
         assert offset + size <= sectors(self.raw)
         self._do("punch", offset, bytes(size))
 
+    async def deallocate(self, runs: Sequence[tuple[int, int]]) -> bool:
+        for run in runs:
+            await self.punch(*run)
+        return True
+
     def size(self) -> int:
         return len(self.raw)
 

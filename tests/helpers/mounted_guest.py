@@ -132,13 +132,12 @@ def in_place(guest: MountedGuest) -> None:
 
 
 def holes(guest: MountedGuest) -> None:
-    """Freed clusters come back for other guest clusters, of which only a sector is written."""
+    """What was punched or zeroed is written again, a sector of it."""
     guest.write(CLUSTER, 3 * CLUSTER)
     guest.sync()
     guest.punch(CLUSTER, 2 * CLUSTER)
     guest.write(CLUSTER + SECTOR, SECTOR)
     guest.sync()
-    guest.sync()  # now they are free
     for number in range(6, 9):
         guest.write(number * CLUSTER + SECTOR, SECTOR)
     guest.sync()

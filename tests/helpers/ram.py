@@ -237,6 +237,13 @@ class RamStorage:
         if self.chaos:
             await self.chaos.pause()
 
+    async def deallocate(self, runs: Sequence[tuple[int, int]]) -> bool:
+        if not self.punches:
+            return False
+        for run in runs:
+            await self.punch(*run)
+        return True
+
     def size(self) -> int:
         self._check()
         return self.file.size

@@ -5,8 +5,11 @@ All are for an image of 12 clusters of 4 KiB and three sectors (`new_tables` for
 
 from __future__ import annotations
 
+import errno
+import os
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -89,28 +92,74 @@ async def zero(guest: Guest) -> None:
 
 
 async def reuse(guest: Guest) -> None:
-    """Freed clusters come back for other guest clusters, of which only a sector is written."""
-    for cluster in (1, 2):
+    """What was discarded is written again, a sector at a time, where it was."""
+    for cluster in (1, 2, 6):
         await guest.write(cluster * CLUSTER, CLUSTER)
     await guest.flush()
+    used = end_of_clusters(guest)
     await guest.discard(CLUSTER, 2 * CLUSTER)
     await guest.write(CLUSTER + SECTOR, SECTOR)
     await guest.flush()
     await guest.flush()
-    used = guest.image._committer._allocator.end  # type: ignore[union-attr]
-    await guest.write(6 * CLUSTER + SECTOR, SECTOR)
-    await guest.write(8 * CLUSTER, SECTOR)
-    assert guest.may_fail or guest.image._committer._allocator.end == used, "nothing was reused"  # type: ignore[union-attr]
+    await guest.write(2 * CLUSTER + SECTOR, SECTOR)
     await guest.flush()
-    await guest.zero(6 * CLUSTER, CLUSTER)
+    await guest.discard(6 * CLUSTER, CLUSTER)
+    await guest.flush()
+    await guest.zero(2 * CLUSTER, CLUSTER)
     await guest.write_back()
     await guest.write_back()
     await guest.write(2 * CLUSTER, 2 * SECTOR)
+    assert guest.may_fail or end_of_clusters(guest) == used, "it has taken other clusters"
     await guest.close()
 
 
+async def lose(guest: Guest) -> None:
+    """Writes that fail when all is in the file: their clusters come back for others, of which a sector is written."""
+    await guest.write(0, SECTOR)
+    await guest.flush()
+    for commit in (guest.flush, guest.write_back):
+        for cluster in (1, 3):
+            with suppress(OSError):
+                async with no_entries(guest):
+                    await guest.write(cluster * CLUSTER, 2 * CLUSTER)
+        used = end_of_clusters(guest)
+        await commit()
+        for cluster in (5, 3, 8):
+            await guest.write(cluster * CLUSTER + SECTOR, SECTOR)
+        assert guest.may_fail or end_of_clusters(guest) == used, "nothing was reused"
+        await guest.discard(3 * CLUSTER, 3 * CLUSTER)
+    with suppress(OSError):
+        async with no_entries(guest):
+            await guest.write(9 * CLUSTER, 3 * CLUSTER)
+    await guest.write(10 * CLUSTER, SECTOR)
+    await guest.close()
+
+
+@asynccontextmanager
+async def no_entries(guest: Guest) -> AsyncIterator[None]:
+    """What is written into new clusters fails as if the page of its table could not be read."""
+    tables = guest.image.tables
+    load = tables.load
+
+    async def fail(index: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    tables.load = fail  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tables.load = load  # type: ignore[method-assign]
+
+
+def end_of_clusters(guest: Guest) -> int:
+    """Where the file's clusters end; it stays where it is as long as used ones are handed out again."""
+    committer = guest.image._committer
+    assert committer
+    return committer._allocator.end
+
+
 async def churn(guest: Guest) -> None:
-    """Free and reuse without a pause, commits of both kinds in between."""
+    """Discards and writes without a pause, commits of both kinds in between."""
     for number in range(12):
         await guest.write(number % 5 * CLUSTER + number % 8 * SECTOR, SECTOR)
         await guest.discard((number + 2) % 5 * CLUSTER, CLUSTER)
@@ -328,7 +377,7 @@ long = random_walk(SEED)
 
 
 SCENARIOS: list[Scenario] = [
-    allocate, unaligned, in_place, concurrent, zero, reuse, churn, grow, shrink, shrink_and_grow, cut, idle,
+    allocate, unaligned, in_place, concurrent, zero, reuse, lose, churn, grow, shrink, shrink_and_grow, cut, idle,
     idle_or_not, timer, close_and_cancel, long,
 ]  # fmt: skip
 #: The sizes of backing files.

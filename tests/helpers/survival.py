@@ -28,7 +28,10 @@ from tests.helpers.images import (
 from tests.helpers.ram import Chaos, RamFile, RamStorage
 
 #: What a state is judged bad for: its contents, its tables, guest data where a table is looked for.
-BAD = r"reads as|lies outside the file|no table of the file|used more than once|overlaps|is not cluster-aligned"
+BAD = (
+    r"reads as|no cluster of the file|lies outside the file|no table of the file|used more than once|overlaps"
+    r"|is not cluster-aligned"
+)
 
 #: Clusters; of a larger image only those that were touched are read.
 WATCH_ALL = 64

@@ -1,0 +1,145 @@
+"""What is left behind the end of an image that was cut short: no tail of the file, and holes.
+
+Called with the whole image locked and after all of it was flushed: what the file says of its tables is true, and no
+page of them is about to be written. The rules that make this safe are in `commit.py`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
+from typing import NamedTuple
+
+from qedfuse.clustermap import ClusterMap
+from qedfuse.clusters import ClusterWriter
+from qedfuse.errors import CorruptError
+from qedfuse.geometry import ENTRY_SIZE
+from qedfuse.header import Header
+from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
+from qedfuse.storage import Storage
+from qedfuse.tables import Tables
+
+
+class Part(NamedTuple):
+    """Entries behind the end, as they are in the file: those of a part of an L2 table. `whole`: all of the table is
+    behind the end. `guest`: what the first entry maps."""
+
+    l1_index: int
+    table: int
+    whole: bool
+    guest: int
+    chunk: bytes | bytearray
+    entries: array[int]
+
+
+class CutOff:
+    """Of an image whose `header` has the new size. Offsets and sizes are bytes. Everything raises OSError.
+
+    `begin_change` comes before each change: there may be too many dirty pages.
+    """
+
+    def __init__(
+        self, storage: Storage, header: Header, tables: Tables, begin_change: Callable[[], Awaitable[ClusterWriter]]
+    ) -> None:
+        self._storage = storage
+        self._header = header
+        self._tables = tables
+        self._begin_change = begin_change
+        self._bounds = Bounds.of(header, tables.file_end)
+        self._cluster_size = header.cluster_size
+        self._breathe = Breather()
+
+    async def punch(self) -> None:
+        """Make holes of all clusters that are cut off. Those that the host cannot punch lose their entries. Last: what
+        the file says of its tables may not be true any more."""
+        async with aclosing(self._parts()) as parts:
+            async for part in parts:
+                clusters = await self._begin_change()
+                if not await clusters.punch(list(self._tables.data_runs(part.entries))):
+                    await clusters.unmap(part.guest, len(part.entries) * self._cluster_size)
+
+    async def find_tail(self) -> int:
+        """From where on the file holds nothing but what is cut off, and no table that refers to what is not. The end of
+        the file if that cannot be told in bounded memory."""
+        try:
+            cut, tables = await self._find()
+        except CorruptError:
+            return self._bounds.end
+        tail = await self._end_of_the_rest(cut)
+        for table in sorted(tables):
+            if tables[table] < tail <= table:
+                tail = table + self._header.geometry.table_bytes
+        return tail
+
+    async def _find(self) -> tuple[ClusterMap, dict[int, int]]:
+        """All that is cut off, and of each table among it the lowest cluster to which it refers."""
+        cut = ClusterMap(self._storage, self._bounds)
+        tables: dict[int, int] = {}
+        async with aclosing(self._parts()) as parts:
+            async for part in parts:
+                if part.whole and part.table not in tables:
+                    cut.mark(part.table // self._cluster_size, self._header.table_size)
+                    tables[part.table] = self._bounds.end
+                cut.mark_entries(part.chunk)
+                if part.whole and part.entries:
+                    lowest = min(part.entries)
+                    if not self._bounds.holds(lowest, self._cluster_size):  # 0, 1, or nonsense
+                        starts = (start for start, _size in self._tables.data_runs(part.entries))
+                        lowest = min(starts, default=self._bounds.end)
+                    tables[part.table] = min(tables[part.table], lowest)
+        return cut, tables
+
+    async def _end_of_the_rest(self, cut: ClusterMap) -> int:
+        end = position = self._header.header_size
+        while (rest := cut.next_free(position)) < cut.clusters:
+            end = position = min(cut.next_marked(rest), cut.clusters)
+            await self._breathe()
+        return end * self._cluster_size
+
+    async def forget(self, tail: int) -> None:
+        """Take away the tables behind `tail`, and the entries that refer to what is there."""
+        dropped = -1
+        async with aclosing(self._parts()) as parts:
+            async for part in parts:
+                clusters = await self._begin_change()
+                if part.whole and part.table >= tail:
+                    if part.l1_index != dropped:
+                        await clusters.drop_table(part.l1_index)
+                    dropped = part.l1_index
+                    continue
+                for first, end in _runs_behind(part.entries, tail):
+                    await self._breathe()
+                    await clusters.unmap(part.guest + first * self._cluster_size, (end - first) * self._cluster_size)
+
+    async def _parts(self) -> AsyncGenerator[Part, None]:
+        """Of tables that have nothing but zeroes behind the end, one that is empty."""
+        geometry = self._header.geometry
+        async for index, table in L1Entries(self._storage, self._header, self._breathe):
+            inside = self._bounds.entries_inside(index)
+            if inside == geometry.table_entries or not self._bounds.holds(table, geometry.table_bytes):
+                continue
+            first = index * geometry.table_entries
+            yield Part(index, table, not inside, first * self._cluster_size, b"", array("Q"))
+            async for start, chunk in TableChunks(self._storage, table, geometry.table_bytes, self._breathe):
+                position = max(start, inside * ENTRY_SIZE)
+                if behind := chunk[position - start :]:
+                    guest = (first + position // ENTRY_SIZE) * self._cluster_size
+                    yield Part(index, table, not inside, guest, behind, unpack_entries(behind))
+
+
+def _runs_behind(entries: array[int], tail: int) -> Iterator[tuple[int, int]]:
+    """Where entries refer to what is behind `tail`: first and end of each run."""
+    if not entries or max(entries) < tail:
+        return
+    if min(entries) >= tail:
+        yield 0, len(entries)
+        return
+    first = -1
+    for position, entry in enumerate(entries):
+        if (entry >= tail) != (first >= 0):
+            if first >= 0:
+                yield first, position
+            first = position if first < 0 else -1
+    if first >= 0:
+        yield first, len(entries)
