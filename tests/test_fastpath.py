@@ -6,7 +6,6 @@ lets every request through).
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import random
@@ -39,6 +38,7 @@ from tests.helpers.fastpath_modes import (
     words,
 )
 from tests.helpers.guests import filesystem, loop_device, need_guest, run
+from tests.helpers.host_holes import segments
 from tests.helpers.mounts import counters, mounted, need_fuse, opened, status
 
 KIB = 1 << 10
@@ -386,21 +386,6 @@ def test_errors_of_fallocate_reach_the_caller(tmp_path: Path, raw: Path) -> None
             run_fallocate(fd, 0, 0, 1 << 50)
         run_fallocate(fd, 1, 0, MIB)
         assert os.fstat(fd).st_size == 16 * MIB
-
-
-def segments(fd: int) -> list[tuple[int, int]]:
-    """Data as lseek tells it."""
-    result: list[tuple[int, int]] = []
-    hole = 0
-    while True:
-        try:
-            data = os.lseek(fd, hole, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return result
-        hole = os.lseek(fd, data, os.SEEK_HOLE)
-        result.append((data, hole))
 
 
 @pytest.mark.parametrize("options", [(), ("-o", "direct_io")], ids=["cached", "direct_io"])
