@@ -61,6 +61,10 @@ def _bars(row: Row, figures: Mapping[str, Sequence[float]]) -> str:
         if bar:
             missed = f" (**missed**: {reached:.2f})" if reached is not None and reached < bar else ""
             parts.append(f"{bar:g}{text}{missed}")
+    if row.limit:
+        ours = statistics.median(figures[OURS]) if figures.get(OURS) else None
+        missed = f" (**missed**: {ours:.3g})" if ours is not None and ours > row.limit else ""
+        parts.append(f"at most {row.limit:g} {row.unit}{missed}")
     return ", ".join(parts) or "-"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from qedfuse.geometry import Geometry
 from qedfuse.header import Header
-from tests.bench.targets import NbdFuse, QedFuse, QedFusePython, RawFile, Target, run
+from tests.bench.library import fragmented
+from tests.bench.targets import NbdFuse, QedFuse, QedFusePython, RawFile, StorageDaemon, Target, run
 
 SIZE = 512 << 20
 
@@ -33,7 +35,7 @@ class Context:
 @dataclass(frozen=True)
 class Row:
     """`measure` gets a fresh target, returns a figure. `bar`: the ratio to the peer that we promise (0: no ratio).
-    `raw_bar`: the same to the raw file."""
+    `raw_bar`: the same to the raw file. `limit`: the largest figure that we allow ourselves (0: any)."""
 
     title: str
     unit: str
@@ -41,6 +43,7 @@ class Row:
     higher_is_better: bool = True
     bar: float = 1.0
     raw_bar: float = 0.0
+    limit: float = 0.0
     skip: tuple[type[Target], ...] = ()
 
 
@@ -200,7 +203,61 @@ def cold_reads(target: Target, context: Context) -> float:
         return fio(path, "--rw=randread", "--bs=4k", "--direct=1", "--size=1T", "--number_ios=2000")
 
 
+def discard_terabyte(target: Target, context: Context) -> float:
+    """Seconds that `blkdiscard` takes for 1 TiB, every cluster of it allocated, and a sync."""
+    mapped_terabyte(target)
+    with served(target) as path, ExitStack() as stack:
+        device = run("losetup", "--find", "--show", path).strip()
+        stack.callback(run, "losetup", "--detach", device)
+        started = time.monotonic()
+        run("blkdiscard", "-f", device)
+        run("sync", path)
+        return time.monotonic() - started
+
+
+def trim(target: Target, context: Context) -> float:
+    """Seconds that `fstrim` takes, and a sync, for a guest's file system in which 20,000 files were deleted."""
+    target.create(str(SIZE))
+    with served(target) as path, tempfile.TemporaryDirectory() as mountpoint, ExitStack() as stack:
+        run("mkfs.ext4", "-q", "-F", path)
+        run("mount", "-o", "loop,nodiscard", path, mountpoint)
+        stack.callback(run, "umount", mountpoint)
+        content = random.randbytes(16 << 10)
+        files = [Path(mountpoint, str(number)) for number in range(20_000)]
+        for file in files:
+            file.write_bytes(content)
+        run("sync", "-f", mountpoint)
+        for file in files:
+            file.unlink()
+        run("sync", "-f", mountpoint)
+        started = time.monotonic()
+        run("fstrim", mountpoint)
+        run("sync", path)
+        return time.monotonic() - started
+
+
+def write_discarded(target: Target, context: Context) -> float:
+    """Small writes all over a disk that was full, and all of whose data was discarded."""
+    target.fill(context.source)
+    with served(target) as path:
+        run("fallocate", "--punch-hole", "--offset", "0", "--length", str(SIZE), path)
+        run("sync", path)
+        return fio(path, "--rw=randwrite", "--bs=4k", "--number_ios=20000", "--end_fsync=1")
+
+
+def in_program(figure: str) -> Callable[[Target, Context], float]:
+    """A figure of a program that discards a million clusters that lie scattered in the file."""
+
+    def measure(target: Target, context: Context) -> float:
+        fragmented(target.image)
+        return float(run(sys.executable, "-m", "tests.bench.library", figure, target.image))
+
+    return measure
+
+
 DIRECT = "--direct=1"
+#: What makes no holes: QEMU's export (7.2 says that it has, and has not), nbdfuse, and pyfuse3 by itself.
+NO_HOLES = (StorageDaemon, NbdFuse, QedFusePython)
 ROWS: tuple[Row, ...] = (
     Row("random read 4k direct, 1 reader", "IOPS", on_full("--rw=randread", "--bs=4k", DIRECT), bar=2),
     Row("random read 4k direct, 8 readers", "IOPS", on_full("--rw=randread", "--bs=4k", DIRECT, "--numjobs=8"), bar=2),
@@ -257,4 +314,48 @@ ROWS: tuple[Row, ...] = (
         skip=(RawFile, NbdFuse),  # that one's are qemu-nbd's
     ),
     Row("cold random read 4k of a 1 TiB image", "IOPS", cold_reads, skip=(RawFile,)),
+    Row(
+        "discard 1 TiB: blkdiscard on a loop device",
+        "s",
+        discard_terabyte,
+        higher_is_better=False,
+        bar=0,
+        limit=5,  # no ratio: the raw file is one hole, and has no tables
+        skip=NO_HOLES,
+    ),
+    Row(
+        "discard: fstrim after deleting 20,000 files",
+        "s",
+        trim,
+        higher_is_better=False,
+        bar=0,
+        raw_bar=0.9,
+        skip=NO_HOLES,
+    ),
+    Row(
+        "discarded disk: buffered random write 4k + fsync",
+        "IOPS",
+        write_discarded,
+        bar=0,
+        raw_bar=0.9,
+        skip=NO_HOLES,
+    ),
+    Row(
+        "discard of a million scattered clusters: longest wait of another task",
+        "ms",
+        in_program("longest-wait"),
+        higher_is_better=False,
+        bar=0,
+        limit=20,
+        skip=(RawFile, *NO_HOLES),
+    ),
+    Row(
+        "discard of a million scattered clusters, one by one: growth of the process",
+        "MiB",
+        in_program("growth"),
+        higher_is_better=False,
+        bar=0,
+        limit=2,
+        skip=(RawFile, *NO_HOLES),
+    ),
 )
