@@ -204,10 +204,11 @@ class HandOver:
         written_back = -1
         to_data = whence == os.SEEK_DATA
         while True:
-            version = image.version
-            ahead = 0 if self._is_cached(image) else _AHEAD
-            segments = await find_segments(image, offset, data=to_data, ahead=ahead)
-            self._last.note(image, version, segments)
+            segments = self._last.find(image, offset, data=to_data)
+            if segments is None:
+                version = image.version
+                segments = await find_segments(image, offset, data=to_data, ahead=_AHEAD)
+                self._last.note(image, version, segments)
             if to_data and segments.is_data:
                 return offset
             if self._is_cached(image):

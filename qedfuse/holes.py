@@ -115,9 +115,20 @@ class LastSegments:
 
     def seek(self, image: Image, offset: int, *, data: bool) -> int | None:
         """See `Segments.seek`. None also if it is known no longer."""
-        if image is not self._image or image.version != self._version:
+        return self._segments.seek(offset, data=data) if self._holds(image) else None
+
+    def find(self, image: Image, offset: int, *, data: bool) -> Segments | None:
+        """What `find_segments` would find, if it is known."""
+        segments = self._segments
+        index = bisect_right(segments.ends, offset)
+        if not self._holds(image) or offset < segments.start or index == len(segments.ends):
             return None
-        return self._segments.seek(offset, data=data)
+        rest = Segments(offset, segments.is_data ^ bool(index & 1), segments.ends[index:])
+        wanted = 1 if not rest.is_data else 0 if data else 2
+        return rest if len(rest.ends) >= wanted or rest.ends[-1] == image.size else None
+
+    def _holds(self, image: Image) -> bool:
+        return image is self._image and image.version == self._version
 
 
 async def fallocate(image: Image, mode: int, offset: int, size: int) -> None:

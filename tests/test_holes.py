@@ -17,6 +17,7 @@ from qedfuse.holes import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
+    LastSegments,
     fallocate,
     find_segments,
     next_data,
@@ -368,5 +369,30 @@ def test_a_search_ahead_ends_in_time(tmp_path: Path) -> None:
             assert found.ends == [4096 * number for number in range(1, len(found.ends) + 1)]
             assert time.process_time() - started < 1
             assert len((await find_segments(image, 0, data=False, ahead=0.001)).ends) >= 2
+
+    run(check)
+
+
+def test_what_was_found_last_holds_until_something_is_written(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with new_image(tmp_path, 64 * CLUSTER) as image:
+            for cluster in (0, 1, 5, 9, 10, 63):
+                await image.write(cluster * CLUSTER, b"x" * CLUSTER)
+            last = LastSegments()
+            assert last.find(image, 0, data=True) is None
+            last.note(image, image.version, await find_segments(image, 2 * CLUSTER, data=True, ahead=60))
+            for offset in range(0, image.size + CLUSTER, CLUSTER // 2):
+                for data in (True, False):
+                    found = last.find(image, offset, data=data)
+                    if not 2 * CLUSTER <= offset < image.size:
+                        assert found is None
+                        continue
+                    there = await find_segments(image, offset, data=data, ahead=60)
+                    assert found == there
+                    assert last.seek(image, offset, data=data) == there.seek(offset, data=data)
+            await image.write(5 * CLUSTER, b"y")  # in place
+            assert last.find(image, 5 * CLUSTER, data=True) is None
+            last.note(image, image.version, await find_segments(image, 0, data=True))
+            assert last.find(image, 0, data=True) is None  # where the data ends was not looked for
 
     run(check)
