@@ -269,17 +269,100 @@ static PyObject *bitmap_next_free(PyObject *object, PyObject *cluster)
     return bitmap_find(object, cluster, false);
 }
 
-static PyObject *bitmap_end_of_marked(PyObject *object, PyObject *Py_UNUSED(none))
+/* The cluster behind the last one below `before` that is marked, or not marked; 0 if there is none. */
+static uint64_t find_end(const Bitmap *self, uint64_t before, bool marked)
+{
+    if (before > self->clusters)
+        before = self->clusters;
+    while (before) {
+        uint64_t last = before - 1, number = last >> PART_BITS;
+        size_t place = part_place(self, number);
+        if (place == self->used || self->parts[place].number != number) { /* nothing is marked in this part */
+            if (!marked)
+                return before;
+            if (!place)
+                return 0;
+            before = (self->parts[place - 1].number + 1) << PART_BITS;
+            continue;
+        }
+        const uint64_t base = number << PART_BITS, *words = self->parts[place].words;
+        uint64_t keep = UINT64_MAX >> (WORD - 1 - last % WORD);
+        for (size_t i = ((last - base) >> WORD_BITS) + 1; i-- > 0; keep = UINT64_MAX) {
+            uint64_t word = (marked ? words[i] : ~words[i]) & keep;
+            if (word)
+                return base + ((i + 1) << WORD_BITS) - (unsigned)__builtin_clzll(word);
+        }
+        before = base;
+    }
+    return 0;
+}
+
+static PyObject *bitmap_find_end(PyObject *object, PyObject *args, bool marked)
 {
     const Bitmap *self = (Bitmap *)object;
-    for (size_t place = self->used; place-- > 0;) {
-        const struct part *part = &self->parts[place];
-        for (size_t i = self->part_words; i-- > 0;)
-            if (part->words[i])
-                return PyLong_FromUnsignedLongLong((part->number << PART_BITS) + ((i + 1) << WORD_BITS) -
-                                                   (unsigned)__builtin_clzll(part->words[i]));
+    unsigned long long before = self->clusters;
+    if (!PyArg_ParseTuple(args, "|K", &before))
+        return NULL;
+    return PyLong_FromUnsignedLongLong(find_end(self, before, marked));
+}
+
+static PyObject *bitmap_end_of_marked(PyObject *object, PyObject *args)
+{
+    return bitmap_find_end(object, args, true);
+}
+
+static PyObject *bitmap_end_of_free(PyObject *object, PyObject *args)
+{
+    return bitmap_find_end(object, args, false);
+}
+
+/* How many clusters below this one are marked. */
+static PyObject *bitmap_marked_below(PyObject *object, PyObject *argument)
+{
+    const Bitmap *self = (Bitmap *)object;
+    unsigned long long end = PyLong_AsUnsignedLongLong(argument), number = 0;
+    if (PyErr_Occurred())
+        return NULL;
+    for (size_t place = 0; place < self->used; place++) {
+        uint64_t base = self->parts[place].number << PART_BITS;
+        const uint64_t *words = self->parts[place].words;
+        for (size_t i = 0; i < self->part_words && base + (i << WORD_BITS) < end; i++) {
+            uint64_t left = end - base - (i << WORD_BITS);
+            number += (unsigned)__builtin_popcountll(left < WORD ? words[i] & ((UINT64_C(1) << left) - 1) : words[i]);
+        }
     }
-    return PyLong_FromLong(0);
+    return PyLong_FromUnsignedLongLong(number);
+}
+
+/* Where in a chunk of L2 entries those are that refer to marked clusters. */
+static PyObject *bitmap_find_entries(PyObject *object, PyObject *argument)
+{
+    const Bitmap *self = (Bitmap *)object;
+    Py_buffer chunk;
+    if (PyObject_GetBuffer(argument, &chunk, PyBUF_SIMPLE))
+        return NULL;
+    PyObject *found = PyList_New(0);
+    const uint64_t offset_mask = (UINT64_C(1) << self->cluster_bits) - 1;
+    const struct part *part = NULL;
+    for (Py_ssize_t position = 0; found && position < chunk.len / (Py_ssize_t)sizeof(uint64_t); position++) {
+        uint64_t entry;
+        memcpy(&entry, (const char *)chunk.buf + position * (Py_ssize_t)sizeof entry, sizeof entry);
+        entry = le64toh(entry);
+        uint64_t cluster = entry >> self->cluster_bits, number = cluster >> PART_BITS;
+        if (entry <= ZERO || entry & offset_mask || cluster >= self->clusters)
+            continue;
+        if (!part || part->number != number) {
+            size_t place = part_place(self, number);
+            if (place == self->used || self->parts[place].number != number)
+                continue;
+            part = &self->parts[place];
+        }
+        uint64_t word = part->words[(cluster & ((1 << PART_BITS) - 1)) >> WORD_BITS];
+        if (word >> cluster % WORD & 1 && !append(found, position))
+            Py_CLEAR(found);
+    }
+    PyBuffer_Release(&chunk);
+    return found;
 }
 
 /* -- the type and the module -------------------------------------------------------------------------------------------- */
@@ -322,7 +405,13 @@ static PyMethodDef bitmap_methods[] = {
      "mark_entries(chunk, last=0) -> (allocated, fragmented, last, invalid, again), see clustermap.Marks."},
     {"next_marked", bitmap_next_marked, METH_O, "The first marked cluster from this one on, or the number of clusters."},
     {"next_free", bitmap_next_free, METH_O, "The first unmarked cluster from this one on, or the number of clusters."},
-    {"end_of_marked", bitmap_end_of_marked, METH_NOARGS, "The cluster behind the last marked one."},
+    {"end_of_marked", bitmap_end_of_marked, METH_VARARGS,
+     "end_of_marked(before=clusters) -> the cluster behind the last marked one below `before`; 0: there is none."},
+    {"end_of_free", bitmap_end_of_free, METH_VARARGS,
+     "end_of_free(before=clusters) -> the cluster behind the last unmarked one below `before`; 0: there is none."},
+    {"marked_below", bitmap_marked_below, METH_O, "How many clusters below this one are marked."},
+    {"find_entries", bitmap_find_entries, METH_O,
+     "find_entries(chunk) -> positions of the L2 entries that refer to marked clusters, ascending."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -334,7 +423,7 @@ static PyMemberDef bitmap_members[] = {
 
 static PyTypeObject BitmapType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qedfuse._clustermap.Bitmap",
-    .tp_doc = "Bitmap(clusters, start, cluster_bits, parts): nothing is marked. Used by qedfuse.clustermap only.",
+    .tp_doc = "Bitmap(clusters, start, cluster_bits, parts): nothing is marked.",
     .tp_basicsize = sizeof(Bitmap),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
     .tp_new = bitmap_new,
@@ -346,7 +435,7 @@ static PyTypeObject BitmapType = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "qedfuse._clustermap",
-    .m_doc = "A map of a file's clusters. Used by qedfuse.clustermap only.",
+    .m_doc = "A map of a file's clusters. Used by qedfuse.clustermap and qedfuse.compaction only.",
     .m_size = -1,
 };
 

@@ -6,16 +6,16 @@ What is found, and how it counts (QEMU 7.2, `qemu-img check`, is the reference):
   file's size in whole sectors, rounded down to clusters); each cluster that is referenced again after a first
   reference, by whatever table. A table that overlaps something is not followed. L1 entries have no value 1; an L2 entry
   1 reads as zeroes.
-- leaks: clusters that no table refers to and that hold data. Those that only entries past the image's end refer to are
-  used: an image that was cut short keeps them, as holes.
+- leaks: clusters that no table refers to, from the header's end to the file's last whole cluster, whether they are
+  holes of the host or not. Those that only entries past the image's end refer to are used: an image that was cut short
+  keeps them, as holes.
 - NEED_CHECK left over and unknown autoclear bits are no faults by themselves.
 
 Where it differs from QEMU's numbers:
 
 - QEMU divides by cluster_size - 1 to number clusters, and so reports one leaked cluster too many for every
-  cluster_size - 1 clusters of the file (from 16 MiB on with 4 KiB clusters, from 4 GiB on with 64 KiB).
-- It counts unreferenced clusters as leaked that are holes and waste nothing; here they are `punched_clusters`. That is
-  what `-r leaks` leaves in the middle of a file.
+  cluster_size - 1 clusters of the file (from 16 MiB on with 4 KiB clusters, from 4 GiB on with 64 KiB), in any image,
+  its own included. Here is the true count.
 - On a block device it counts everything as leaked that nothing refers to, up to the device's end. Here nothing is: it
   is free, and used before the device counts as full (`reserve.py`).
 
@@ -31,7 +31,8 @@ from qedfuse.clustermap import ClusterMap, Marks
 from qedfuse.errors import QedfuseError, ReadOnlyError, describe
 from qedfuse.geometry import ENTRY_SIZE
 from qedfuse.header import FEATURE_NEED_CHECK, Header
-from qedfuse.repair import Progress, extend, leaked_runs, release, repair_tables, write_header
+from qedfuse.release import fill, punch
+from qedfuse.repair import Progress, extend, repair_tables, write_header
 from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
 from qedfuse.storage import Storage
 
@@ -41,7 +42,8 @@ MAX_PROBLEMS = 100
 class Repair(Enum):
     """What check_image may change: nothing, give leaked clusters back, or everything.
 
-    CRASH is for `recovery.py`: everything, but a table or cluster that is cut off keeps what the file has of it.
+    CRASH is for `recovery.py`: everything that does not take long, so that leaks in the middle of the file are only
+    punched; and a table or cluster that is cut off keeps what the file has of it.
     """
 
     NONE = "none"
@@ -77,7 +79,6 @@ class CheckResult:
     leaks: int = 0
     leaks_fixed: int = 0
     past_end_clusters: int = 0
-    punched_clusters: int = 0
     overlaps: int = 0
     cut_end: int = 0
     tables_not_followed: int = 0
@@ -111,7 +112,6 @@ class CheckResult:
             "fragmented-clusters": self.fragmented_clusters,
             "compressed-clusters": 0,
             "past-end-clusters": self.past_end_clusters,
-            "punched-clusters": self.punched_clusters,
             "need-check": self.need_check,
             "problems": self.problems,
             "problem-count": self.problem_count,
@@ -123,9 +123,10 @@ async def check_image(
 ) -> CheckResult:
     """Check an image, and repair it as far as `repair` says. The caller sees to it that nobody writes it meanwhile.
 
-    `progress(done, total)` is called with L1 entries, for each walk over the tables (a repair takes several) from 0.
-    Memory is one bit for each cluster of the file, and 170 MiB at most if the file is sparse. With LEAKS, nothing is
-    changed if there is any corruption: what a damaged table referred to looks leaked, and may be what is to be rescued.
+    `progress(done, total)` is called with L1 entries, for each walk over the tables (a repair takes several) from 0,
+    and with clusters while they are moved. Memory is one bit for each cluster of the file, and 170 MiB at most if the
+    file is sparse; four times as much while clusters are moved. With LEAKS, nothing is changed if there is any
+    corruption: what a damaged table referred to looks leaked, and may be what is to be rescued.
 
     Raises OSError: the host's, for the header or the L1 table or while repairing; CorruptError for an L1 table outside
     the file and for an image that cannot be checked in bounded memory or repaired in bounded space; ReadOnlyError.
@@ -142,8 +143,7 @@ async def check_image(
         if result.leaks:
             result.note("leaked clusters are kept as long as the image is corrupt; repair all")
         return result
-    has_unused_end = not storage.fixed and used.end_of_marked() < used.clusters
-    if result.corruptions or result.leaks or header.needs_check or has_unused_end:
+    if result.corruptions or result.leaks or header.needs_check:
         return await _repair(storage, result, used, progress, crash=repair is Repair.CRASH)
     return result
 
@@ -162,18 +162,31 @@ async def _repair(
         result, used = await _scan(storage, header, progress)
     if result.corruptions:
         await repair_tables(storage, header, overlaps=result.overlaps > 0, progress=progress)
-        result, used = await _scan(storage, header, progress)
-        result.problems = (result.problems + found.problems)[:MAX_PROBLEMS]  # first what is still wrong
-        result.problem_count += found.problem_count
+        result, used = await _scan_again(storage, header, progress, found)
     if not (result.corruptions or result.check_errors):
-        await release(storage, header, used)
-        await _count_leaks(storage, result, used)
+        if crash:
+            await punch(storage, header, used)
+            _count_leaks(storage, result, used)
+        else:
+            header = await fill(storage, header, used, progress)
+            if result.leaks:
+                result, used = await _scan_again(storage, header, progress, result)
         if header.needs_check:
-            result.header = header.with_feature(FEATURE_NEED_CHECK, False)
-            await write_header(storage, result.header)
+            header = header.with_feature(FEATURE_NEED_CHECK, False)
+            await write_header(storage, header)
+        result.header = header
     result.corruptions_fixed = max(0, found.corruptions - result.corruptions)
     result.leaks_fixed = max(0, found.leaks - result.leaks)
     return result
+
+
+async def _scan_again(
+    storage: Storage, header: Header, progress: Progress | None, before: CheckResult
+) -> tuple[CheckResult, ClusterMap]:
+    result, used = await _scan(storage, header, progress)
+    result.problems = (result.problems + before.problems)[:MAX_PROBLEMS]  # first what is still wrong
+    result.problem_count += before.problem_count
+    return result, used
 
 
 async def _scan(storage: Storage, header: Header, progress: Progress | None) -> tuple[CheckResult, ClusterMap]:
@@ -206,7 +219,7 @@ async def _scan(storage: Storage, header: Header, progress: Progress | None) -> 
             progress(index + 1, geometry.table_entries)
     result.image_end_offset = used.end_of_marked() * header.cluster_size
     if not result.check_errors:
-        await _count_leaks(storage, result, used)
+        _count_leaks(storage, result, used)
     if progress is not None:
         progress(geometry.table_entries, geometry.table_entries)
     return result, used
@@ -266,15 +279,8 @@ def _note_entries(result: CheckResult, bounds: Bounds, chunk: bytearray, first: 
             result.problem_count += 1
 
 
-async def _count_leaks(storage: Storage, result: CheckResult, used: ClusterMap) -> None:
-    breathe = Breather()
-    leaked = 0
-    for first, end in leaked_runs(storage, result.header, used):
-        leaked += end - first
-        await breathe()
-    result.leaks = leaked
-    end = Bounds.of(result.header, storage.size()).end  # a repair shortens the file
-    clusters = min(used.clusters, end // result.header.cluster_size)
-    if storage.fixed:
-        clusters = used.end_of_marked()
-    result.punched_clusters = clusters - result.header.header_size - used.marked - leaked
+def _count_leaks(storage: Storage, result: CheckResult, used: ClusterMap) -> None:
+    """On a device, what nothing refers to is free, not leaked."""
+    if not storage.fixed:
+        end = Bounds.of(result.header, storage.size()).end  # a repair shortens the file
+        result.leaks = min(used.clusters, end // result.header.cluster_size) - result.header.header_size - used.marked

@@ -12,8 +12,14 @@ The rulebook
                   zeroes are); sync
     4 entries     the second reference gets its copy; entries that are invalid or past the image's end become 0; sync
     5 verify      the whole check again, on the repaired tables. Anything wrong: stop here
-    6 release     sync; unreferenced clusters in the middle are punched, those at the end truncated; sync (a device
-                  keeps them)
+    6 release     sync; unreferenced clusters at the end are cut off, those in the middle filled with what is last in
+                  the file (6a to 6c for a batch of moves, until there are none), or, on the way to an open image,
+                  which should not take long, only punched; sync (a device keeps both)
+      6a copies   clusters and tables are copied to where nothing refers to; sync
+      6b entries  every entry that refers to one of them gets the new place, in a table that has moved at the table's
+                  new place, and last the header, if the L1 table has moved; sync
+      6c cut      only now the old places are free: the file is cut behind its last cluster in use (if the host is full,
+                  they are punched first)
     7 clean       NEED_CHECK is cleared; sync
 
 What is done twice keeps its place the first time it is met, in the order of the L1 table: the L1 table itself, then for
@@ -33,12 +39,17 @@ What a crash leaves (any subset of what was written since the last completed syn
     4          each entry (8 aligned bytes) is old or new. The new one's copy is durable (3), the old one's cluster is
                untouched: fewer double references, some leaked copies
     5, 6       the tables are durable (sync of 4 or 6, also when the file came with changes that were not): only what
-               nothing refers to goes
+               nothing refers to goes, or is written over
+    6a         a longer file, leaked clusters with another content
+    6b         each entry, and the header (one sector), is old or new. The new place is durable (6a), nothing is written
+               to the old one: both hold the same. Only of a table that moved the new place may have newer entries
+    6c         a longer file: nothing refers to its end (sync of 6b)
     7          NEED_CHECK on or off; the tables are durable and in order
 
-In every case a second repair finishes the work. What is copied may be at most as much as the file really holds, or
-1 GiB if that is more, so that a hostile image cannot blow itself up; that is known, and refused, before anything is
-written.
+In every case a second repair finishes the work. In 6 no entry becomes 0 and no two refer to the same at any time: it
+needs neither NEED_CHECK nor care for a backing file. What step 3 copies may be at most as much as the file really
+holds, or 1 GiB if that is more, so that a hostile image cannot blow itself up; that is known, and refused, before
+anything is written.
 """
 
 from __future__ import annotations
@@ -47,14 +58,14 @@ import errno
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 from qedfuse.clustermap import ClusterMap
 from qedfuse.errors import CorruptError
 from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, ZERO_CLUSTER
 from qedfuse.header import Header
-from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
+from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, pack_entry, unpack_entries, write_changes
 from qedfuse.storage import Storage, held_bytes
 
 MIN_COPY_LIMIT = 1 << 30
@@ -210,13 +221,13 @@ class _TableRepair:
                     fresh = self._take(1)
                     if copying:
                         await self._copy_cluster(_ENTRY.unpack_from(chunk, entry * ENTRY_SIZE)[0], fresh)
-                        _ENTRY.pack_into(chunk, entry * ENTRY_SIZE, fresh)
+                        pack_entry(chunk, entry, fresh)
                     elif target is None:
                         self._slots.append(offset + position + entry * ENTRY_SIZE)
                         self._targets.append(fresh)
                 if copying and target is not None:
                     for entry in marks.invalid:
-                        _ENTRY.pack_into(chunk, entry * ENTRY_SIZE, 0)
+                        pack_entry(chunk, entry, 0)
                     await storage.write(target + position, [chunk])
         return used
 
@@ -230,7 +241,7 @@ class _TableRepair:
             if fenced:
                 for number, value in enumerate(unpack_entries(piece)):
                     if value % PAGE_SIZE == _FENCE and first < value < self._end_of_copies:
-                        _ENTRY.pack_into(piece, number * ENTRY_SIZE, value - _FENCE)
+                        pack_entry(piece, number, value - _FENCE)
             await self._storage.write(target + position, [piece])
 
     async def _rewrite(self, fate: Fate, *, final: bool = False) -> None:
@@ -254,8 +265,8 @@ class _TableRepair:
                 elif new == value and self._bounds.holds(value, size):
                     cursor = await self._rewrite_l2(index, value, fate, final, cursor)
                 if new != value:
-                    _ENTRY.pack_into(chunk, number * ENTRY_SIZE, new)
-            await self._write_changes(self._header.l1_table_offset + position, before, chunk)
+                    pack_entry(chunk, number, new)
+            await write_changes(self._storage, self._header.l1_table_offset + position, before, chunk)
 
     async def _rewrite_l2(self, index: int, offset: int, fate: Fate, final: bool, cursor: int) -> int:
         """The L2 table at `offset`. `cursor` is the first of the moved entries that may be in it; returns the next."""
@@ -264,7 +275,7 @@ class _TableRepair:
             before = bytes(chunk)
             for number, value in enumerate(unpack_entries(before)):
                 if value > ZERO_CLUSTER and (new := fate(value, self._header.cluster_size)) != value:
-                    _ENTRY.pack_into(chunk, number * ENTRY_SIZE, new)
+                    pack_entry(chunk, number, new)
             if final:
                 start, end = offset + position, offset + position + len(chunk)
                 while cursor < len(self._slots) and start <= self._slots[cursor] < end:
@@ -272,46 +283,5 @@ class _TableRepair:
                     cursor += 1
                 past = max(0, inside - position)
                 chunk[past:] = bytes(max(0, len(chunk) - past))
-            await self._write_changes(offset + position, before, chunk)
+            await write_changes(self._storage, offset + position, before, chunk)
         return cursor
-
-    async def _write_changes(self, offset: int, before: bytes, after: bytearray) -> None:
-        for start in range(0, len(after), PAGE_SIZE):
-            page = after[start : start + PAGE_SIZE]
-            if page != before[start : start + PAGE_SIZE]:
-                await self._storage.write(offset + start, [page])
-
-
-def leaked_runs(storage: Storage, header: Header, used: ClusterMap) -> Iterator[tuple[int, int]]:
-    """The clusters that nothing refers to and that hold data, as runs (first, end). Some runs are empty (no news).
-
-    None on a block device, which has the same space whatever is in it.
-    """
-    if storage.fixed:
-        return
-    size = header.cluster_size
-    first = used.next_free(header.header_size)
-    while first < used.clusters and (data := storage.next_data(first * size)) is not None:
-        first = stop = used.next_free(data // size)
-        if first == data // size:
-            stop = min(used.next_marked(first), -(-storage.next_hole(data) // size))
-        yield first, stop
-        first = used.next_free(stop)
-
-
-async def release(storage: Storage, header: Header, used: ClusterMap) -> None:
-    """Step 6: give back what nothing refers to. `used` is of tables that are in order.
-
-    Raises OSError. Cancelled or failed, it has done a part.
-    """
-    await storage.sync()
-    size = header.cluster_size
-    end = used.end_of_marked()
-    breathe = Breather()
-    for first, stop in leaked_runs(storage, header, used):
-        await breathe()
-        if first < min(stop, end):
-            await storage.punch(first * size, (min(stop, end) - first) * size)
-    if storage.size() > end * size and not storage.fixed:
-        await storage.truncate(end * size)
-    await storage.sync()

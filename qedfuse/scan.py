@@ -6,6 +6,7 @@ L2 entries, and remembers what has been referred to.
 
 from __future__ import annotations
 
+import struct
 import sys
 import time
 from array import array
@@ -22,6 +23,7 @@ from qedfuse.storage import Storage, fill
 CHUNK_SIZE = 256 << 10
 
 _ZEROES = memoryview(bytes(CHUNK_SIZE))
+_ENTRY = struct.Struct("<Q")
 
 
 def unpack_entries(chunk: bytes | bytearray) -> array[int]:
@@ -30,6 +32,19 @@ def unpack_entries(chunk: bytes | bytearray) -> array[int]:
     if sys.byteorder == "big":
         entries.byteswap()
     return entries
+
+
+def pack_entry(chunk: bytearray, number: int, value: int) -> None:
+    """Give an entry of a table's bytes a value."""
+    _ENTRY.pack_into(chunk, number * ENTRY_SIZE, value)
+
+
+async def write_changes(storage: Storage, offset: int, before: bytes, after: bytearray) -> None:
+    """Write those pages of a part of a table, at `offset` in the file, that have changed. Raises OSError."""
+    for start in range(0, len(after), PAGE_SIZE):
+        page = after[start : start + PAGE_SIZE]
+        if page != before[start : start + PAGE_SIZE]:
+            await storage.write(offset + start, [page])
 
 
 #: Seconds of work after which other tasks have their turn.

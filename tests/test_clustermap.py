@@ -7,6 +7,7 @@ import random
 import stat
 import struct
 from array import array
+from bisect import bisect_left
 from itertools import pairwise
 
 import pytest
@@ -78,6 +79,32 @@ def expect_map(used: ClusterMap, expected: set[int]) -> None:
     edges = sorted([*found, *free])
     assert edges[0][0] == 0 and edges[-1][1] == used.clusters
     assert all(end == start for (_, end), (start, _) in pairwise(edges))
+    expect_map_from_the_end(used, found, free)
+    near = sorted({min(max(0, edge + step), used.clusters + 1) for edge in edges[0] for step in (-1, 0, 1)})
+    for cluster in (*near, *(end + 1 for end in ends[:: len(ends) // 20 + 1]), used.clusters, (1 << 64) - 1):
+        assert used.marked_below(cluster) == bisect_left(ends, cluster)
+
+
+def expect_map_from_the_end(used: ClusterMap, found: list[tuple[int, int]], free: list[tuple[int, int]]) -> None:
+    for forward, to, past in (
+        (found, used.end_of_marked, used.end_of_free),
+        (free, used.end_of_free, used.end_of_marked),
+    ):
+        backward, stop = [], used.clusters
+        while stop := to(stop):
+            backward.append((past(stop), stop))
+            assert to(backward[-1][0] + 1) == backward[-1][0] + 1  # from inside of a run, too
+            stop = backward[-1][0]
+        assert backward[::-1] == forward
+    assert used.end_of_marked() == used.end_of_marked((1 << 64) - 1) == used.end_of_marked(used.clusters)
+
+
+def expect_entries(used: ClusterMap, expected: set[int], chunk: bytes, size: int) -> None:
+    """`expected`: offsets of the marked clusters."""
+    entries = [entry for (entry,) in struct.iter_unpack("<Q", chunk)]
+    positions = [position for position, entry in enumerate(entries) if entry > 1 and entry in expected]
+    assert used.find_entries(bytearray(chunk)) == positions
+    assert all(entry % size == 0 for entry in expected)
 
 
 def entries_from(rng: random.Random, number: int, bits: int, clusters: int) -> array[int]:
@@ -117,8 +144,11 @@ def test_marks_are_those_of_a_plain_loop(seed: int, bits: int, clusters: int) ->
     for _ in range(3):
         chunk = entries_from(rng, rng.choice((512, 1024, 4096)), bits, clusters).tobytes()
         marks = plain(bounds, chunk, last, expected)
+        other = entries_from(rng, 600, bits, clusters).tobytes()
         assert used.mark_entries(bytearray(chunk), last) == marks
         last = marks.last
+        expect_entries(used, expected, chunk, 1 << bits)
+        expect_entries(used, expected, other, 1 << bits)
     expect_map(used, {entry >> bits for entry in expected})
 
 
@@ -130,8 +160,10 @@ def test_any_bytes_at_all(chunk: bytes, last: int, bits: int, clusters: int) -> 
     bounds, expected = bounds_of(bits, clusters), set[int]()
     used = map_of(bounds)
     whole = chunk[: len(chunk) // 8 * 8]
+    assert used.find_entries(chunk) == []
     assert used.mark_entries(chunk, last) == plain(bounds, whole, last, expected)
     assert used.marked == len(expected)
+    expect_entries(used, expected, whole, 1 << bits)
 
 
 @settings(max_examples=100, deadline=None)
@@ -210,8 +242,11 @@ def test_what_is_not_in_the_map_is_refused() -> None:
     for clusters, bits in ((1 << 53, 12), (1, 64)):
         with pytest.raises(ValueError, match="not a file's clusters"):
             Bitmap(clusters, 1, bits, 1)
-    with pytest.raises(TypeError):
-        used.mark_entries("text")  # type: ignore[arg-type]
+    for call in (used.mark_entries, used.find_entries):
+        with pytest.raises(TypeError):
+            call("text")  # type: ignore[arg-type]
     nothing = Bitmap(0, 0, 12, 1)
     assert nothing.mark_entries(struct.pack("<QQ", 0, 4096)) == (1, 0, 4096, [1], [])
     assert nothing.next_free(0) == nothing.next_marked(0) == nothing.end_of_marked() == 0
+    assert nothing.end_of_free() == nothing.marked_below(5) == 0
+    assert nothing.find_entries(struct.pack("<QQ", 0, 4096)) == []

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "qedfuse"
 
 #: A module may import what stands on an earlier line; modules of one line know nothing of each other.
 ORDER = """
-    errors geometry rangelock hosts blocks limits signals
+    errors geometry rangelock hosts blocks limits signals compaction
     offload
     blocking
     header allocator pages complaints launch logs mounts
@@ -34,7 +34,8 @@ ORDER = """
     qcow2 tables attributes changes reserve qcow2_refcounts dirty_limit
     growth
     commit repair
-    clusters check
+    clusters release
+    check
     tail
     image recovery
     chain holes pagecache replaced rootclock
@@ -57,7 +58,7 @@ ORDER = """
 RANK = {name: rank for rank, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
 
 #: No I/O, no event loop; all that these know of the machine is text.
-PURE = ["errors", "geometry", "header", "probe", "qcow2_header", "qcow2_entries", "blocks"]
+PURE = ["errors", "geometry", "header", "probe", "qcow2_header", "qcow2_entries", "blocks", "compaction"]
 PURE_OS_NAMES = {"PathLike", "fspath", "fsencode", "fsdecode", "strerror"}
 IMPURE = {"asyncio", "ctypes", "fcntl", "io", "mmap", "pathlib", "pyfuse3", "shutil", "signal", "socket", "subprocess"}
 IMPURE |= {"tempfile", "threading", "trio"}

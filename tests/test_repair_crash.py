@@ -132,7 +132,10 @@ def test_every_call_of_a_repair_fails_once(damage: Damage, repair: Repair) -> No
         for code, when in WAYS[kind]:
             storage = FaultyRam(raw, Fault(number, code, when))
             told = outcome(storage, repair)
-            if told != code:  # the check counts tables that it cannot read, and then repairs nothing
+            if told != code and code == errno.ENOSPC:  # what has been moved until then makes room for the rest
+                assert isinstance(told, CheckResult) and kind in ("write", "punch", "truncate")
+                assert (told.corruptions, told.leaks) == (0, 0)
+            elif told != code:  # the check counts tables that it cannot read, and then repairs nothing
                 assert kind in ("read", "seek") and isinstance(told, CheckResult) and told.check_errors == 1
                 assert any(os.strerror(code).lower() in problem for problem in told.problems)
             assert storage.fault and storage.fault.hit == kind

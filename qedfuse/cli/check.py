@@ -38,8 +38,8 @@ class _Check(click.Command):
     "-r",
     "--repair",
     type=click.Choice(["leaks", "all"]),
-    help="leaks: give leaked clusters back to the host. all: also repair the tables; what is referenced twice is "
-    "copied, what cannot be right is dropped.",
+    help="leaks: give leaked clusters back to the host: the file's last clusters are moved to where they are, and it "
+    "gets shorter. all: also repair the tables; what is referenced twice is copied, what cannot be right is dropped.",
 )
 @click.option(
     "-U",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from qedfuse.header import FEATURE_NEED_CHECK, HEADER_BYTES, Header
 from tests.helpers.check_images import (
     CLUSTER,
+    COVERAGE,
     ENTRIES,
     TABLE,
     Builder,
@@ -145,6 +146,43 @@ def leaks_and_a_cut_off_cluster(image: Builder, tables: list[int], data: list[li
     del image.raw[-1000:]
 
 
+def leaks_one_by_one(image: Builder, tables: list[int], data: list[list[int]]) -> None:
+    """Between data, and a table that is the last in the file: it needs a place that is long enough. And clusters in
+    use that are holes of the host, where the leaked ones hold data."""
+    image.header = Header(CLUSTER, TABLE, 1, 0, 0, 0, CLUSTER, 6 * COVERAGE)
+    image.raw[:HEADER_BYTES] = image.header.encode()
+    for entry in range(0, 40, 2):
+        image.set_l2(tables[0], entry, 0)
+    image.set_l2(tables[1], 910, image.take())
+    image.data(image.table(3), 0, 5)
+    image.set_l2(tables[1], 911, image.take(2))
+    image.data(image.table(4), 1023)
+    image.table(5)
+
+
+def tables_too_close(image: Builder, tables: list[int], data: list[list[int]]) -> None:
+    """Nowhere between the tables is room for another one: all must move to fill one gap."""
+    fresh = Builder(6 * COVERAGE)
+    fresh.junk()
+    for index in range(5):
+        table = fresh.table(index)
+        if index % 2:
+            fresh.data(table, 7 * index)
+    image.header = fresh.header
+    image.raw[:] = fresh.raw
+
+
+def l1_at_the_end(image: Builder, tables: list[int], data: list[list[int]]) -> None:
+    """The L1 table must move, and the tables and data that moved before it and after it are found."""
+    image.set_l2(tables[1], 20, 0)
+    old, table = image.l1, image.table(7)
+    image.data(table, 1, 0)
+    l1 = image.take(TABLE)
+    image.raw[l1:] = image.raw[old : old + TABLE * CLUSTER]
+    image.header = Header(CLUSTER, TABLE, 1, 0, 0, 0, l1, 8 * COVERAGE)
+    image.raw[:HEADER_BYTES] = image.header.encode()
+
+
 def lost_table(image: Builder, tables: list[int], data: list[list[int]]) -> None:
     image.set_l1(1, 0)
 
@@ -185,6 +223,9 @@ FAULTS = [
     leaks_in_the_middle,
     leaks_at_the_end,
     leaks_and_a_cut_off_cluster,
+    leaks_one_by_one,
+    tables_too_close,
+    l1_at_the_end,
     lost_table,
     not_closed,
     many,

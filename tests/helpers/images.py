@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from qedfuse.check import CheckResult, Repair, check_image
+from qedfuse.check import CheckResult, Repair, _scan, check_image
 from qedfuse.create import new_header, write_image
 from qedfuse.geometry import Geometry
 from qedfuse.header import HEADER_BYTES, Header
@@ -16,6 +16,7 @@ from qedfuse.layer import Layer, read_layer
 from qedfuse.pages import PagePool
 from qedfuse.raw import RawLayer
 from qedfuse.recovery import recover
+from qedfuse.release import _runs_with_data
 from tests.helpers.ram import Chaos, RamFile, RamStorage
 
 TINY = Geometry(4096, 2)  # the smallest that QEMU opens
@@ -126,6 +127,19 @@ async def assert_sound(file: RamFile, *, leaks: bool = False) -> CheckResult:
     assert result.corruptions == 0 and result.check_errors == 0, result.problems
     assert leaks or result.leaks == 0, result.problems
     return result
+
+
+async def assert_given_back(file: RamFile) -> None:
+    """As opening leaves an image that was not closed: no corruption; what leaked is a hole, and not at the end. On a
+    device nothing leaks."""
+    result = await assert_sound(file, leaks=not file.fixed)
+    if file.fixed:
+        return
+    assert result.image_end_offset == file.size, "leaked clusters at the end"
+    storage = RamStorage("image", file, writable=False)
+    header = read_header(file)
+    _, used = await _scan(storage, header, None)
+    assert not [run for run in _runs_with_data(storage, header, used) if run[0] < run[1]], "leaked clusters with data"
 
 
 async def contents(chain: Chain, file: RamFile | None = None) -> bytes:

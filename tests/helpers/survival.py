@@ -17,6 +17,7 @@ from tests.helpers.images import (
     POOL,
     TINY,
     Chain,
+    assert_given_back,
     assert_sound,
     dump,
     new_chain,
@@ -126,7 +127,7 @@ class Run:
         if thorough:
             await self._use(file, image)
         elif header.needs_check:
-            await assert_sound(file)
+            await assert_given_back(file)
         return True
 
     async def _read_only(self, file: RamFile) -> Image:
