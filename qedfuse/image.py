@@ -290,6 +290,7 @@ class Image:
         end = min(offset + size, self._size)
         most = max(_STEP_CLUSTERS << self._bits, self.geometry.l2_coverage)  # exabytes without tables take no time
         breathe = Breather()
+        extents, version = HostExtents(self.storage), self.version
         while offset < end:
             await breathe()
             clusters = await self._begin_change()
@@ -298,7 +299,12 @@ class Image:
                 step = min(step, self._size - offset)
                 if step <= 0:  # somebody shrank it meanwhile
                     return
-                offset += await clusters.zero(offset, step, self._size)
+                if version != self.version:
+                    extents, version = HostExtents(self.storage), self.version
+                blank = 0 if self._backing else await self._tables.measure_blank(offset, step, extents)
+                if not blank or version != self.version:  # a page may have been written since, and left memory
+                    blank = await clusters.zero(offset, step, self._size)
+                offset += blank
 
     async def discard(self, offset: int, size: int) -> None:
         """Give the clusters that lie wholly inside the range back; they read as zeroes. The edges stay as they are."""

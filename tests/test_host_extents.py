@@ -211,25 +211,48 @@ def scattered(path: Path, tables: int) -> Segments:
     return found
 
 
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where files are read from now on."""
+    reads: list[int] = []
+    real = FileStorage.read_into_nowait
+
+    def counted(self: FileStorage, offset: int, target: memoryview) -> bool:
+        reads.append(offset)
+        return real(self, offset, target)
+
+    monkeypatch.setattr(FileStorage, "read_into_nowait", counted)
+    return reads
+
+
+def test_a_discard_of_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes over what the tables have holes for, and not over what was written there a moment ago."""
+    path, tables = tmp_path / "image.qed", 1024
+    scattered(path, tables)
+    place = 3 * Geometry().l2_coverage + 5 * PAGE_ENTRIES * CLUSTER  # of a page that no table has yet
+
+    async def check() -> None:
+        async with open_image(path) as image:
+            await image.write(place, b"new" * 1000)
+            reads = counted_reads(monkeypatch)
+            await image.zero(0, 64 * TIB)
+            assert len(reads) < 3 * tables
+            assert not any(await image.read(place, 3000))
+
+    run(check)
+    assert qedfuse("check", path).code == 0
+
+
 def test_holes_of_tables_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the tables would be 64 pages each; the pages that are there are found without."""
     path, tables = tmp_path / "disk.qed", 1024
     expected = scattered(path, tables)
-    reads = 0
-    real = FileStorage.read_into_nowait
-
-    def counted(self: FileStorage, offset: int, target: memoryview) -> bool:
-        nonlocal reads
-        reads += 1
-        return real(self, offset, target)
-
-    monkeypatch.setattr(FileStorage, "read_into_nowait", counted)
+    reads = counted_reads(monkeypatch)
 
     async def check() -> None:
         async with open_image(path, read_only=True) as image:
             found = await find_segments(image, 0, data=True, ahead=60)
             assert found.ends == [end for segment in expected for end in segment][: len(found.ends)]
-            assert len(found.ends) > 1000 and reads < 3 * tables
+            assert len(found.ends) > 1000 and len(reads) < 3 * tables
             first, count = expected[0][0], 5  # what is in memory is not looked for
             for at in range(count):
                 await image.read(first + at * CLUSTER, 1)
