@@ -187,11 +187,15 @@ class FileStorage:
         return await self._in_thread(self._deallocate_all, runs)
 
     def _deallocate_all(self, runs: Sequence[tuple[int, int]]) -> bool:
-        return all(
-            self._deallocate(start, min(offset + size - start, _HOLE_STEP))
-            for offset, size in runs
-            for start in range(offset, offset + size, _HOLE_STEP)
-        )
+        for offset, size in runs:
+            for start in range(offset, offset + size, _HOLE_STEP):
+                length = min(offset + size - start, _HOLE_STEP)
+                if self._deallocate(start, length):
+                    continue
+                if not self.fixed:
+                    return False
+                self._write_zeroes(start, length)  # it has no space to give back
+        return True
 
     def _deallocate(self, offset: int, size: int) -> bool:
         """Zeroes without writing them; what a device cannot discard the kernel can overwrite, unless its pages are

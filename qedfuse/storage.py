@@ -89,7 +89,7 @@ class Storage(Protocol):
 
     async def deallocate(self, runs: Sequence[tuple[int, int]]) -> bool:
         """Make runs (offset, size) inside the file read as zeroes by giving their space back. False: that cannot be
-        done, and some of them may be as they were."""
+        done, and some of them may be as they were. A device has no space to give back: zeroes are written there."""
         ...
 
     def stat(self) -> os.stat_result:

@@ -270,6 +270,26 @@ def test_zeroes(tmp_path: Path, exclusive: bool) -> None:
                 os.close(holder)
 
 
+def test_discarding_what_the_kernel_still_has_to_write(tmp_path: Path) -> None:
+    """While somebody has the device exclusively the kernel neither discards nor zeroes it (EBUSY). No cluster is given
+    up for that: more is written and discarded than fits."""
+    image = make_image(tmp_path / "a.qed", 8 * MIB)
+
+    async def main(device: Path) -> None:
+        async with open_image(device) as image:
+            holder = os.open(device, os.O_RDONLY | os.O_EXCL)
+            try:
+                for fill in range(1, 5):
+                    await image.write(0, bytes([fill]) * (4 * MIB))
+                    await image.discard(0, 4 * MIB)
+                    assert not any(await image.read(0, 4 * MIB))
+            finally:
+                os.close(holder)
+
+    with device_with(image, 6 * MIB) as device:
+        trio.run(main, device)
+
+
 def test_space_as_the_guest_is_told(tmp_path: Path) -> None:
     """df is about the device, and preallocating more than fits is ENOSPC."""
     image, raw = make_image(tmp_path / "a.qed", 8 * MIB), tmp_path / "raw"
