@@ -61,16 +61,18 @@ class CutOff:
 
     async def find_tail(self) -> int:
         """From where on the file holds nothing but what is cut off, and no table that refers to what is not. The end of
-        the file if that cannot be told in bounded memory."""
+        the file if that cannot be told in bounded memory, or if the image is corrupt: what is cut off may be in use."""
         try:
             cut, tables = await self._find()
+            tail = await self._end_of_the_rest(cut)
+            for table in sorted(tables):
+                if tables[table] < tail <= table:
+                    tail = table + self._header.geometry.table_bytes
+            if tail < self._bounds.end and await self._end_in_use() <= tail:
+                return tail
         except CorruptError:
-            return self._bounds.end
-        tail = await self._end_of_the_rest(cut)
-        for table in sorted(tables):
-            if tables[table] < tail <= table:
-                tail = table + self._header.geometry.table_bytes
-        return tail
+            pass
+        return self._bounds.end
 
     async def _find(self) -> tuple[ClusterMap, dict[int, int]]:
         """All that is cut off, and of each table among it the lowest cluster to which it refers."""
@@ -79,7 +81,8 @@ class CutOff:
         async with aclosing(self._parts()) as parts:
             async for part in parts:
                 if part.whole and part.table not in tables:
-                    cut.mark(part.table // self._cluster_size, self._header.table_size)
+                    if cut.mark(part.table // self._cluster_size, self._header.table_size):
+                        raise self._overlap()
                     tables[part.table] = self._bounds.end
                 cut.mark_entries(part.chunk)
                 if part.whole and part.entries:
@@ -96,6 +99,25 @@ class CutOff:
             end = position = min(cut.next_marked(rest), cut.clusters)
             await self._breathe()
         return end * self._cluster_size
+
+    async def _end_in_use(self) -> int:
+        """Where the last cluster ends to which the inside of the image refers. Raises CorruptError if tables overlap:
+        following them might take for ever."""
+        geometry = self._header.geometry
+        used = ClusterMap(self._storage, self._bounds)
+        used.mark(self._header.l1_table_offset // self._cluster_size, self._header.table_size)
+        async for index, table in L1Entries(self._storage, self._header, self._breathe):
+            inside = self._bounds.entries_inside(index)
+            if not inside or not self._bounds.holds(table, geometry.table_bytes):
+                continue
+            if used.mark(table // self._cluster_size, self._header.table_size):
+                raise self._overlap()
+            async for _position, chunk in TableChunks(self._storage, table, inside * ENTRY_SIZE, self._breathe):
+                used.mark_entries(chunk)
+        return used.end_of_marked() * self._cluster_size
+
+    def _overlap(self) -> CorruptError:
+        return CorruptError(self._storage.path, "its tables overlap; see qedfuse check")
 
     async def forget(self, tail: int) -> None:
         """Take away the tables behind `tail`, and the entries that refer to what is there."""

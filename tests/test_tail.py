@@ -283,3 +283,31 @@ def test_entries_that_point_nowhere_are_passed_over() -> None:
         assert result.leaks == 0
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("what", ["table", "data", "table as data", "everything"])
+def test_what_is_also_in_use_is_not_cut_off(what: str) -> None:
+    """A corrupt image refers to a cluster from both sides of its new end. The file keeps its tail, and the image can
+    be read as far as its tables lie inside of the file."""
+
+    async def main() -> None:
+        chain, image = await full_image()
+        l1 = image.header.l1_table_offset
+        await image.close()
+        raw = chain.file
+        first, second, last = struct.unpack("<3Q", raw.read(l1, 24))
+        (data,) = struct.unpack("<Q", raw.read(last, 8))
+        if what == "table":
+            raw.write(l1, struct.pack("<Q", last))
+        elif what == "everything":
+            raw.write(second + 64, struct.pack(f"<{raw.size // CLUSTER - 1}Q", *range(CLUSTER, raw.size, CLUSTER)))
+        else:
+            raw.write(first + 64, struct.pack("<Q", data if what == "data" else last))
+        size = raw.size
+        image = Image(RamStorage("image", raw), image.header, None, writable=True)
+        await image.resize(TABLE)
+        await image.close()
+        assert raw.size == size
+        assert len(await contents(chain)) == TABLE
+
+    trio.run(main)
