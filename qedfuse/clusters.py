@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from qedfuse.allocator import Allocator
 from qedfuse.commit import Committer
 from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, UNALLOCATED, ZERO_CLUSTER, round_up
-from qedfuse.layer import Kind, Layer, Run, append_run, read_layer
+from qedfuse.layer import Kind, Layer, Run, read_layer
 from qedfuse.storage import Buffer, Storage
 from qedfuse.tables import Tables
 
@@ -102,15 +102,23 @@ class ClusterWriter:
         Clusters that have data keep their place in the file, which becomes a hole. The last cluster of the image counts
         as whole when the range reaches its end.
         """
-        if data := await self._data(offset, size):
-            return await self._zero_data(offset, data, image_end)
-        kind, length, _host = (await self._tables.map(offset, size))[0]
-        if kind is Kind.ZERO or not self._below(offset, length):
+        runs = await self._tables.map(offset, size)
+        kind, length, host = runs[0]
+        skip = offset & self._mask
+        rest = self._cluster_size - skip
+        part = skip or (length < rest and offset + length < image_end)
+        if kind is Kind.DATA and part:
+            length = min(length, rest)
+            await self._zero_part(host, length)
+            return length
+        data, end = await self._whole_data(offset, size, runs, image_end)
+        if end > offset and await self.punch(data):
+            return min(end, image_end) - offset
+        if kind is not Kind.DATA and end > offset:
             return length
         length = min(length, self._page_room(offset))
-        skip = offset & self._mask
-        if skip or (length < self._cluster_size and offset + length < image_end):
-            length = min(length, self._cluster_size - skip)
+        if part:
+            length = min(length, rest)
             await self._write_unmapped(offset, memoryview(bytes(length)), kind, image_end)
             return length
         if offset + length < image_end:
@@ -118,38 +126,32 @@ class ClusterWriter:
         await self._set_entries(offset, round_up(length, self._cluster_size), self._zero_entry)
         return length
 
-    async def _data(self, offset: int, size: int) -> list[Run]:
-        """The runs that have data, from `offset` on, as many as are handled at a time."""
-        found: list[Run] = []
+    async def _whole_data(
+        self, offset: int, size: int, runs: Sequence[Run], image_end: int
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Where in the file the clusters lie that have data, from `offset` on, of which `runs` is the map; and up to
+        where there is nothing but these and what reads as zeroes, as far as is handled at a time."""
+        found: list[tuple[int, int]] = []
         end = offset + size
-        while offset < end and len(found) < _MAX_PUNCHES:
-            for run in await self._tables.map(offset, end - offset):
-                if run.kind is not Kind.DATA:
-                    return found
-                append_run(found, *run)
-                offset += run.length
-        return found
-
-    async def _zero_data(self, offset: int, runs: Sequence[Run], image_end: int) -> int:
-        """The same where clusters have data: `runs`, which begin at `offset`."""
-        skip = offset & self._mask
-        first = runs[0]
-        rest = self._cluster_size - skip
-        if skip or (first.length < rest and offset + first.length < image_end):
-            length = min(first.length, rest)
-            await self._zero_part(first.host, length)
-            return length
-        whole: list[tuple[int, int]] = []
-        end = offset
-        for run in runs:
-            length = run.length if end + run.length < image_end else round_up(run.length, self._cluster_size)
-            if length := length & ~self._mask:
-                whole.append((run.host, length))
-                end += length
-        if not await self.punch(whole):
-            end = offset + min(whole[0][1], self._page_room(offset))
-            await self._set_entries(offset, end - offset, self._zero_entry)
-        return min(end, image_end) - offset
+        while True:
+            for kind, length, host in runs:
+                if kind is Kind.DATA:
+                    length = length if offset + length < image_end else round_up(length, self._cluster_size)
+                    whole = length & ~self._mask
+                    if found and sum(found[-1]) == host:
+                        found[-1] = found[-1][0], found[-1][1] + whole
+                    elif whole:
+                        found.append((host, whole))
+                    offset += whole
+                    if whole < length:
+                        return found, offset
+                elif kind is Kind.ZERO or not self._below(offset, length):
+                    offset += length
+                else:
+                    return found, offset
+            if offset >= end or len(found) >= _MAX_PUNCHES:
+                return found, offset
+            runs = await self._tables.map(offset, end - offset)
 
     async def punch(self, runs: Sequence[tuple[int, int]]) -> bool:
         """Make holes of the file's runs (offset, size). False: the host can't, and some may be as they were."""

@@ -135,12 +135,14 @@ class CutOff:
                     await clusters.unmap(part.guest + first * self._cluster_size, (end - first) * self._cluster_size)
 
     async def _parts(self) -> AsyncGenerator[Part, None]:
-        """Of tables that have nothing but zeroes behind the end, one that is empty."""
+        """Of each table first one that is empty. A table to which several entries lead comes once."""
         geometry = self._header.geometry
+        seen: set[int] = set()
         async for index, table in L1Entries(self._storage, self._header, self._breathe):
             inside = self._bounds.entries_inside(index)
-            if inside == geometry.table_entries or not self._bounds.holds(table, geometry.table_bytes):
+            if inside == geometry.table_entries or table in seen or not self._bounds.holds(table, geometry.table_bytes):
                 continue
+            seen.add(table)
             first = index * geometry.table_entries
             yield Part(index, table, not inside, first * self._cluster_size, b"", array("Q"))
             async for start, chunk in TableChunks(self._storage, table, geometry.table_bytes, self._breathe):

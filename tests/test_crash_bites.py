@@ -15,7 +15,7 @@ from qedfuse.errors import CorruptError
 from qedfuse.geometry import round_up
 from qedfuse.header import FEATURE_NEED_CHECK
 from qedfuse.image import Image
-from qedfuse.layer import Run
+from qedfuse.layer import Kind
 from qedfuse.pages import PageMap
 from qedfuse.tables import Tables
 from qedfuse.tail import CutOff
@@ -125,16 +125,17 @@ def test_a_discard_that_no_flush_makes_durable(monkeypatch: pytest.MonkeyPatch) 
 def test_discards_that_give_up_their_cluster(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
     """It is punched, and handed out again while the old entry may still be in the file."""
 
-    async def give_up(self: ClusterWriter, offset: int, runs: list[Run], image_end: int) -> int:
-        if offset % CLUSTER or runs[0].length % CLUSTER:
-            return await original(self, offset, runs, image_end)
+    async def give_up(self: ClusterWriter, offset: int, size: int, image_end: int) -> int:
+        kind, length, host = (await self._tables.map(offset, size))[0]
+        if kind is not Kind.DATA or offset % CLUSTER or length % CLUSTER:
+            return await original(self, offset, size, image_end)
         await self._set_entries(offset, CLUSTER, self._zero_entry)
-        await self._storage.punch(runs[0].host, CLUSTER)
-        self._allocator.put_free([(runs[0].host, CLUSTER)])
+        await self._storage.punch(host, CLUSTER)
+        self._allocator.put_free([(host, CLUSTER)])
         return CLUSTER
 
-    original = ClusterWriter._zero_data
-    monkeypatch.setattr(ClusterWriter, "_zero_data", give_up)
+    original = ClusterWriter.zero
+    monkeypatch.setattr(ClusterWriter, "zero", give_up)
     expect_failure(churn, backing)
 
 
