@@ -306,7 +306,11 @@ def test_a_tail_with_what_stays_in_it(monkeypatch: pytest.MonkeyPatch, backing: 
     async def broken(self: CutOff, cut: ClusterMap) -> int:
         return cut.next_marked(0) * CLUSTER
 
+    async def nothing(self: CutOff) -> int:
+        return 0
+
     monkeypatch.setattr(CutOff, "_end_of_the_rest", broken)
+    monkeypatch.setattr(CutOff, "_end_in_use", nothing)
     expect_failure(cut_what_is_mixed, backing)
 
 
