@@ -134,5 +134,7 @@ class Allocator:
         self._free, self._lost = [], []
 
     def cut(self, end: int) -> None:
-        """Give up all clusters behind `end`: none of them is free or lost, and no entry refers to one."""
+        """Give up all clusters behind `end`, free and lost ones, too: no entry refers to one."""
         self.end = end
+        for runs in (self._free, self._lost):
+            runs[:] = [(start, min(size, end - start)) for start, size in runs if start < end]

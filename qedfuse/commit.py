@@ -50,11 +50,11 @@ that comes what may lack space: a cluster of its own for the last sector, if the
 cut off inside of the last cluster is zeroed in place, then, before the answer. Inside of the last sector, which stays
 in the image if the size asked for is no multiple of 512, it reads as before or as zeroes, as after any write.
 
-Then the tail of the file is given up: the clusters at its end, as far as only entries and tables behind the new end
-refer to them (`tail.py`); on a device, all that is cut off, wherever it lies. Their entries become 0, and so do the L1
-entries of the tables among them, which leave memory. A commit with sync makes that durable. Only then is the file cut,
-which another sync makes durable before a cluster is handed out there again: the bytes are stale. (On a device, what is
-free is looked for anew.) Three things make it safe to drop a table:
+Then the tail of the file is given up: the clusters at its end, as far as nothing but entries and tables behind the new
+end refers to them (`tail.py`); on a device, all that is cut off, wherever it lies. Their entries become 0, and so do
+the L1 entries of the tables among them, which leave memory. A commit with sync makes that durable. Only then is the
+file cut, which another sync makes durable before a cluster is handed out there again: the bytes are stale. (On a
+device, what is free is looked for anew.) Three things make it safe to drop a table:
 
     - all that it refers to goes with it, or is no cluster of the file.
     - a page of it is not written once its clusters can be somebody else's: all was flushed before, the whole image is

@@ -29,7 +29,6 @@ class Part(NamedTuple):
     table: int
     whole: bool
     guest: int
-    chunk: bytes | bytearray
     entries: array[int]
 
 
@@ -60,49 +59,22 @@ class CutOff:
                     await clusters.unmap(part.guest, len(part.entries) * self._cluster_size)
 
     async def find_tail(self) -> int:
-        """From where on the file holds nothing but what is cut off, and no table that refers to what is not. The end of
-        the file if that cannot be told in bounded memory, or if the image is corrupt: what is cut off may be in use."""
+        """From where on the file holds nothing to which the inside of the image refers, and no table that refers to
+        what lies before. The end of the file if that cannot be told: in bounded memory, or of tables that overlap."""
         try:
-            cut, tables = await self._find()
-            tail = await self._end_of_the_rest(cut)
-            for table in sorted(tables):
-                if tables[table] < tail <= table:
-                    tail = table + self._header.geometry.table_bytes
-            if tail < self._bounds.end and await self._end_in_use() <= tail:
-                return tail
+            tail = await self._end_of_the_inside()
         except CorruptError:
-            pass
-        return self._bounds.end
+            return self._bounds.end
+        if tail < self._bounds.end:
+            size = self._header.geometry.table_bytes
+            for table, lowest in sorted((await self._lowest()).items()):
+                if (table < tail and table + size > tail) or lowest < tail <= table:
+                    tail = table + size
+        return tail
 
-    async def _find(self) -> tuple[ClusterMap, dict[int, int]]:
-        """All that is cut off, and of each table among it the lowest cluster to which it refers."""
-        cut = ClusterMap(self._storage, self._bounds)
-        tables: dict[int, int] = {}
-        async with aclosing(self._parts()) as parts:
-            async for part in parts:
-                if part.whole and part.table not in tables:
-                    if cut.mark(part.table // self._cluster_size, self._header.table_size):
-                        raise self._overlap()
-                    tables[part.table] = self._bounds.end
-                cut.mark_entries(part.chunk)
-                if part.whole and part.entries:
-                    lowest = min(part.entries)
-                    if not self._bounds.holds(lowest, self._cluster_size):  # 0, 1, or nonsense
-                        starts = (start for start, _size in self._tables.data_runs(part.entries))
-                        lowest = min(starts, default=self._bounds.end)
-                    tables[part.table] = min(tables[part.table], lowest)
-        return cut, tables
-
-    async def _end_of_the_rest(self, cut: ClusterMap) -> int:
-        end = position = self._header.header_size
-        while (rest := cut.next_free(position)) < cut.clusters:
-            end = position = min(cut.next_marked(rest), cut.clusters)
-            await self._breathe()
-        return end * self._cluster_size
-
-    async def _end_in_use(self) -> int:
-        """Where the last cluster ends to which the inside of the image refers. Raises CorruptError if tables overlap:
-        following them might take for ever."""
+    async def _end_of_the_inside(self) -> int:
+        """Where the last cluster ends to which the inside refers. Raises CorruptError if tables overlap: following them
+        might take for ever."""
         geometry = self._header.geometry
         used = ClusterMap(self._storage, self._bounds)
         used.mark(self._header.l1_table_offset // self._cluster_size, self._header.table_size)
@@ -111,13 +83,24 @@ class CutOff:
             if not inside or not self._bounds.holds(table, geometry.table_bytes):
                 continue
             if used.mark(table // self._cluster_size, self._header.table_size):
-                raise self._overlap()
+                raise CorruptError(self._storage.path, "its tables overlap; see qedfuse check")
             async for _position, chunk in TableChunks(self._storage, table, inside * ENTRY_SIZE, self._breathe):
                 used.mark_entries(chunk)
         return used.end_of_marked() * self._cluster_size
 
-    def _overlap(self) -> CorruptError:
-        return CorruptError(self._storage.path, "its tables overlap; see qedfuse check")
+    async def _lowest(self) -> dict[int, int]:
+        """For each table that is cut off whole, the lowest cluster to which it refers; the file's end: to none."""
+        lowest: dict[int, int] = {}
+        async with aclosing(self._parts()) as parts:
+            async for part in parts:
+                if not part.whole:
+                    continue
+                first = min(part.entries, default=self._bounds.end)
+                if part.entries and not self._bounds.holds(first, self._cluster_size):  # 0, 1, or nonsense
+                    starts = (start for start, _size in self._tables.data_runs(part.entries))
+                    first = min(starts, default=self._bounds.end)
+                lowest[part.table] = min(first, lowest.get(part.table, first))
+        return lowest
 
     async def forget(self, tail: int) -> None:
         """Take away the tables behind `tail`, and the entries that refer to what is there."""
@@ -144,12 +127,12 @@ class CutOff:
                 continue
             seen.add(table)
             first = index * geometry.table_entries
-            yield Part(index, table, not inside, first * self._cluster_size, b"", array("Q"))
+            yield Part(index, table, not inside, first * self._cluster_size, array("Q"))
             async for start, chunk in TableChunks(self._storage, table, geometry.table_bytes, self._breathe):
                 position = max(start, inside * ENTRY_SIZE)
-                if behind := chunk[position - start :]:
+                if entries := unpack_entries(chunk[position - start :]):
                     guest = (first + position // ENTRY_SIZE) * self._cluster_size
-                    yield Part(index, table, not inside, guest, behind, unpack_entries(behind))
+                    yield Part(index, table, not inside, guest, entries)
 
 
 def _runs_behind(entries: array[int], tail: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from qedfuse import growth as growing
-from qedfuse.clustermap import ClusterMap
 from qedfuse.clusters import ClusterWriter
 from qedfuse.commit import Committer
 from qedfuse.errors import CorruptError
@@ -301,16 +300,13 @@ def test_the_tail_is_used_again_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("backing", ["alone", "shorter"])
 def test_a_tail_with_what_stays_in_it(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
-    """It begins where the first cluster that is cut off lies."""
+    """Its first cluster is in use."""
+    original = CutOff._end_of_the_inside
 
-    async def broken(self: CutOff, cut: ClusterMap) -> int:
-        return cut.next_marked(0) * CLUSTER
+    async def broken(self: CutOff) -> int:
+        return await original(self) - CLUSTER
 
-    async def nothing(self: CutOff) -> int:
-        return 0
-
-    monkeypatch.setattr(CutOff, "_end_of_the_rest", broken)
-    monkeypatch.setattr(CutOff, "_end_in_use", nothing)
+    monkeypatch.setattr(CutOff, "_end_of_the_inside", broken)
     expect_failure(cut_what_is_mixed, backing)
 
 
