@@ -73,12 +73,16 @@ class ClusterWriter:
             wanted = min(len(data), self._page_room(offset))
             host, room = await self._allocate(self._tables.geometry.clusters_for(skip + wanted))
             part = data[: min(wanted, room - skip)]
+            head: Buffer = b""
+            tail: Buffer = b""
             try:
-                head: Buffer = b""
-                tail: Buffer = b""
                 if kind is Kind.UNALLOCATED:
                     head = await self._copy(offset - skip, skip, image_end)
                     tail = await self._copy(offset + len(part), -(skip + len(part)) & self._mask, image_end)
+            except BaseException:
+                self._take_back(host, room)
+                raise
+            try:
                 await self._put(host if head else host + skip, [head, part, tail] if head or tail else [part])
                 await self._set_entries(offset - skip, room, host)
             except BaseException:
@@ -149,7 +153,7 @@ class ClusterWriter:
                     offset += length
                 else:
                     return found, offset
-            if offset >= end or len(found) >= _MAX_PUNCHES:
+            if offset >= end or len(found) >= _MAX_PUNCHES or kind is not Kind.DATA:
                 return found, offset
             runs = await self._tables.map(offset, end - offset)
 
@@ -264,10 +268,14 @@ class ClusterWriter:
         try:
             await self._committer.growth.extend()
         except BaseException:  # nothing was handed out, or every later commit would fail to cover it, too
-            self._allocator.take_back(*run)
-            self._tables.file_end = self._allocator.end
+            self._take_back(*run)
             raise
         return run
+
+    def _take_back(self, host: int, size: int) -> None:
+        """New clusters to which nothing was written."""
+        self._allocator.take_back(host, size)
+        self._tables.file_end = self._allocator.end
 
     def _lose(self, host: int, size: int) -> None:
         self._allocator.lose(host, size)
