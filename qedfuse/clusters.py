@@ -116,7 +116,7 @@ class ClusterWriter:
             await self._zero_part(host, length)
             return length
         data, end = await self._whole_data(offset, size, runs, image_end)
-        if end > offset and await self.punch(data):
+        if end > offset and (not data or await self.punch(data)):
             return min(end, image_end) - offset
         if kind is not Kind.DATA and end > offset:
             return length
@@ -160,7 +160,7 @@ class ClusterWriter:
     async def punch(self, runs: Sequence[tuple[int, int]]) -> bool:
         """Make holes of the file's runs (offset, size). False: the host can't, and some may be as they were."""
         try:
-            return not runs or await self._storage.deallocate(runs)
+            return await self._storage.deallocate(runs)
         finally:
             self._committer.note_written()
 

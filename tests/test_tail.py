@@ -154,6 +154,24 @@ def test_zeroing_all_keeps_the_mapping_and_no_data(how: str, size: int, backing:
     trio.run(main)
 
 
+def test_zeroing_what_is_zero_costs_no_sync() -> None:
+    async def main() -> None:
+        chain = await new_chain(3 * TABLE, TINY)
+        storage = RamStorage("image", chain.file)
+        image = await open_chain(chain, storage)
+        await image.write(0, b"x")
+        await image.flush()
+        version, syncs = image.version, storage.syncs
+        await image.zero(CLUSTER, image.size)
+        await image.discard(TABLE, TABLE)
+        assert image.version == version
+        await image.flush()
+        assert storage.syncs == syncs
+        await closed(chain, image)
+
+    trio.run(main)
+
+
 def test_zeroing_a_part_keeps_the_rest() -> None:
     async def main() -> None:
         chain, image = await full_image()
