@@ -22,7 +22,7 @@ from qedfuse.blocking import in_background, in_thread
 from qedfuse.errors import QedfuseError
 from qedfuse.geometry import round_down, round_up
 from qedfuse.hosts import Host
-from qedfuse.storage import Buffer, HostExtent, find_extents, size_in_sectors
+from qedfuse.storage import Buffer, HostExtent, check_type, find_extents, size_in_sectors
 
 T = TypeVar("T")
 
@@ -74,10 +74,7 @@ class FileStorage:
             raise
         try:
             mode = os.fstat(fd).st_mode
-            if stat.S_ISDIR(mode):
-                raise QedfuseError(name, "is a directory, not an image", errno.EISDIR)
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise QedfuseError(name, "is not a regular file or a block device", errno.EINVAL)
+            check_type(name, mode)
             if writable and stat.S_ISBLK(mode) and _is_read_only(fd):  # opening it has worked, writing would not
                 raise QedfuseError(name, "is a read-only block device", errno.EROFS)
         except BaseException:

@@ -6,7 +6,6 @@ needs the engine (a backing chain, a check) is imported where it is used.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
+from qedfuse.errors import CorruptError, UnsupportedError
 from qedfuse.filelock import lock
 from qedfuse.geometry import SECTOR_SIZE, round_up
 from qedfuse.header import (
@@ -26,6 +25,7 @@ from qedfuse.header import (
     Header,
     decode_backing_name,
 )
+from qedfuse.storage import check_type
 
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy
@@ -186,11 +186,7 @@ def _opened(path: str, *, share: bool) -> Iterator[int]:
     """The image's descriptor, open for reading and locked unless `share`. Never blocks on a FIFO."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise QedfuseError(path, "is a directory, not an image", errno.EISDIR)
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise QedfuseError(path, "is not a regular file or a block device", errno.EINVAL)
+        check_type(path, os.fstat(fd).st_mode)
         if not share:
             lock(fd, path, writable=False)
         yield fd

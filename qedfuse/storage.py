@@ -15,6 +15,7 @@ import stat
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from qedfuse.errors import QedfuseError
 from qedfuse.geometry import whole_sectors
 
 Buffer = bytes | bytearray | memoryview
@@ -29,6 +30,14 @@ _END = 1 << 63
 def identity(status: os.stat_result) -> Identity:
     """Which file, or which block device, whatever node stands for it."""
     return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def check_type(path: str, mode: int) -> None:
+    """Raise an OSError if what has this `st_mode` can be no image: QedfuseError, EISDIR or EINVAL."""
+    if stat.S_ISDIR(mode):
+        raise QedfuseError(path, "is a directory, not an image", errno.EISDIR)
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise QedfuseError(path, "is not a regular file or a block device", errno.EINVAL)
 
 
 class HostExtent(NamedTuple):
