@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from qedfuse._clustermap import Bitmap
 from qedfuse.errors import CorruptError
-from qedfuse.scan import Bounds
+from qedfuse.geometry import ENTRY_SIZE
+from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks
 from qedfuse.storage import Storage, held_bytes
 
 
@@ -70,3 +71,21 @@ class ClusterMap(Bitmap):
         return CorruptError(
             self._path, "the tables scatter too few clusters over too large a sparse file to check it in bounded memory"
         )
+
+
+async def read_used(storage: Storage, bounds: Bounds, breathe: Breather, *, inside: bool = False) -> ClusterMap:
+    """What the tables in the file refer to, and they themselves. `inside`: as far as they map the inside of the image.
+    What is impossible is passed over. Raises OSError; CorruptError if tables overlap: following them might take for
+    ever."""
+    header, geometry = bounds.header, bounds.header.geometry
+    used = ClusterMap(storage, bounds)
+    used.mark(header.l1_table_offset // header.cluster_size, header.table_size)
+    async for index, offset in L1Entries(storage, header, breathe):
+        size = bounds.entries_inside(index) * ENTRY_SIZE if inside else geometry.table_bytes
+        if not size or not bounds.holds(offset, geometry.table_bytes):
+            continue
+        if used.mark(offset // header.cluster_size, header.table_size):
+            raise CorruptError(storage.path, "its tables overlap; see qedfuse check")
+        async for _position, chunk in TableChunks(storage, offset, size, breathe):
+            used.mark_entries(chunk)
+    return used

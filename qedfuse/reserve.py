@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import trio
 
-from qedfuse.clustermap import ClusterMap
+from qedfuse.clustermap import ClusterMap, read_used
 from qedfuse.errors import CorruptError
 from qedfuse.header import Header
-from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks
+from qedfuse.scan import Bounds, Breather
 from qedfuse.storage import Storage
 
 #: Runs that are taken at a time.
@@ -45,27 +45,12 @@ class Reserve:
             if self._used is not None or self._failure is not None:
                 return
             try:
-                used = await self._read_tables()
+                used = await read_used(self._storage, Bounds.of(self._header, self._size), Breather())
             except CorruptError as error:
                 self._failure = f"cannot tell which clusters are free: {error.message}"
                 return
             self._used = used
             self._next = used.end_of_marked()
-
-    async def _read_tables(self) -> ClusterMap:
-        storage, header, geometry = self._storage, self._header, self._header.geometry
-        bounds = Bounds.of(header, self._size)
-        used = ClusterMap(storage, bounds)
-        used.mark(header.l1_table_offset >> self._bits, header.table_size)
-        breathe = Breather()
-        async for _index, offset in L1Entries(storage, header, breathe):
-            if not bounds.holds(offset, geometry.table_bytes):
-                continue
-            if used.mark(offset >> self._bits, header.table_size):  # following it might take for ever
-                raise CorruptError(storage.path, "its tables overlap; see qedfuse check")
-            async for _position, chunk in TableChunks(storage, offset, geometry.table_bytes, breathe):
-                used.mark_entries(chunk)
-        return used
 
     @property
     def total(self) -> int:

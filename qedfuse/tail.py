@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import NamedTuple
 
-from qedfuse.clustermap import ClusterMap
+from qedfuse.clustermap import read_used
 from qedfuse.clusters import ClusterWriter
 from qedfuse.errors import CorruptError
 from qedfuse.geometry import ENTRY_SIZE
@@ -54,39 +54,25 @@ class CutOff:
         the file says of its tables may not be true any more."""
         async with aclosing(self._parts()) as parts:
             async for part in parts:
+                runs = list(self._tables.data_runs(part.entries))
                 clusters = await self._begin_change()
-                if not await clusters.punch(list(self._tables.data_runs(part.entries))):
+                if runs and not await clusters.punch(runs):
                     await clusters.unmap(part.guest, len(part.entries) * self._cluster_size)
 
     async def find_tail(self) -> int:
         """From where on the file holds nothing to which the inside of the image refers, and no table that refers to
         what lies before. The end of the file if that cannot be told: in bounded memory, or of tables that overlap."""
         try:
-            tail = await self._end_of_the_inside()
+            used = await read_used(self._storage, self._bounds, self._breathe, inside=True)
         except CorruptError:
             return self._bounds.end
+        tail = used.end_of_marked() * self._cluster_size
         if tail < self._bounds.end:
             size = self._header.geometry.table_bytes
             for table, lowest in sorted((await self._lowest()).items()):
                 if (table < tail and table + size > tail) or lowest < tail <= table:
                     tail = table + size
         return tail
-
-    async def _end_of_the_inside(self) -> int:
-        """Where the last cluster ends to which the inside refers. Raises CorruptError if tables overlap: following them
-        might take for ever."""
-        geometry = self._header.geometry
-        used = ClusterMap(self._storage, self._bounds)
-        used.mark(self._header.l1_table_offset // self._cluster_size, self._header.table_size)
-        async for index, table in L1Entries(self._storage, self._header, self._breathe):
-            inside = self._bounds.entries_inside(index)
-            if not inside or not self._bounds.holds(table, geometry.table_bytes):
-                continue
-            if used.mark(table // self._cluster_size, self._header.table_size):
-                raise CorruptError(self._storage.path, "its tables overlap; see qedfuse check")
-            async for _position, chunk in TableChunks(self._storage, table, inside * ENTRY_SIZE, self._breathe):
-                used.mark_entries(chunk)
-        return used.end_of_marked() * self._cluster_size
 
     async def _lowest(self) -> dict[int, int]:
         """For each table that is cut off whole, the lowest cluster to which it refers; the file's end: to none."""

@@ -301,12 +301,12 @@ def test_the_tail_is_used_again_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("backing", ["alone", "shorter"])
 def test_a_tail_with_what_stays_in_it(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
     """Its first cluster is in use."""
-    original = CutOff._end_of_the_inside
+    original = CutOff.find_tail
 
     async def broken(self: CutOff) -> int:
         return await original(self) - CLUSTER
 
-    monkeypatch.setattr(CutOff, "_end_of_the_inside", broken)
+    monkeypatch.setattr(CutOff, "find_tail", broken)
     expect_failure(cut_what_is_mixed, backing)
 
 
