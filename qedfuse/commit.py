@@ -9,8 +9,8 @@ instant (the group: copies of the dirty pages, so that later changes stay out) a
     - header   after a failed write of the header, which may have happened: the header is written again; sync
     0 extend   the file covers every cluster handed out (truncate). On a block device: before a cluster is handed out,
                it is zeroed; sync
-    1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet. (The background task
-               does it before that, right after the first change, while there is little to sync.)
+    1 mark     no backing file: NEED_CHECK is set in the header, and synced, if it is not set yet. (`timer.py` has it
+               done before that, right after the first change, while there is little to sync.)
     2 new      pages of L2 tables to which the file's L1 table does not refer yet
     3 barrier  backing file: sync
     4 tables   pages of the other L2 tables, pages of the L1 table
@@ -93,10 +93,6 @@ from qedfuse.tables import Tables
 
 log = logging.getLogger("qedfuse")
 
-#: Seconds until a change of the tables is written without anybody asking.
-COMMIT_DELAY = 1.0
-#: Seconds without a change after which NEED_CHECK is cleared (QEMU's time, too).
-IDLE_DELAY = 5.0
 #: Dirty pages at which writers commit first: 1 MiB of tables.
 MAX_DIRTY_PAGES = 256
 
@@ -130,7 +126,7 @@ class Committer:
         self._started = 0
         self._results: dict[int, OSError | None] = {}
         self._waiting: dict[int, int] = {}
-        self._dirty_event = trio.Event()
+        self.dirty = trio.Event()  # tables have changed since `timer.py` has looked
         self.changes = 0  # counts them
         self.writes = 0  # counts those of guest data and of pages, or bursts of them
 
@@ -139,7 +135,7 @@ class Committer:
     def note_change(self) -> None:
         """Tables changed: they are due for a commit."""
         self.changes += 1
-        self._dirty_event.set()
+        self.dirty.set()
 
     def note_written(self) -> None:
         """Guest data was written, or zeroed, in place or into new clusters: the next flush must sync it,
@@ -389,43 +385,25 @@ class Committer:
                 punched.append(run)
         return punched
 
-    # -- time ---------------------------------------------------------------------------------------------------------
+    # -- what is done in time (`timer.py`), and in the end ------------------------------------------------------------
 
-    async def run_background(self) -> None:
-        """Commit soon after a change, clear NEED_CHECK when idle; forever, until cancelled.
-
-        Errors stay: the tables remain dirty and the next flush reports what is wrong.
-        """
-        complaint = ""
-        while True:
-            await self._dirty_event.wait()
-            self._dirty_event = trio.Event()
-            changes = self.changes
-            try:
-                await self._mark_early()
-                await trio.sleep(COMMIT_DELAY)
-                await self.write_back()
-                complaint = ""
-                if self.header.needs_check and not self._barrier:
-                    with trio.move_on_after(IDLE_DELAY - COMMIT_DELAY):
-                        await self._dirty_event.wait()
-                    if self.changes == changes:
-                        await self.clean()
-            except OSError as error:
-                if self.failed or self._closed:
-                    return
-                if complaint != (complaint := error.strerror or str(error)):
-                    log.warning("%s: cannot write tables yet: %s", self._storage.path, complaint)
-                await trio.sleep(COMMIT_DELAY)
-                self._dirty_event.set()
-
-    async def _mark_early(self) -> None:
+    async def mark_early(self) -> None:
         """Step 1, if the next commit will need it."""
         async with self._running:
             self.check()
             if self._tables.dirty_l1 or self._tables.dirty_l2:
                 with trio.CancelScope(shield=True):
                     await self._mark()
+
+    @property
+    def marked(self) -> bool:
+        """Whether NEED_CHECK is set because of step 1."""
+        return self.header.needs_check and not self._barrier
+
+    @property
+    def ended(self) -> bool:
+        """Whether no commit can succeed any more."""
+        return self.failed is not None or self._closed
 
     async def clean(self) -> None:
         """Flush, and clear NEED_CHECK if nothing has become dirty meanwhile. Raises OSError."""

@@ -29,6 +29,7 @@ from qedfuse.scan import Breather
 from qedfuse.storage import Buffer, Storage
 from qedfuse.tables import Tables
 from qedfuse.tail import CutOff
+from qedfuse.timer import commit_in_time
 
 _ENTRY_MASK = PAGE_ENTRIES - 1
 #: One step of a long operation: bounds memory, lock time and the group.
@@ -95,7 +96,7 @@ class Image:
         """Commit on a timer; runs until cancelled. An image without it is safe, but commits only on flush."""
         await self._writing.wait()
         assert self._committer is not None
-        await self._committer.run_background()
+        await commit_in_time(self._committer, self.path)
 
     async def begin_writing(self, header: Header, exchange: Callable[[], None]) -> None:
         """From an image that is open for reading to one that is open for writing, for all who use it.

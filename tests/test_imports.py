@@ -35,7 +35,7 @@ ORDER = """
     growth
     commit repair
     clusters release
-    check
+    check timer
     tail
     image recovery
     chain holes pagecache replaced rootclock

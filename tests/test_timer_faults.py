@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.commit import COMMIT_DELAY
+from qedfuse.timer import COMMIT_DELAY
 from tests.helpers.expect import raises_errno
 from tests.helpers.faults import Fault, FaultStorage
 from tests.helpers.history import SECTOR

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.commit import COMMIT_DELAY, IDLE_DELAY
+from qedfuse.timer import COMMIT_DELAY, IDLE_DELAY
 from tests.helpers.crash import SEED
 from tests.helpers.history import SECTOR, Guest
 from tests.helpers.images import TINIEST
