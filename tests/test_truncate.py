@@ -31,10 +31,6 @@ def image(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def check(image: Path) -> int:
-    return subprocess.run(["qemu-img", "check", "-q", str(image)], check=False).returncode
-
-
 @pytest.mark.parametrize("options", [[], ["-o", "direct_io"]], ids=["buffered", "direct_io"])
 def test_cut_and_grow(image: Path, raw: Path, options: list[str]) -> None:
     """Also what only the page cache had."""
@@ -68,7 +64,7 @@ def test_cut_and_end(image: Path, raw: Path, size: int) -> None:
     assert qemu_bytes(image) == expected.ljust(-(-size // 512) * 512, b"\0")
     stored = image.read_bytes()
     assert stored.count(b"SECRETSECRET") <= size // 12 + 1
-    assert check(image) in (0, 3)  # what was cut off in the middle counts as leaked
+    check_is_clean(image)
     grown = subprocess.run(
         ["qemu-img", "resize", "-q", "-f", "qed", str(image), str(SIZE)], capture_output=True, text=True, check=False
     )
@@ -131,4 +127,4 @@ def test_the_library(image: Path) -> None:
                 await cut(disk, size)
 
     run(partial(all_sizes))
-    assert check(image) in (0, 3)
+    check_is_clean(image)
