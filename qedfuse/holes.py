@@ -50,26 +50,6 @@ class Segments(NamedTuple):
         return offset if data is (self.is_data ^ bool(index & 1)) else self.ends[index]
 
 
-async def next_data(layer: Layer, offset: int) -> int | None:
-    """The first byte at or behind `offset` that is data, None if there is none. Raises OSError as reading does.
-
-    After `PATIENCE`: a byte behind `offset` before which there is none.
-    """
-    found = await find_segments(layer, offset, data=True)
-    position = offset if found.is_data else found.seek(offset, data=True)
-    return None if position == layer.size else position
-
-
-async def next_hole(layer: Layer, offset: int) -> int:
-    """The first byte at or behind `offset` that is in a hole; the image's end counts as one. Raises OSError.
-
-    After `PATIENCE`: the image's end.
-    """
-    found = await find_segments(layer, offset, data=False)
-    position = found.seek(offset, data=False)
-    return layer.size if position is None else position
-
-
 async def find_segments(layer: Layer, offset: int, *, data: bool, ahead: float = 0) -> Segments:
     """What is at `offset`, and where it ends: a hole where data begins, data where a hole begins, for whoever seeks one
     (not `data`), and where that hole ends. Nothing from the layer's end on. Raises OSError.
@@ -134,8 +114,8 @@ class LastSegments:
 async def fallocate(image: Image, mode: int, offset: int, size: int) -> None:
     """fallocate(2) on the raw file. Bytes; `mode` as there. Raises OSError; EOPNOTSUPP for what cannot be done here.
 
-    PUNCH_HOLE and ZERO_RANGE make the range read as zeroes and give back the whole clusters in it. ZERO_RANGE past the
-    end grows the image, unless KEEP_SIZE is given.
+    PUNCH_HOLE and ZERO_RANGE make the range read as zeroes and give its space back where the host can. ZERO_RANGE past
+    the end grows the image, unless KEEP_SIZE is given.
 
     Preallocation (mode 0) grows the image if the range ends past its end. It reserves nothing, as on other file systems
     that allocate on write, but is refused with ENOSPC if what the range lacks does not fit on the host now.

@@ -20,14 +20,13 @@ from qedfuse.holes import (
     LastSegments,
     fallocate,
     find_segments,
-    next_data,
-    next_hole,
 )
 from qedfuse.image import Image
 from qedfuse.layer import Kind, Layer, Run
 from qedfuse.opening import open_image
 from tests.helpers.chains import qemu_img, run
 from tests.helpers.hostile import C, wide, words
+from tests.helpers.seeking import next_data, next_hole
 
 KIB = 1 << 10
 MIB = 1 << 20

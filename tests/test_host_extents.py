@@ -16,7 +16,7 @@ from qedfuse.extents import HostExtents
 from qedfuse.file_storage import FileStorage
 from qedfuse.geometry import PAGE_ENTRIES, Geometry
 from qedfuse.header import Header
-from qedfuse.holes import fallocate, find_segments, next_data, next_hole
+from qedfuse.holes import fallocate, find_segments
 from qedfuse.mapping import walk
 from qedfuse.opening import open_image
 from qedfuse.remote_file import RemoteFile
@@ -39,6 +39,7 @@ from tests.helpers.host_holes import (
 )
 from tests.helpers.hostile import words
 from tests.helpers.ram import PAGE, RamFile, RamStorage
+from tests.helpers.seeking import next_data, next_hole
 
 TIB = 1 << 40
 

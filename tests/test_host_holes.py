@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse.holes import next_data, next_hole
 from qedfuse.layer import Kind
 from qedfuse.mapping import map_image
 from qedfuse.opening import open_image
@@ -38,6 +37,7 @@ from tests.helpers.host_holes import (
 )
 from tests.helpers.modes import MODES, NEEDS_NATIVE, Mode
 from tests.helpers.mounts import mounted
+from tests.helpers.seeking import next_data, next_hole
 
 
 @pytest.fixture(params=["ext4", "xfs", "btrfs", "tmpfs"])

@@ -17,7 +17,6 @@ from qedfuse.errors import CorruptError
 from qedfuse.file_storage import FileStorage
 from qedfuse.geometry import MAX_OFFSET
 from qedfuse.header import Header
-from qedfuse.holes import next_data, next_hole
 from qedfuse.image import Image
 from qedfuse.opening import open_image
 from tests.helpers.breathing import breathing
@@ -26,6 +25,7 @@ from tests.helpers.expect import raises_errno
 from tests.helpers.hostile import GIANT, GOOD, C, entries, giant, good, wide, words
 from tests.helpers.images import POOL, checked
 from tests.helpers.ram import RamFile, RamStorage
+from tests.helpers.seeking import next_data, next_hole
 
 EXABYTES = (1 << 63) - 1
 
