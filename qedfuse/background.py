@@ -44,9 +44,8 @@ class _Limit:
     def __init__(self, device: str) -> None:
         self.usual: int | None = None
         self._fd = open_control(device, "max_background", os.O_WRONLY)
-        fd = open_control(
-            device, "max_background", os.O_RDONLY
-        )  # one cannot go back in it, and writes at its start alone
+        # Another descriptor to read: one cannot go back in it, and writes at its start alone.
+        fd = open_control(device, "max_background", os.O_RDONLY)
         if fd >= 0:
             with suppress(OSError, ValueError):
                 self.usual = int(os.read(fd, 20))

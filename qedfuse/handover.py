@@ -114,7 +114,7 @@ class HandOver:
 
     def _sync(self, fd: int, unique: int, image: Image) -> bool:
         """The commit, a system call at a time, for as long as each is done in a moment (see `offload.py`), and all of
-        them in a few: there may be thousands of clusters to punch."""
+        them in a few: after writes that failed there may be thousands of clusters to punch."""
         self.syncs += 1
         end = time.monotonic() + _ON_THE_SPOT
         try:
