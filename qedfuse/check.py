@@ -31,7 +31,7 @@ from qedfuse.clustermap import ClusterMap, Marks
 from qedfuse.errors import QedfuseError, ReadOnlyError, describe
 from qedfuse.geometry import ENTRY_SIZE
 from qedfuse.header import FEATURE_NEED_CHECK, Header
-from qedfuse.release import fill, punch
+from qedfuse.release import fill_gaps, punch
 from qedfuse.repair import Progress, extend, repair_tables, write_header
 from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
 from qedfuse.storage import Storage
@@ -168,7 +168,7 @@ async def _repair(
             await punch(storage, header, used)
             _count_leaks(storage, result, used)
         else:
-            header = await fill(storage, header, used, progress)
+            header = await fill_gaps(storage, header, used, progress)
             if result.leaks:
                 result, used = await _scan_again(storage, header, progress, result)
         if header.needs_check:

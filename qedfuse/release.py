@@ -19,7 +19,7 @@ from qedfuse.geometry import ENTRY_SIZE
 from qedfuse.header import Header
 from qedfuse.repair import Progress, write_header
 from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, pack_entry, unpack_entries, write_changes
-from qedfuse.storage import Storage
+from qedfuse.storage import Storage, fill
 
 #: Clusters of one batch: how much is planned at once, 16 bytes each.
 BATCH_CLUSTERS = 1 << 18
@@ -66,7 +66,7 @@ async def _cut(storage: Storage, end: int) -> None:
         await storage.truncate(end)
 
 
-async def fill(storage: Storage, header: Header, used: ClusterMap, progress: Progress | None = None) -> Header:
+async def fill_gaps(storage: Storage, header: Header, used: ClusterMap, progress: Progress | None = None) -> Header:
     """Step 6: the file gets as short as what is in use. Returns the header, which a moved L1 table changes.
 
     `used` is of tables that are in order, and good for nothing afterwards. `progress(done, total)` counts clusters.
@@ -182,8 +182,7 @@ class _Filling:
             position = min(storage.next_hole(data), data + _PIECE, end)
             piece = bytearray(position - data)
             with memoryview(piece) as view:
-                if not storage.read_into_nowait(data, view):
-                    await storage.read_into(data, view)
+                await fill(storage, data, view)
             await storage.write(data + shift, [piece])
             copied += len(piece)
             await self._breathe()

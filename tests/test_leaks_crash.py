@@ -131,7 +131,7 @@ def test_without_the_first_sync_a_killed_daemons_work_is_lost(monkeypatch: pytes
         trio.run(storage.write, table, [bytes(8)])
         with monkeypatch.context() as patch:
             if hasty:
-                patch.setattr("qedfuse.check.fill", fill_at_once)
+                patch.setattr("qedfuse.check.fill_gaps", fill_at_once)
             check_ram(storage, Repair.LEAKS)
         old, new = contents(raw), contents(storage.raw)
         states = list(storage.crashes(random.Random(4), 20))
