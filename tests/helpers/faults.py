@@ -16,13 +16,14 @@ from tests.helpers.ram import Chaos, RamFile
 class Fault:
     """`call` counts all calls that may fail, from 0. `when`: before, half (of a write) or after the deed.
 
-    `hit` is what the call was, once it has failed.
+    `hit` is what the call was, once it has failed. `zeroes`: it was to write nothing else.
     """
 
     call: int
     errno: int
     when: str = "before"
     hit: str = ""
+    zeroes: bool = False
 
     def error(self) -> OSError:
         return OSError(self.errno, os.strerror(self.errno))
@@ -80,6 +81,7 @@ class FaultStorage(CrashStorage):
         await super().write(offset, buffers)
 
     def _partly(self, fault: Fault, offset: int, data: bytes) -> None:
+        fault.zeroes = not any(data)
         if fault.when == "half":
             data = data[: len(data) // 2 // 512 * 512]  # a header is less than a sector: not torn
         if fault.when != "before" and data:
