@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -141,8 +142,11 @@ def peak_memory(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) << 10
 
 
-def attempt(action: Callable[[], bytes]) -> bytes | None:
-    """The bytes, or None for EIO, the one error that is expected."""
+T = TypeVar("T")
+
+
+def attempt(action: Callable[[], T]) -> T | None:
+    """What it gives, or None for EIO, the one error that is expected."""
     try:
         return action()
     except OSError as error:
@@ -153,11 +157,8 @@ def attempt(action: Callable[[], bytes]) -> bytes | None:
 
 def outcome(path: Path, size: int) -> list[bytes | None] | None:
     """What reading a file gives at several places; None: it cannot be opened."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
+    fd = attempt(lambda: os.open(path, os.O_RDONLY))
+    if fd is None:
         return None
     try:
         places = sorted({0, 4096, 12288, 1 << 20, size // 2 // 512 * 512, max(0, size - 512)})
@@ -168,11 +169,8 @@ def outcome(path: Path, size: int) -> list[bytes | None] | None:
 
 def change(path: Path, size: int) -> bool:
     """Write here and there; whatever cannot be done is an errno. Returns whether it can be opened for writing."""
-    try:
-        fd = os.open(path, os.O_RDWR)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
+    fd = attempt(lambda: os.open(path, os.O_RDWR))
+    if fd is None:
         return False
     try:
         for at in sorted({0, 4096 + 512, 12288, max(0, size - 512)}):
