@@ -14,6 +14,7 @@ import os
 import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TypeVarTuple, Unpack
 
 import trio
@@ -25,6 +26,7 @@ from qedfuse.image import Image
 from qedfuse.offload import Worker, idle_worker, offload
 from qedfuse.replaced import check_not_replaced, may_be_replaced
 from qedfuse.storage import Buffer
+from qedfuse.threads import abandonable
 
 Ts = TypeVarTuple("Ts")
 
@@ -233,7 +235,7 @@ class HandOver:
         message = _OUT_HEADER.pack(_OUT_HEADER.size + len(data), _NOTIFY_INVAL_INODE, 0) + data
         limiter = self._write_backs.setdefault(node, trio.CapacityLimiter(1))
         try:
-            await trio.to_thread.run_sync(os.write, fd, message, abandon_on_cancel=True, limiter=limiter)
+            await abandonable(partial(os.write, fd, message), limiter)
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel has forgotten the file: it has nothing
                 raise

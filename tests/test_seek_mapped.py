@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import struct
 from pathlib import Path
 
 import pytest
+import trio
 
+from qedfuse.opening import open_image
 from tests.helpers.cli import qemu_img
 from tests.helpers.modes import NEEDS_NATIVE
 from tests.helpers.mounts import mounted
@@ -35,3 +39,27 @@ def test_stores_into_a_map_are_no_hole(tmp_path: Path, options: str) -> None:
                 assert os.lseek(fd, 0, os.SEEK_HOLE) == 0
         finally:
             os.close(fd)
+
+
+def test_a_seek_for_which_there_is_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is needed to have the kernel's pages written: the caller is told to come again."""
+    from qedfuse.handover import HandOver
+
+    def no_thread(*_args: object, **_options: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        reply_to, fd = os.pipe()
+        async with open_image(image) as engine, trio.open_nursery() as nursery:
+            monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+            hand_over = HandOver(nursery, {1: engine}, lambda _image: True, (lambda: None, lambda: None))
+            assert not hand_over.answer(fd, 46, 7, 1, 1, 0, 0, os.SEEK_DATA)
+            with trio.fail_after(20):
+                await trio.lowlevel.wait_readable(reply_to)
+            assert struct.unpack("=IiQ", os.read(reply_to, 100)) == (16, -errno.EAGAIN, 7)
+        os.close(reply_to)
+        os.close(fd)
+
+    image = tmp_path / "disk.qed"
+    qemu_img("create", "-q", "-f", "qed", image, "16M")
+    trio.run(main)
