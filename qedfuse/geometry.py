@@ -107,9 +107,5 @@ class Geometry:
         """Clusters that `size` bytes need."""
         return -(-size >> self.cluster_bits)
 
-    def l1_entries_for(self, image_size: int) -> int:
-        """L1 entries that an image of this size uses; the rest of the table is never read for I/O."""
-        return -(-image_size // self.l2_coverage)
-
     def start_of_cluster(self, offset: int) -> int:
         return offset & -self.cluster_size

@@ -75,10 +75,9 @@ def test_a_cluster_starts_at_or_before_its_offsets(geometry: Geometry, data: st.
 @given(geometries, st.data())
 def test_counts_are_the_least_that_suffice(geometry: Geometry, data: st.DataObject) -> None:
     size = data.draw(st.integers(0, geometry.max_image_size))
-    clusters, tables = geometry.clusters_for(size), geometry.l1_entries_for(size)
+    clusters = geometry.clusters_for(size)
     assert clusters * geometry.cluster_size >= size > (clusters - 1) * geometry.cluster_size
-    assert tables * geometry.l2_coverage >= size > (tables - 1) * geometry.l2_coverage
-    assert tables <= geometry.table_entries
+    assert clusters <= geometry.table_entries**2
 
 
 @given(st.integers(0, 1 << 64), st.integers(1, 1 << 40))
