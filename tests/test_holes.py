@@ -241,7 +241,7 @@ def test_a_hole_that_takes_too_long_to_find_is_the_end(tmp_path: Path, monkeypat
 # -- making -----------------------------------------------------------------------------------------------------------
 
 
-def test_punching_gives_back_whole_clusters_and_zeroes_the_rest(tmp_path: Path) -> None:
+def test_punching_gives_back_whole_blocks_and_zeroes_the_rest(tmp_path: Path) -> None:
     async def check() -> None:
         async with new_image(tmp_path, "4M") as image:
             await image.write(0, b"x" * 4 * MIB)
