@@ -29,9 +29,9 @@ T = TypeVar("T")
 #: A write of at most this many bytes is a copy into the page cache that takes less time than a thread hop.
 INLINE_WRITE_LIMIT = 1 << 20
 
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
-_FALLOC_FL_ZERO_RANGE = 16
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FALLOC_FL_ZERO_RANGE = 16
 _SYNC_FILE_RANGE_WRITE = 2
 _BLKROGET = 0x125E
 _IOV_MAX = 1024
@@ -197,12 +197,12 @@ class FileStorage:
     def _deallocate(self, offset: int, size: int) -> bool:
         """Zeroes without writing them; what a device cannot discard the kernel can overwrite, unless its pages are
         busy. False: the file system, or the device, can't."""
-        modes = (_FALLOC_FL_PUNCH_HOLE, _FALLOC_FL_ZERO_RANGE) if self.fixed else (_FALLOC_FL_PUNCH_HOLE,)
+        modes = (FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) if self.fixed else (FALLOC_FL_PUNCH_HOLE,)
         return any(self._attempt(mode, offset, size) for mode in modes)
 
     def _attempt(self, mode: int, offset: int, size: int) -> bool:
         try:
-            _fallocate(self._fd, mode | _FALLOC_FL_KEEP_SIZE, offset, size)
+            _fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, size)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
                 return False

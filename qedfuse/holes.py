@@ -19,7 +19,7 @@ from bisect import bisect_right
 from contextlib import aclosing
 from typing import NamedTuple
 
-from qedfuse.file_storage import FileStorage
+from qedfuse.file_storage import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, FileStorage
 from qedfuse.image import Image
 from qedfuse.layer import Layer
 from qedfuse.mapping import walk
@@ -28,10 +28,6 @@ from qedfuse.mapping import walk
 PATIENCE = 2.0
 #: Segments that are found at a time.
 _MANY = 1024
-
-FALLOC_FL_KEEP_SIZE = 0x01
-FALLOC_FL_PUNCH_HOLE = 0x02
-FALLOC_FL_ZERO_RANGE = 0x10
 
 
 class Segments(NamedTuple):

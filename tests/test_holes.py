@@ -13,14 +13,8 @@ from pathlib import Path
 import pytest
 
 from qedfuse import holes
-from qedfuse.holes import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
-    FALLOC_FL_ZERO_RANGE,
-    LastSegments,
-    fallocate,
-    find_segments,
-)
+from qedfuse.file_storage import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from qedfuse.holes import LastSegments, fallocate, find_segments
 from qedfuse.image import Image
 from qedfuse.layer import Kind, Layer, Run
 from qedfuse.opening import open_image
