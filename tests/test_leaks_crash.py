@@ -16,19 +16,10 @@ from qedfuse.check import Repair
 from qedfuse.clustermap import ClusterMap
 from qedfuse.compaction import Moves
 from qedfuse.release import _Filling
+from tests.helpers.check_faults import LEAKS, broken, leaks_in_the_middle
 from tests.helpers.check_faults import Fault as Damage
-from tests.helpers.check_faults import (
-    broken,
-    l1_at_the_end,
-    leaks_in_the_middle,
-    leaks_one_by_one,
-    lost_table,
-    tables_too_close,
-)
 from tests.helpers.check_images import Ram, contents, count
 from tests.helpers.check_tools import check_ram, expect_no_worse, shared_with_tables
-
-LEAKS = [leaks_in_the_middle, leaks_one_by_one, tables_too_close, l1_at_the_end, lost_table]
 
 
 def enumerate_crashes(damage: Damage, samples: int) -> int:

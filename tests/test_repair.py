@@ -15,21 +15,17 @@ from qedfuse.errors import CorruptError, ReadOnlyError
 from qedfuse.header import FEATURE_BACKING_FILE, FEATURE_NEED_CHECK, Header
 from tests.helpers.check_faults import (
     FAULTS,
+    LEAKS,
     Fault,
     broken,
     data_twice,
-    l1_at_the_end,
     l1_misaligned,
     l2_misaligned,
-    leaks_and_a_cut_off_cluster,
     leaks_at_the_end,
-    leaks_in_the_middle,
-    leaks_one_by_one,
     lost_table,
     many,
     nothing,
     table_twice,
-    tables_too_close,
 )
 from tests.helpers.check_images import (
     CLUSTER,
@@ -80,17 +76,6 @@ def qemu_reads(path: Path) -> dict[int, bytes]:
     raw = flat.read_bytes()
     pieces = {at // CLUSTER: raw[at : at + CLUSTER] for at in range(0, len(raw), CLUSTER)}
     return {cluster: piece for cluster, piece in pieces.items() if any(piece)}
-
-
-LEAKS = [
-    leaks_in_the_middle,
-    leaks_at_the_end,
-    leaks_and_a_cut_off_cluster,
-    leaks_one_by_one,
-    tables_too_close,
-    l1_at_the_end,
-    lost_table,
-]
 
 
 @pytest.mark.parametrize("fault", LEAKS)
