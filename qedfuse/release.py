@@ -15,10 +15,18 @@ from itertools import compress
 from qedfuse.clustermap import ClusterMap
 from qedfuse.compaction import Layout, Moves, plan
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import ENTRY_SIZE
 from qedfuse.header import Header
 from qedfuse.repair import Progress, write_header
-from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, pack_entry, unpack_entries, write_changes
+from qedfuse.scan import (
+    Bounds,
+    Breather,
+    L1Entries,
+    TableChunks,
+    entry_at,
+    pack_entry,
+    unpack_entries,
+    write_changes,
+)
 from qedfuse.storage import Storage, fill
 
 #: Clusters of one batch: how much is planned at once, 16 bytes each.
@@ -232,8 +240,7 @@ class _Filling:
                 hits += len(found)
                 before = bytes(chunk)
                 for number in found:
-                    at = number * ENTRY_SIZE
-                    source = int.from_bytes(chunk[at : at + ENTRY_SIZE], "little") >> self._bits
+                    source = entry_at(before, number) >> self._bits
                     pack_entry(chunk, number, moves.target(source) << self._bits)
                 await write_changes(self._storage, offset + position, before, chunk)
             marks = used.mark_entries(chunk)

@@ -56,7 +56,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -65,14 +64,21 @@ from qedfuse.clustermap import ClusterMap
 from qedfuse.errors import CorruptError
 from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, ZERO_CLUSTER
 from qedfuse.header import Header
-from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, pack_entry, unpack_entries, write_changes
+from qedfuse.scan import (
+    Bounds,
+    Breather,
+    L1Entries,
+    TableChunks,
+    entry_at,
+    pack_entry,
+    unpack_entries,
+    write_changes,
+)
 from qedfuse.storage import Storage, held_bytes
 
 MIN_COPY_LIMIT = 1 << 30
 #: Each copy is remembered in 16 bytes until its entry is written.
 MAX_COPIES = 4 << 20
-
-_ENTRY = struct.Struct("<Q")
 
 #: What an entry becomes, of its value and the size (bytes) of what it refers to.
 Fate = Callable[[int, int], int]
@@ -220,7 +226,7 @@ class _TableRepair:
                 for entry in marks.again:
                     fresh = self._take(1)
                     if copying:
-                        await self._copy_cluster(_ENTRY.unpack_from(chunk, entry * ENTRY_SIZE)[0], fresh)
+                        await self._copy_cluster(entry_at(chunk, entry), fresh)
                         pack_entry(chunk, entry, fresh)
                     elif target is None:
                         self._slots.append(offset + position + entry * ENTRY_SIZE)
@@ -279,7 +285,7 @@ class _TableRepair:
             if final:
                 start, end = offset + position, offset + position + len(chunk)
                 while cursor < len(self._slots) and start <= self._slots[cursor] < end:
-                    _ENTRY.pack_into(chunk, self._slots[cursor] - start, self._targets[cursor])
+                    pack_entry(chunk, (self._slots[cursor] - start) // ENTRY_SIZE, self._targets[cursor])
                     cursor += 1
                 past = max(0, inside - position)
                 chunk[past:] = bytes(max(0, len(chunk) - past))

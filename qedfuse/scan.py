@@ -34,6 +34,12 @@ def unpack_entries(chunk: bytes | bytearray) -> array[int]:
     return entries
 
 
+def entry_at(chunk: bytes | bytearray, number: int) -> int:
+    """The value of one entry of a table's bytes."""
+    value: int = _ENTRY.unpack_from(chunk, number * ENTRY_SIZE)[0]
+    return value
+
+
 def pack_entry(chunk: bytearray, number: int, value: int) -> None:
     """Give an entry of a table's bytes a value."""
     _ENTRY.pack_into(chunk, number * ENTRY_SIZE, value)
