@@ -10,7 +10,8 @@ The rulebook
                   what lies behind the last cluster that is referred to becomes zeroes; sync
     3 copies      the file grows, and what is referenced a second time is copied to its end (on a device, to where the
                   zeroes are); sync
-    4 entries     the second reference gets its copy; entries that are invalid or past the image's end become 0; sync
+    4 entries     the second reference gets its copy; entries that are invalid become 0, and so do those past the
+                  image's end, which are no fault: nothing reads them, so what is wrong with some needs no copy; sync
     5 verify      the whole check again, on the repaired tables. Anything wrong: stop here
     6 release     sync; unreferenced clusters at the end are cut off, those in the middle filled with what is last in
                   the file (6a to 6c for a batch of moves, until there are none), or, on the way to an open image,

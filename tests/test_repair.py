@@ -156,6 +156,23 @@ def test_clusters_past_the_end_are_used(repair: Repair, tmp_path: Path) -> None:
     assert qemu_check(path)[0] == 0
 
 
+def test_clusters_past_the_end_go_with_a_repair_of_the_tables(tmp_path: Path) -> None:
+    """An entry there that refers to what is used inside is corrupt; those that are not are dropped with it."""
+    image, tables, data = sound()
+    image.header = Header(CLUSTER, TABLE, 1, 0, 0, 0, CLUSTER, COVERAGE + 30 * CLUSTER - 512)
+    image.raw[:64] = image.header.encode()
+    image.set_l2(tables[1], 800, data[0][0])
+    path = image.save(tmp_path / "image.qed")
+    inside, size = contents(image.raw), path.stat().st_size
+    found = check_file(path)
+    assert (found.corruptions, found.leaks, found.past_end_clusters) == (1, 0, 12 + 2 + 40)
+    result = check_file(path, Repair.ALL)
+    assert (result.corruptions, result.leaks, result.past_end_clusters) == (0, 0, 0)
+    assert qemu_check(path)[0] == 0
+    assert contents(path.read_bytes()) == inside
+    assert path.stat().st_size == result.image_end_offset == size - (12 + 2 + 40) * CLUSTER
+
+
 def test_need_check_and_autoclear() -> None:
     image, _, _ = sound()
     image.header = Header(CLUSTER, TABLE, 1, FEATURE_NEED_CHECK, 0xF0, 0xFF00, CLUSTER, 3 * COVERAGE)
