@@ -26,8 +26,8 @@ from qedfuse.errors import (
 
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy
-    from qedfuse.layer import Kind, Run
     from qedfuse.library import Image, open_image
+    from qedfuse.runs import Kind, Run
 
 __version__ = "0.1.0"
 
@@ -50,8 +50,8 @@ __all__ = [
 _LAZY = {
     "BackingPolicy": "qedfuse.backing",
     "Image": "qedfuse.library",
-    "Kind": "qedfuse.layer",
-    "Run": "qedfuse.layer",
+    "Kind": "qedfuse.runs",
+    "Run": "qedfuse.runs",
     "open_image": "qedfuse.library",
 }
 

@@ -15,7 +15,8 @@ import errno
 import os
 from collections.abc import Iterable
 
-from qedfuse.geometry import Geometry, round_down, round_up
+from qedfuse.geometry import Geometry
+from qedfuse.sizes import round_down, round_up
 
 
 class Allocator:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import signal
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Coroutine, Generator
@@ -126,3 +127,19 @@ async def checkpoint() -> None:
         import trio
 
         await trio.lowlevel.checkpoint()
+
+
+#: Seconds of work after which other tasks have their turn.
+_BREATH = 0.005
+
+
+class Breather:
+    """Lets other tasks run, and cancellation in, every few milliseconds. One for a whole job, however many loops."""
+
+    def __init__(self) -> None:
+        self._due = time.monotonic() + _BREATH
+
+    async def __call__(self) -> None:
+        if time.monotonic() >= self._due:
+            await checkpoint()
+            self._due = time.monotonic() + _BREATH

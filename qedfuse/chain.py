@@ -22,7 +22,7 @@ from qedfuse.backing import ANY_BACKING, BackingPolicy, open_backing_file, resol
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
 from qedfuse.file_storage import FileStorage
 from qedfuse.filelock import lock
-from qedfuse.header import HEADER_BYTES, Header, decode_backing_name
+from qedfuse.header import HEADER_BYTES, Header
 from qedfuse.image import Image
 from qedfuse.layer import Layer
 from qedfuse.probe import FORMATS, PROBE_BYTES, QCOW2, QED, RAW, probe_format
@@ -31,6 +31,7 @@ from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
 from qedfuse.remote_file import isolate
 from qedfuse.storage import Identity, Storage, identity, read
+from qedfuse.text import decode_backing_name
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.walk import LeadsBackError, Walk
 

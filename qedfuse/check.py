@@ -27,14 +27,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from qedfuse.blocking import Breather
+from qedfuse.chunks import TableChunks, unpack_entries
 from qedfuse.clustermap import ClusterMap, Marks
-from qedfuse.errors import QedfuseError, ReadOnlyError, describe
-from qedfuse.geometry import ENTRY_SIZE
+from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.header import FEATURE_NEED_CHECK, Header
 from qedfuse.release import fill_gaps, punch
 from qedfuse.repair import Progress, extend, repair_tables, write_header
-from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
+from qedfuse.scan import Bounds, L1Entries
+from qedfuse.sizes import ENTRY_SIZE
 from qedfuse.storage import Storage
+from qedfuse.text import describe
 
 MAX_PROBLEMS = 100
 

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 import qedfuse.threads
-from qedfuse.errors import describe
 from qedfuse.mounted import MountedImage
+from qedfuse.text import describe
 from qedfuse.threads import NoAnswerError
 
 #: Seconds after which waiting clients are told what cannot be written yet.

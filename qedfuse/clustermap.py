@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from qedfuse._clustermap import Bitmap
+from qedfuse.blocking import Breather
+from qedfuse.chunks import TableChunks
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import ENTRY_SIZE
-from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks
+from qedfuse.scan import Bounds, L1Entries
+from qedfuse.sizes import ENTRY_SIZE
 from qedfuse.storage import Storage, held_bytes
 
 

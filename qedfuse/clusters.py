@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 
 from qedfuse.allocator import Allocator
 from qedfuse.commit import Committer
-from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, UNALLOCATED, ZERO_CLUSTER, round_up
-from qedfuse.layer import Kind, Layer, Run, read_layer
+from qedfuse.geometry import UNALLOCATED, ZERO_CLUSTER
+from qedfuse.layer import Layer
+from qedfuse.resolve import read_layer
+from qedfuse.runs import Kind, Run
+from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, round_up
 from qedfuse.storage import Buffer, Storage
 from qedfuse.tables import Tables
 

@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Container
 
-from qedfuse.errors import InUseError, QedfuseError, describe, leaves
+from qedfuse.errors import InUseError, QedfuseError, leaves
+from qedfuse.text import describe
 
 #: What is no news: the caller's own doing, or the kernel will ask again.
 _SILENT = frozenset((errno.ESTALE, errno.EROFS, errno.EPERM, errno.EFBIG, errno.ENOENT))

@@ -10,7 +10,8 @@ import os
 import threading
 from contextlib import suppress
 
-from qedfuse.mounts import MNT_FORCE, find_mount, umount2
+from qedfuse.mounts import find_mount
+from qedfuse.unmount import MNT_FORCE, umount2
 
 _CONTROL = "/sys/fs/fuse/connections"
 

@@ -14,8 +14,8 @@ from typing import Any
 import trio
 
 from qedfuse.control import MAX_REQUEST, encode, peer_uid
-from qedfuse.errors import describe
 from qedfuse.rendezvous import Address, abstract_name, bind
+from qedfuse.text import describe
 
 #: Seconds: for a client to ask, to take an answer, and for a predecessor with our device number to vanish.
 _PATIENCE = 10.0

@@ -20,16 +20,18 @@ from contextlib import AsyncExitStack, aclosing
 import trio
 
 from qedfuse.backing import ANY_BACKING, BackingPolicy
+from qedfuse.blocking import Breather
 from qedfuse.blocks import are_data, differ, runs
 from qedfuse.chain import open_backing, open_layer
 from qedfuse.create import new_header
 from qedfuse.errors import UsageError
 from qedfuse.file_storage import INLINE_WRITE_LIMIT
-from qedfuse.geometry import SECTOR_SIZE, Geometry, round_down, round_up
+from qedfuse.geometry import Geometry
 from qedfuse.header import Header
-from qedfuse.layer import Layer, read_layer_into
+from qedfuse.layer import Layer
 from qedfuse.mapping import MapEntry, walk
-from qedfuse.scan import Breather
+from qedfuse.resolve import read_layer_into
+from qedfuse.sizes import SECTOR_SIZE, round_down, round_up
 from qedfuse.storage import Identity, identity
 from qedfuse.target import Target, new_qed_target, old_qed_target, raw_target
 

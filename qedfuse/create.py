@@ -21,8 +21,10 @@ from qedfuse.chain import open_backing
 from qedfuse.errors import QedfuseError, UsageError
 from qedfuse.file_storage import FileStorage
 from qedfuse.filelock import lock
-from qedfuse.geometry import SECTOR_SIZE, Geometry, round_up
+from qedfuse.geometry import Geometry
 from qedfuse.header import FEATURE_BACKING_FILE, FEATURE_BACKING_FORMAT_NO_PROBE, HEADER_BYTES, MAX_BACKING_NAME, Header
+from qedfuse.output import make_file, sync_directory
+from qedfuse.sizes import SECTOR_SIZE, round_up
 from qedfuse.storage import Storage
 
 
@@ -160,28 +162,3 @@ async def _look_at_backing(path: str, backing: str, backing_format: str | None) 
         return layer.size, layer.format
     finally:
         await layer.close()
-
-
-def make_file(path: str) -> str | None:
-    """See to it that there is a file; its real path if it is new. A link that leads nowhere gets its file."""
-    real = os.path.realpath(path)
-    try:
-        os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
-    except FileExistsError:
-        return None
-    except OSError as error:
-        error.filename = path
-        raise
-    return real
-
-
-def sync_directory(path: str) -> None:
-    """Make a new name in a directory durable, where the file system knows how."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-    finally:
-        os.close(fd)

@@ -30,22 +30,24 @@ from qedfuse.config import MountConfig
 from qedfuse.connection import abort
 from qedfuse.control_server import ControlServer
 from qedfuse.dirty_limit import become_flusher, fit_options, set_dirty_limit
-from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, describe, leaves
+from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, leaves
 from qedfuse.image import Image
 from qedfuse.kernel_mount import mount, tell_root_size
 from qedfuse.launch import Link
 from qedfuse.limits import most_requests, raise_limits
 from qedfuse.memory_limit import memory_limit
 from qedfuse.mounted import MountedImage
-from qedfuse.mounts import Mount, find_mount, unmount
+from qedfuse.mounts import Mount, find_mount
 from qedfuse.opening import open_image
 from qedfuse.operations import Operations
 from qedfuse.oversize import Oversize
 from qedfuse.report import report, requests
 from qedfuse.rootclock import RootClock
 from qedfuse.signals import ending_signals
+from qedfuse.text import describe
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.tree import Tree
+from qedfuse.unmount import unmount
 
 if TYPE_CHECKING:
     from qedfuse.fastpath import FastPath
@@ -218,7 +220,7 @@ class Daemon:
             if self._options.writeback:
                 clock = RootClock(mount, lambda: requests(operations, self._fastpath)["write"])
                 await clock.start(image)
-                operations.clock = clock
+                operations.on_close = clock.update
         operations.settling = False
 
     async def _serve_kernel(self) -> None:

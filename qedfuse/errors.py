@@ -92,20 +92,3 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
             yield from leaves(inner)
     else:
         yield error
-
-
-def printable(text: str) -> str:
-    """`text` on one line and harmless to a terminal: names in images are whatever somebody put there.
-
-    A byte that is no character in this locale stays as it is (as `os.fsdecode` has it): the name can be used again.
-    """
-    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text)
-
-
-def describe(error: OSError, path: str | os.PathLike[str] = "") -> str:
-    """One plain line for any OSError: `path: what is wrong`."""
-    if isinstance(error, QedfuseError):
-        return printable(str(error))
-    name = (error.filename or "''") if isinstance(error.filename, str) else os.fspath(path)
-    text = os.strerror(error.errno).lower() if error.errno else str(error)
-    return printable(f"{name}: {text}" if name else text)

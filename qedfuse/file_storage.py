@@ -20,8 +20,8 @@ from typing import TypeVar
 
 from qedfuse.blocking import in_background, in_thread
 from qedfuse.errors import QedfuseError
-from qedfuse.geometry import round_down, round_up
 from qedfuse.hosts import Host
+from qedfuse.sizes import round_down, round_up
 from qedfuse.storage import Buffer, HostExtent, check_type, find_extents, size_in_sectors
 
 T = TypeVar("T")

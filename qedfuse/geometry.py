@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from qedfuse.sizes import ENTRY_SIZE, MAX_OFFSET, PAGE_SIZE, is_power_of_two
+
 MIN_CLUSTER_SIZE = 4 << 10
 MAX_CLUSTER_SIZE = 64 << 20
 DEFAULT_CLUSTER_SIZE = 64 << 10
@@ -18,37 +20,10 @@ MIN_TABLE_SIZE = 1
 MAX_TABLE_SIZE = 16
 DEFAULT_TABLE_SIZE = 4
 
-SECTOR_SIZE = 512
-ENTRY_SIZE = 8
-PAGE_SIZE = 4096
-PAGE_ENTRIES = PAGE_SIZE // ENTRY_SIZE
-PAGE_BITS = PAGE_ENTRIES.bit_length() - 1
-
-#: Offsets are signed 64 bits in the kernel.
-MAX_OFFSET = (1 << 63) - SECTOR_SIZE
 
 #: L2 entry values that are no offsets.
 UNALLOCATED = 0
 ZERO_CLUSTER = 1
-
-
-def is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
-
-
-def round_up(value: int, unit: int) -> int:
-    """`value` rounded up to a multiple of `unit` (any positive unit)."""
-    return -(-value // unit) * unit
-
-
-def round_down(value: int, unit: int) -> int:
-    return value // unit * unit
-
-
-def whole_sectors(file_size: int) -> int:
-    """How long a file is that has `file_size` bytes: it counts in sectors, as it does for QEMU. What the last sector
-    lacks reads as zeroes. (One that ends behind the largest offset does not count.)"""
-    return min(round_up(file_size, SECTOR_SIZE), MAX_OFFSET)
 
 
 @dataclass(frozen=True)

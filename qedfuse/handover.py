@@ -21,10 +21,12 @@ import trio
 
 from qedfuse.blocking import Stepper
 from qedfuse.complaints import Complaints
-from qedfuse.holes import LastSegments, fallocate, find_segments
+from qedfuse.fallocate import fallocate
+from qedfuse.holes import LastSegments
 from qedfuse.image import Image
 from qedfuse.offload import Worker, idle_worker, offload
 from qedfuse.replaced import check_not_replaced, may_be_replaced
+from qedfuse.seek import find_segments
 from qedfuse.storage import Buffer
 from qedfuse.threads import abandonable
 

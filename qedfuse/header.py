@@ -6,13 +6,13 @@ the header's clusters, wherever backing_filename_offset says.
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qedfuse.errors import CorruptError, FormatError, UnsupportedError
-from qedfuse.geometry import SECTOR_SIZE, Geometry, whole_sectors
+from qedfuse.geometry import Geometry
+from qedfuse.sizes import SECTOR_SIZE, whole_sectors
 
 MAGIC = b"QED\0"
 _STRUCT = struct.Struct("<4sIIIQQQQQII")
@@ -139,13 +139,3 @@ class Header:
 
     def with_known_autoclear(self) -> Header:
         return replace(self, autoclear_features=self.autoclear_features & KNOWN_AUTOCLEAR_FEATURES)
-
-
-def decode_backing_name(raw: bytes, path: str) -> str:
-    """The backing file's name from its bytes, as `os.fsdecode` has it: what is opened has these very bytes for a name.
-
-    Raises FormatError for an embedded NUL.
-    """
-    if b"\0" in raw:
-        raise FormatError(path, "the backing file's name contains a nul byte")
-    return os.fsdecode(raw)

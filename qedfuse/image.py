@@ -16,16 +16,19 @@ from typing import Any
 import trio
 
 from qedfuse.allocator import Allocator
+from qedfuse.blocking import Breather
 from qedfuse.clusters import ClusterWriter
 from qedfuse.commit import Committer
 from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.extents import HostExtents
-from qedfuse.geometry import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, UNALLOCATED, ZERO_CLUSTER, Geometry, round_up
+from qedfuse.geometry import UNALLOCATED, ZERO_CLUSTER, Geometry
 from qedfuse.header import Header
-from qedfuse.layer import Kind, Layer, Run, read_extents, read_extents_nowait, resolve, resolve_nowait
+from qedfuse.layer import Layer
 from qedfuse.pages import PagePool, shared_pool
 from qedfuse.rangelock import FOREVER, RangeLock
-from qedfuse.scan import Breather
+from qedfuse.resolve import read_extents, read_extents_nowait, resolve, resolve_nowait
+from qedfuse.runs import Kind, Run
+from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, round_up
 from qedfuse.storage import Buffer, Storage
 from qedfuse.tables import Tables
 from qedfuse.tail import CutOff

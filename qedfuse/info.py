@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 
 from qedfuse.errors import CorruptError, UnsupportedError
 from qedfuse.filelock import lock
-from qedfuse.geometry import SECTOR_SIZE, round_up
 from qedfuse.header import (
     FEATURE_BACKING_FILE,
     FEATURE_BACKING_FORMAT_NO_PROBE,
     FEATURE_NEED_CHECK,
     HEADER_BYTES,
     Header,
-    decode_backing_name,
 )
+from qedfuse.sizes import SECTOR_SIZE, round_up
 from qedfuse.storage import check_type
+from qedfuse.text import decode_backing_name
 
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy

@@ -20,8 +20,9 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, QedfuseError, describe, leaves
+from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, QedfuseError, leaves
 from qedfuse.limits import explain_shortage
+from qedfuse.text import describe
 
 _log = logging.getLogger("qedfuse")
 

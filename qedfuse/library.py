@@ -22,9 +22,9 @@ from qedfuse.backing import ANY_BACKING, BackingPolicy
 from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.header import Header
 from qedfuse.image import Image as Engine
-from qedfuse.layer import Run
 from qedfuse.offload import to_its_end
 from qedfuse.opening import open_image as open_engine
+from qedfuse.runs import Run
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -10,7 +10,7 @@ import logging.handlers
 import os
 import sys
 
-from qedfuse.errors import printable
+from qedfuse.text import printable
 
 _log = logging.getLogger("qedfuse")
 

@@ -17,9 +17,10 @@ from contextlib import aclosing
 from itertools import islice
 from typing import NamedTuple
 
+from qedfuse.blocking import Breather
 from qedfuse.extents import HostExtents
-from qedfuse.layer import Kind, Layer
-from qedfuse.scan import Breather
+from qedfuse.layer import Layer
+from qedfuse.runs import Kind
 from qedfuse.storage import HostExtent
 
 #: The host offset of zeroes that no layer has.

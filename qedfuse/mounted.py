@@ -28,13 +28,14 @@ from typing import Any, TypeVar
 
 import trio
 
-from qedfuse.errors import QedfuseError, describe
+from qedfuse.errors import QedfuseError
 from qedfuse.file_storage import FileStorage
 from qedfuse.image import Image
 from qedfuse.layer import Layer
 from qedfuse.opening import make_writable
 from qedfuse.pagecache import TICK, CachedPages
 from qedfuse.peek import FileKey, FileMark, key_of, mark_of
+from qedfuse.text import describe
 from qedfuse.threads import look
 
 T = TypeVar("T")

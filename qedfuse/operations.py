@@ -29,7 +29,6 @@ from qedfuse.mount_options import MountOptions
 from qedfuse.oversize import Oversize
 from qedfuse.peek import Peek
 from qedfuse.replaced import check_not_replaced
-from qedfuse.rootclock import RootClock
 from qedfuse.threads import look
 from qedfuse.tree import ROOT, Entry, Node, Tree
 
@@ -79,7 +78,7 @@ class Operations(pyfuse3.Operations):
 
     `initialized`: the kernel and we have agreed on the protocol. `settling`: the mount is not announced yet. Its owner
     is the daemon's user, who may then tell the kernel the times of a file mount, and the image's are not to be changed
-    by that (see `rootclock.py`). `clock`: what to tell that a file mount is closed.
+    by that (see `rootclock.py`). `on_close`: awaited, with its image, when a handle on a file mount's root is closed.
     """
 
     supports_dot_lookup = False
@@ -94,7 +93,7 @@ class Operations(pyfuse3.Operations):
         self.reads = 0
         self.writes = 0
         self.syncs = 0
-        self.clock: RootClock | None = None
+        self.on_close: Callable[[Image], Awaitable[None]] | None = None
         self.oversize: Oversize | None = None
         self.complaints = Complaints()
         self.unopened = Unopened()
@@ -167,8 +166,8 @@ class Operations(pyfuse3.Operations):
         image = self._images[fh]
         if image.failed is not None and fh in self._writing:
             raise image.failed
-        if self.clock is not None:
-            await self.clock.update(image)
+        if self.on_close is not None:
+            await self.on_close(image)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ from functools import partial
 import trio
 
 from qedfuse import _outside
-from qedfuse.errors import describe
 from qedfuse.image import Image
+from qedfuse.text import describe
 from qedfuse.threads import abandonable
 from qedfuse.tree import Node
 

@@ -16,8 +16,8 @@ import threading
 from typing import Protocol
 
 from qedfuse.errors import UnsupportedError
-from qedfuse.geometry import PAGE_ENTRIES, PAGE_SIZE
 from qedfuse.limits import reserve
+from qedfuse.sizes import PAGE_ENTRIES, PAGE_SIZE
 
 if sys.byteorder != "little":
     raise UnsupportedError("", "qedfuse needs a little-endian machine")

@@ -21,8 +21,7 @@ import trio
 
 from qedfuse.errors import CorruptError
 from qedfuse.extents import HostExtents
-from qedfuse.geometry import ENTRY_SIZE, PAGE_ENTRIES, PAGE_SIZE
-from qedfuse.layer import Kind, Layer, Run, append_run
+from qedfuse.layer import Layer
 from qedfuse.qcow2_entries import (
     ENTRY_COMPRESSED,
     ENTRY_OFFSET,
@@ -31,6 +30,8 @@ from qedfuse.qcow2_entries import (
     inflate,
 )
 from qedfuse.qcow2_header import Qcow2Header, decode_cluster_bits
+from qedfuse.runs import Kind, Run, append_run
+from qedfuse.sizes import ENTRY_SIZE, PAGE_ENTRIES, PAGE_SIZE
 from qedfuse.storage import Storage, read
 
 #: Table pages kept per layer, in bytes; what Python adds to a page counts too.

@@ -9,9 +9,9 @@ import zlib
 from array import array
 
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import SECTOR_SIZE
-from qedfuse.layer import Kind, Run, append_run
 from qedfuse.qcow2_header import Qcow2Header
+from qedfuse.runs import Kind, Run, append_run
+from qedfuse.sizes import SECTOR_SIZE
 
 #: Bits of L1 and L2 entries. Reserved bits are ignored, as QEMU does.
 ENTRY_OFFSET = 0x00FF_FFFF_FFFF_FE00

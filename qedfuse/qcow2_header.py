@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qedfuse.errors import CorruptError, FormatError, UnsupportedError
-from qedfuse.geometry import ENTRY_SIZE, MAX_OFFSET, PAGE_SIZE, SECTOR_SIZE, round_down
-from qedfuse.header import decode_backing_name
+from qedfuse.sizes import ENTRY_SIZE, MAX_OFFSET, PAGE_SIZE, SECTOR_SIZE, round_down
+from qedfuse.text import decode_backing_name
 
 MAGIC = b"QFI\xfb"
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")

@@ -9,10 +9,11 @@ Source: QEMU docs/interop/qcow2, "Host cluster management"; the threshold as obs
 
 from __future__ import annotations
 
+from qedfuse.blocking import Breather
+from qedfuse.chunks import TableChunks
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import ENTRY_SIZE, round_down, round_up
 from qedfuse.qcow2_header import Qcow2Header
-from qedfuse.scan import Breather, TableChunks
+from qedfuse.sizes import ENTRY_SIZE, round_down, round_up
 from qedfuse.storage import Storage, held_bytes
 
 #: Blocks of reference counts that are looked at: enough for 128 TiB, and an end for a hostile image.

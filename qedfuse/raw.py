@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qedfuse.extents import HostExtents
-from qedfuse.layer import Kind, Layer, Run
+from qedfuse.layer import Layer
+from qedfuse.runs import Kind, Run
 from qedfuse.storage import Storage, size_in_sectors
 
 

@@ -12,21 +12,14 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import compress
 
+from qedfuse.blocking import Breather
+from qedfuse.chunks import TableChunks, entry_at, pack_entry, unpack_entries, write_changes
 from qedfuse.clustermap import ClusterMap
 from qedfuse.compaction import Layout, Moves, plan
 from qedfuse.errors import CorruptError
 from qedfuse.header import Header
 from qedfuse.repair import Progress, write_header
-from qedfuse.scan import (
-    Bounds,
-    Breather,
-    L1Entries,
-    TableChunks,
-    entry_at,
-    pack_entry,
-    unpack_entries,
-    write_changes,
-)
+from qedfuse.scan import Bounds, L1Entries
 from qedfuse.storage import Storage, fill
 
 #: Clusters of one batch: how much is planned at once, 16 bytes each.

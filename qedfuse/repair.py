@@ -61,20 +61,14 @@ from array import array
 from collections.abc import Callable
 from contextlib import suppress
 
+from qedfuse.blocking import Breather
+from qedfuse.chunks import TableChunks, entry_at, pack_entry, unpack_entries, write_changes
 from qedfuse.clustermap import ClusterMap
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import ENTRY_SIZE, PAGE_SIZE, ZERO_CLUSTER
+from qedfuse.geometry import ZERO_CLUSTER
 from qedfuse.header import Header
-from qedfuse.scan import (
-    Bounds,
-    Breather,
-    L1Entries,
-    TableChunks,
-    entry_at,
-    pack_entry,
-    unpack_entries,
-    write_changes,
-)
+from qedfuse.scan import Bounds, L1Entries
+from qedfuse.sizes import ENTRY_SIZE, PAGE_SIZE
 from qedfuse.storage import Storage, held_bytes
 
 MIN_COPY_LIMIT = 1 << 30

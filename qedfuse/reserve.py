@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import trio
 
+from qedfuse.blocking import Breather
 from qedfuse.clustermap import ClusterMap, read_used
 from qedfuse.errors import CorruptError
 from qedfuse.header import Header
-from qedfuse.scan import Bounds, Breather
+from qedfuse.scan import Bounds
 from qedfuse.storage import Storage
 
 #: Runs that are taken at a time.

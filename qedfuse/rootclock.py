@@ -17,9 +17,10 @@ from functools import partial
 import trio
 
 from qedfuse import _outside
-from qedfuse.errors import QedfuseError, describe
+from qedfuse.errors import QedfuseError
 from qedfuse.image import Image
 from qedfuse.mounts import Mount
+from qedfuse.text import describe
 from qedfuse.threads import abandonable
 
 #: Seconds that setting the times may take, and at the start.

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import trio
 
-from qedfuse.errors import printable
 from qedfuse.peek import FileKey, Peek, Peeker, cannot_tell, key_of
+from qedfuse.text import printable
 from qedfuse.threads import NoAnswerError, look
 from qedfuse.walk import LeadsBackError, Walk
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from qedfuse.errors import QedfuseError
-from qedfuse.geometry import whole_sectors
+from qedfuse.sizes import whole_sectors
 
 Buffer = bytes | bytearray | memoryview
 

@@ -20,11 +20,12 @@ import trio
 from qedfuse.allocator import Allocator
 from qedfuse.errors import CorruptError
 from qedfuse.extents import HostExtents
-from qedfuse.geometry import ENTRY_SIZE, PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE, UNALLOCATED, ZERO_CLUSTER
+from qedfuse.geometry import UNALLOCATED, ZERO_CLUSTER
 from qedfuse.header import Header
-from qedfuse.layer import Kind, Run, append_run
 from qedfuse.pages import ZERO_PAGE, Page, PageMap, PagePool
+from qedfuse.runs import Kind, Run, append_run
 from qedfuse.scan import Bounds
+from qedfuse.sizes import ENTRY_SIZE, PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE
 from qedfuse.storage import Storage, fill, size_in_sectors
 
 _PAGE_MASK = PAGE_ENTRIES - 1

@@ -11,12 +11,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import NamedTuple
 
+from qedfuse.blocking import Breather
+from qedfuse.chunks import TableChunks, unpack_entries
 from qedfuse.clustermap import read_used
 from qedfuse.clusters import ClusterWriter
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import ENTRY_SIZE
 from qedfuse.header import Header
-from qedfuse.scan import Bounds, Breather, L1Entries, TableChunks, unpack_entries
+from qedfuse.scan import Bounds, L1Entries
+from qedfuse.sizes import ENTRY_SIZE
 from qedfuse.storage import Storage
 from qedfuse.tables import Tables
 

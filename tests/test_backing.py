@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from qedfuse.backing import BackingPolicy, open_backing_file, resolve_backing
-from qedfuse.errors import FormatError, QedfuseError, UnsupportedError, describe
+from qedfuse.errors import FormatError, QedfuseError, UnsupportedError
+from qedfuse.text import describe
 from tests.helpers.chains import (
     SIZE,
     make_qed,

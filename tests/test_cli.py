@@ -16,7 +16,8 @@ import pytest
 
 import qedfuse as package
 from qedfuse.cli.main import COMMANDS, _Entry, main
-from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, InUseError, QedfuseError, UsageError, printable
+from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, InUseError, QedfuseError, UsageError
+from qedfuse.text import printable
 from tests.helpers.cli import Result, environment, one_line, qedfuse, qemu_img
 
 #: Root may do anything; without these it has to ask, as everybody has.

@@ -11,11 +11,11 @@ from qedfuse import growth as growing
 from qedfuse.clusters import ClusterWriter
 from qedfuse.commit import Committer
 from qedfuse.errors import CorruptError
-from qedfuse.geometry import round_up
 from qedfuse.header import FEATURE_NEED_CHECK
 from qedfuse.image import Image
-from qedfuse.layer import Kind
 from qedfuse.pages import PageMap
+from qedfuse.runs import Kind
+from qedfuse.sizes import round_up
 from qedfuse.tables import Tables
 from qedfuse.tail import CutOff
 from tests.helpers.crash import SEED

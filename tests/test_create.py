@@ -18,8 +18,9 @@ from qedfuse.cli.main import main
 from qedfuse.cli.params import parse_size, show_size
 from qedfuse.create import new_header, write_image
 from qedfuse.errors import FormatError
-from qedfuse.geometry import Geometry, round_up
+from qedfuse.geometry import Geometry
 from qedfuse.header import Header
+from qedfuse.sizes import round_up
 from qedfuse.storage import Buffer, Storage
 from tests.helpers.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 

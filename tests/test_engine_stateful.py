@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from qedfuse import growth as growing
-from qedfuse.geometry import Geometry, round_up
+from qedfuse.geometry import Geometry
 from qedfuse.image import Image
 from qedfuse.pages import PagePool
+from qedfuse.sizes import round_up
 from tests.helpers.images import (
     POOL,
     TINIEST,

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 import qedfuse
-from qedfuse.errors import CorruptError, FormatError, QedfuseError, UsageError, describe
+from qedfuse.errors import CorruptError, FormatError, QedfuseError, UsageError
 from qedfuse.launch import MountFailed
+from qedfuse.text import describe
 
 
 def pickled(protocol: int, error: QedfuseError) -> Any:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.geometry import MAX_OFFSET, Geometry, is_power_of_two, round_down, round_up
+from qedfuse.geometry import Geometry
+from qedfuse.sizes import MAX_OFFSET, is_power_of_two, round_down, round_up
 
 CLUSTER_SIZES = [1 << bits for bits in range(12, 27)]
 TABLE_SIZES = [1, 2, 4, 8, 16]

@@ -22,8 +22,8 @@ from qedfuse.header import (
     FEATURE_NEED_CHECK,
     HEADER_BYTES,
     Header,
-    decode_backing_name,
 )
+from qedfuse.text import decode_backing_name
 
 CLUSTER_SIZES = [1 << bits for bits in range(12, 27)]
 TABLE_SIZES = [1, 2, 4, 8, 16]

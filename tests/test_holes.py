@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse import holes
+from qedfuse import seek
+from qedfuse.fallocate import fallocate
 from qedfuse.file_storage import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
-from qedfuse.holes import LastSegments, fallocate, find_segments
+from qedfuse.holes import LastSegments
 from qedfuse.image import Image
-from qedfuse.layer import Kind, Layer, Run
+from qedfuse.layer import Layer
 from qedfuse.opening import open_image
+from qedfuse.runs import Kind, Run
+from qedfuse.seek import find_segments
 from tests.helpers.chains import qemu_img, run
 from tests.helpers.hostile import C, wide, words
 from tests.helpers.seeking import next_data, next_hole
@@ -205,8 +208,8 @@ def test_a_search_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: p
         async with open_image(image, read_only=True) as opened:
             started = time.monotonic()
             found = [await next_data(opened, 0)]
-            assert holes.PATIENCE <= time.monotonic() - started < holes.PATIENCE + 2
-            monkeypatch.setattr(holes, "PATIENCE", 0.1)
+            assert seek.PATIENCE <= time.monotonic() - started < seek.PATIENCE + 2
+            monkeypatch.setattr(seek, "PATIENCE", 0.1)
             for _ in range(5):
                 assert found[-1] is not None
                 found.append(await next_data(opened, found[-1]))
@@ -224,7 +227,7 @@ def test_a_hole_that_takes_too_long_to_find_is_the_end(tmp_path: Path, monkeypat
             await image.write(0, b"a" * MIB)
             await image.write(2 * MIB, b"b" * MIB)
             await image.write(MIB, b"c" * CLUSTER)  # not where its neighbours are
-            monkeypatch.setattr(holes, "PATIENCE", -1)
+            monkeypatch.setattr(seek, "PATIENCE", -1)
             assert await next_hole(image, 0) == image.size
             assert await next_hole(image, MIB) == MIB + CLUSTER
             assert await next_hole(image, 3 * MIB) == 3 * MIB

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 
 from qedfuse.extents import HostExtents
+from qedfuse.fallocate import fallocate
 from qedfuse.file_storage import FileStorage
-from qedfuse.geometry import PAGE_ENTRIES, Geometry
+from qedfuse.geometry import Geometry
 from qedfuse.header import Header
-from qedfuse.holes import fallocate, find_segments
 from qedfuse.mapping import walk
 from qedfuse.opening import open_image
 from qedfuse.remote_file import RemoteFile
+from qedfuse.seek import find_segments
+from qedfuse.sizes import PAGE_ENTRIES
 from qedfuse.storage import HostExtent
 from tests.bench.targets import QedFuse
 from tests.bench.workloads import mapped_terabyte

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse.layer import Kind
 from qedfuse.mapping import map_image
 from qedfuse.opening import open_image
+from qedfuse.runs import Kind
 from tests.helpers.acknowledging import punch
 from tests.helpers.chains import run
 from tests.helpers.cli import qedfuse, qemu_img, qemu_io

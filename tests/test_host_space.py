@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse.holes import fallocate
+from qedfuse.fallocate import fallocate
 from qedfuse.opening import open_image
 from tests.helpers.chains import qemu_img, run
 from tests.helpers.guests import filesystem, need_filesystem, need_guest

@@ -15,10 +15,10 @@ import trio
 from qedfuse.check import Repair, check_image
 from qedfuse.errors import CorruptError
 from qedfuse.file_storage import FileStorage
-from qedfuse.geometry import MAX_OFFSET
 from qedfuse.header import Header
 from qedfuse.image import Image
 from qedfuse.opening import open_image
+from qedfuse.sizes import MAX_OFFSET
 from tests.helpers.breathing import breathing
 from tests.helpers.cli import environment, qemu_img
 from tests.helpers.expect import raises_errno

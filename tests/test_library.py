@@ -22,7 +22,7 @@ import trio
 import trio.testing
 
 import qedfuse
-from qedfuse import scan
+from qedfuse import blocking
 from tests.helpers.chains import SIZE, check_is_clean, make_qed, make_raw, no_descriptor_leaks, qemu_img, run
 from tests.helpers.cli import ROOT, environment
 from tests.helpers.expect import raises_errno
@@ -214,7 +214,7 @@ def test_so_does_one_over_many_clusters(tmp_path: Path, call: Call, monkeypatch:
     """As if every step took as long as a turn may take."""
     path = tmp_path / "disk.qed"
     qemu_img("create", "-q", "-f", "qed", "-o", "cluster_size=4k,table_size=1", path, LARGE)
-    monkeypatch.setattr(scan, "_BREATH", 0)
+    monkeypatch.setattr(blocking, "_BREATH", 0)
 
     async def main(image: qedfuse.Image) -> None:
         await image.write(0, b"x" * LARGE)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qedfuse import mounts
-from qedfuse.mounts import Mount, find_mount, parse_mount, unmount
+from qedfuse.mounts import Mount, find_mount, parse_mount
+from qedfuse.unmount import unmount
 from tests.helpers.expect import raises_errno
 
 

@@ -14,10 +14,11 @@ import pytest
 
 from qedfuse import recovery
 from qedfuse.check import CheckResult, Repair
-from qedfuse.errors import CorruptError, FormatError, UnsupportedError, describe
+from qedfuse.errors import CorruptError, FormatError, UnsupportedError
 from qedfuse.header import HEADER_BYTES, Header
 from qedfuse.opening import BackingPolicy, open_image
 from qedfuse.storage import Storage
+from qedfuse.text import describe
 from tests.helpers.chains import (
     SIZE,
     check_is_clean,

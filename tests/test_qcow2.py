@@ -11,9 +11,11 @@ import trio
 
 from qedfuse import qcow2
 from qedfuse.file_storage import FileStorage
-from qedfuse.layer import Kind, Layer, Run, read_layer
+from qedfuse.layer import Layer
 from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_entries import inflate
+from qedfuse.resolve import read_layer
+from qedfuse.runs import Kind, Run
 from tests.helpers.qcow2_images import (
     CLUSTER_SIZES,
     COMPATS,

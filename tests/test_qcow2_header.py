@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse.errors import CorruptError, FormatError, QedfuseError, UnsupportedError, describe
+from qedfuse.errors import CorruptError, FormatError, QedfuseError, UnsupportedError
+from qedfuse.text import describe
 from tests.helpers.qcow2_images import COMPATS, be64, create, header_of, poke, qemu_img, qemu_io, qemu_refuses, same
 
 

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qedfuse.errors import QedfuseError, describe
-from qedfuse.layer import Kind, Run, read_layer
+from qedfuse.errors import QedfuseError
 from qedfuse.qcow2_entries import compressed_extent
+from qedfuse.resolve import read_layer
+from qedfuse.runs import Kind, Run
+from qedfuse.text import describe
 from tests.helpers.qcow2_images import (
     COMPATS,
     OFFSET,

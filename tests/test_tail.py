@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.check import CheckResult
 from qedfuse.image import Image
-from qedfuse.layer import Kind
+from qedfuse.runs import Kind
 from tests.helpers.expect import raises_errno
 from tests.helpers.history import SECTOR, fill
 from tests.helpers.images import (

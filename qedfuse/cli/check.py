@@ -9,7 +9,8 @@ import click
 
 from qedfuse.cli.params import file_name, format_option, output_option, share_hint, to_json
 from qedfuse.cli.progress import Bar
-from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
+from qedfuse.errors import EXIT_FAILED, EXIT_OK
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from qedfuse.check import CheckResult

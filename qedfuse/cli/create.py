@@ -18,8 +18,8 @@ from qedfuse.cli.params import (
     size_param,
     warn_of_objection,
 )
-from qedfuse.errors import printable
 from qedfuse.probe import FORMATS
+from qedfuse.text import printable
 
 
 @click.command()

@@ -18,8 +18,9 @@ from qedfuse.cli.params import (
     size_param,
     to_json,
 )
-from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
+from qedfuse.errors import EXIT_FAILED, EXIT_OK
 from qedfuse.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, read_untrusted
+from qedfuse.text import printable
 
 
 @click.command(

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import click
 
 from qedfuse import __version__
-from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, QedfuseError, describe, leaves, printable
+from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, QedfuseError, leaves
 from qedfuse.limits import explain_shortage
+from qedfuse.text import describe, printable
 
 
 class _Entry(NamedTuple):

@@ -20,7 +20,7 @@ from qedfuse.cli.params import (
     size_param,
     to_json,
 )
-from qedfuse.errors import printable
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy

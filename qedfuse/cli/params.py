@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from qedfuse.errors import InUseError, QedfuseError, UsageError, printable
+from qedfuse.errors import InUseError, QedfuseError, UsageError
 from qedfuse.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from qedfuse.backing import BackingPolicy

@@ -9,7 +9,8 @@ import click
 from qedfuse.cli.params import file_name, output_option, show_size, to_json
 from qedfuse.cli.umount import find_qedfuse_mount
 from qedfuse.control import Client
-from qedfuse.errors import EXIT_FAILED, EXIT_OK, printable
+from qedfuse.errors import EXIT_FAILED, EXIT_OK
+from qedfuse.text import printable
 
 
 @click.command(epilog=f"Exit codes: {EXIT_OK} shown, {EXIT_FAILED} not a qedfuse mount, or its daemon does not answer.")

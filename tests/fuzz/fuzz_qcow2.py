@@ -22,9 +22,9 @@ from qedfuse.backing import resolve_backing
 from qedfuse.create import new_header, write_image
 from qedfuse.errors import QedfuseError
 from qedfuse.image import Image
-from qedfuse.layer import read_layer
 from qedfuse.qcow2 import Qcow2Layer
 from qedfuse.raw import RawLayer
+from qedfuse.resolve import read_layer
 from tests.fuzz.running import assert_plain, run
 from tests.helpers.images import POOL, TINY, assert_sound, raw_file, read_header
 from tests.helpers.mutants import Fence, first_entries

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from qedfuse.errors import QedfuseError, describe
+from qedfuse.errors import QedfuseError
+from qedfuse.text import describe
 
 MAX_INPUT = 4096
 #: Seconds for one input before it counts as a hang.

@@ -17,9 +17,10 @@ from qedfuse.chain import open_layer
 from qedfuse.errors import QedfuseError
 from qedfuse.geometry import Geometry
 from qedfuse.header import FEATURE_BACKING_FILE, FEATURE_BACKING_FORMAT_NO_PROBE, HEADER_BYTES, Header
-from qedfuse.layer import Layer, read_layer
+from qedfuse.layer import Layer
 from qedfuse.mount_table import find_by_id
 from qedfuse.offload import offload
+from qedfuse.resolve import read_layer
 from tests.helpers.host_calls import local_call
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from qedfuse.geometry import round_up
+from qedfuse.sizes import round_up
 from tests.helpers.cli import qemu_img
 from tests.helpers.hostile import GOOD, C, words
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from qedfuse.geometry import round_up
 from qedfuse.image import Image
+from qedfuse.sizes import round_up
 
 SECTOR = 512
 NEVER = 1 << 60

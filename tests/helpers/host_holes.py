@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qedfuse.layer import Kind
 from qedfuse.opening import open_image
+from qedfuse.runs import Kind
 from tests.helpers.acknowledging import punch
 from tests.helpers.chains import run
 from tests.helpers.cli import qedfuse, qemu_img, qemu_io

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qedfuse.geometry import MAX_OFFSET
 from qedfuse.header import HEADER_BYTES, Header
+from qedfuse.sizes import MAX_OFFSET
 
 C = 4096  # the cluster size, unless a case says otherwise
 TABLE = 2 * C

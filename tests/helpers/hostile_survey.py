@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from qedfuse.errors import describe
-from qedfuse.geometry import whole_sectors
 from qedfuse.image import Image
 from qedfuse.opening import open_image
+from qedfuse.sizes import whole_sectors
+from qedfuse.text import describe
 
 #: Guest offsets that crafted tables map, in clusters of 4 KiB.
 CLUSTERS = [0, 1, 2, 3, 4, 5, 6, 7, 511, 512, 1023, 1024, 2048]

@@ -12,11 +12,12 @@ from qedfuse.create import new_header, write_image
 from qedfuse.geometry import Geometry
 from qedfuse.header import HEADER_BYTES, Header
 from qedfuse.image import Image
-from qedfuse.layer import Layer, read_layer
+from qedfuse.layer import Layer
 from qedfuse.pages import PagePool
 from qedfuse.raw import RawLayer
 from qedfuse.recovery import recover
 from qedfuse.release import _runs_with_data
+from qedfuse.resolve import read_layer
 from tests.helpers.ram import Chaos, RamFile, RamStorage
 
 TINY = Geometry(4096, 2)  # the smallest that QEMU opens

@@ -12,13 +12,15 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from qedfuse.check import CheckResult, Repair, check_image
-from qedfuse.errors import QedfuseError, describe
-from qedfuse.geometry import SECTOR_SIZE, Geometry, round_up
+from qedfuse.errors import QedfuseError
+from qedfuse.geometry import Geometry
 from qedfuse.header import FEATURE_NEED_CHECK, HEADER_BYTES, Header
 from qedfuse.image import Image
 from qedfuse.mapping import map_image
 from qedfuse.recovery import recover
+from qedfuse.sizes import SECTOR_SIZE, round_up
 from qedfuse.storage import Buffer
+from qedfuse.text import describe
 from tests.helpers.images import POOL, Chain, new_chain, open_chain, raw_file
 from tests.helpers.ram import RamFile, RamStorage
 

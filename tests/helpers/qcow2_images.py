@@ -12,12 +12,15 @@ from typing import TypeVar
 import pytest
 import trio
 
-from qedfuse.errors import CorruptError, describe
+from qedfuse.errors import CorruptError
 from qedfuse.file_storage import FileStorage
-from qedfuse.layer import Layer, Run, read_layer
+from qedfuse.layer import Layer
 from qedfuse.qcow2 import Qcow2Layer, read_qcow2_header
 from qedfuse.qcow2_header import Qcow2Header
 from qedfuse.raw import RawLayer
+from qedfuse.resolve import read_layer
+from qedfuse.runs import Run
+from qedfuse.text import describe
 
 T = TypeVar("T")
 

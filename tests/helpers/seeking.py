@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from qedfuse.holes import find_segments
 from qedfuse.layer import Layer
+from qedfuse.seek import find_segments
 
 
 async def next_data(layer: Layer, offset: int) -> int | None:
     """The first byte at or behind `offset` that is data, None if there is none. Raises OSError as reading does.
 
-    After `holes.PATIENCE`: a byte behind `offset` before which there is none.
+    After `seek.PATIENCE`: a byte behind `offset` before which there is none.
     """
     found = await find_segments(layer, offset, data=True)
     position = offset if found.is_data else found.seek(offset, data=True)
@@ -19,7 +19,7 @@ async def next_data(layer: Layer, offset: int) -> int | None:
 async def next_hole(layer: Layer, offset: int) -> int:
     """The first byte at or behind `offset` that is in a hole; the image's end counts as one. Raises OSError.
 
-    After `holes.PATIENCE`: the image's end.
+    After `seek.PATIENCE`: the image's end.
     """
     found = await find_segments(layer, offset, data=False)
     position = found.seek(offset, data=False)

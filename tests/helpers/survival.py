@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qedfuse.geometry import Geometry
 from qedfuse.image import Image
-from qedfuse.layer import Kind
+from qedfuse.runs import Kind
 from tests.helpers.crash import CrashPoint, CrashStorage
 from tests.helpers.history import SECTOR, Guest, History, fill
 from tests.helpers.images import (

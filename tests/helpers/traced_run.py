@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from qedfuse.geometry import round_up
+from qedfuse.sizes import round_up
 from tests.helpers.crash import Change, CrashPoint, CrashStorage
 from tests.helpers.history import SECTOR, History, Version
 from tests.helpers.images import TINY
