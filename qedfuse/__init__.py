@@ -25,9 +25,9 @@ from qedfuse.errors import (
 )
 
 if TYPE_CHECKING:
-    from qedfuse.backing import BackingPolicy
+    from qedfuse.chain.backing import BackingPolicy
+    from qedfuse.layers.runs import Kind, Run
     from qedfuse.library import Image, open_image
-    from qedfuse.runs import Kind, Run
 
 __version__ = "0.1.0"
 
@@ -48,10 +48,10 @@ __all__ = [
 ]
 
 _LAZY = {
-    "BackingPolicy": "qedfuse.backing",
+    "BackingPolicy": "qedfuse.chain.backing",
     "Image": "qedfuse.library",
-    "Kind": "qedfuse.runs",
-    "Run": "qedfuse.runs",
+    "Kind": "qedfuse.layers.runs",
+    "Run": "qedfuse.layers.runs",
     "open_image": "qedfuse.library",
 }
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, SupportsIndex
 import trio
 from trio.lowlevel import checkpoint, enable_ki_protection
 
-from qedfuse.backing import ANY_BACKING, BackingPolicy
+from qedfuse.chain.backing import ANY_BACKING, BackingPolicy
+from qedfuse.chain.opening import open_image as open_engine
 from qedfuse.errors import QedfuseError, ReadOnlyError
-from qedfuse.header import Header
-from qedfuse.image import Image as Engine
-from qedfuse.offload import to_its_end
-from qedfuse.opening import open_image as open_engine
-from qedfuse.runs import Run
+from qedfuse.host.offload import to_its_end
+from qedfuse.layers.runs import Run
+from qedfuse.qed.header import Header
+from qedfuse.qed.image import Image as Engine
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -3,7 +3,7 @@
 #
 #   tests/run.sh              the ordinary run, on all processors
 #   tests/run.sh -m slow      the long tests
-#   tests/run.sh tests/test_geometry.py -k round
+#   tests/run.sh tests/qed/test_geometry.py -k round
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 

@@ -10,18 +10,18 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r qedfuse tests pyproject.toml "$copy"
 cd "$copy"
-rm -f qedfuse/*.so
+rm -f qedfuse/native/*.so
 
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 build() { # module source...
     gcc -std=gnu11 -O1 -g -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -fno-omit-frame-pointer \
         -fsanitize=address,undefined -fsanitize-undefined-trap-on-error \
-        -I"$include" "${@:2}" -o "qedfuse/$1$suffix"
+        -I"$include" "${@:2}" -o "qedfuse/native/$1$suffix"
 }
-build _fastpath qedfuse/native/*.c
-build _clustermap qedfuse/_clustermap.c
-build _outside qedfuse/_outside.c
+build _fastpath qedfuse/native/fastpath/*.c
+build _clustermap qedfuse/native/clustermap/clustermap.c
+build _outside qedfuse/native/outside/outside.c
 
 # Python itself is not instrumented, so the runtime must be in the process first; what Python never frees is no leak of
 # ours. Only Python is started that way, not the other programs that the tests run.
@@ -40,9 +40,9 @@ END
 export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:handle_abort=1:log_path=$copy/report
 export PYTHONMALLOC=malloc
 status=0
-./sanitized -m pytest -p only_python -p no:cacheprovider tests/test_fastpath*.py tests/test_begin_flush.py \
-    tests/test_seek_model.py tests/test_clustermap.py tests/test_check.py tests/test_root_times.py \
-    tests/test_oversize.py "$@" || status=$?
+./sanitized -m pytest -p only_python -p no:cacheprovider tests/fuse/test_fastpath*.py tests/qed/test_begin_flush.py \
+    tests/fuse/test_seek_model.py tests/qed/test_cluster_map.py tests/check/test_check.py tests/daemon/test_root_times.py \
+    tests/fuse/test_oversize.py "$@" || status=$?
 if compgen -G "$copy/report*" >/dev/null; then
     cat "$copy"/report*
     status=1

@@ -13,7 +13,7 @@ from qedfuse.errors import EXIT_FAILED, EXIT_OK
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from qedfuse.check import CheckResult
+    from qedfuse.check.check import CheckResult
 
 EXIT_CORRUPT = 2
 EXIT_LEAKS = 3
@@ -53,7 +53,7 @@ class _Check(click.Command):
 @click.argument("image", type=file_name)
 def check(output: str, repair: str | None, share: bool, quiet: bool, image: str) -> int:
     """Check whether IMAGE is consistent, and repair it."""
-    from qedfuse.blocking import run_blocking
+    from qedfuse.host.waiting import run_blocking
 
     if share and repair:
         raise click.UsageError("-U is for looking only: it excludes -r")
@@ -75,10 +75,10 @@ def check(output: str, repair: str | None, share: bool, quiet: bool, image: str)
 
 async def _check(path: str, repair: str | None, share: bool, bar: Bar) -> CheckResult | None:
     """None: the file is something else."""
-    from qedfuse.check import Repair, check_image
-    from qedfuse.file_storage import FileStorage
-    from qedfuse.filelock import lock
-    from qedfuse.header import HEADER_BYTES, MAGIC, Header
+    from qedfuse.check.check import Repair, check_image
+    from qedfuse.host.file_storage import FileStorage
+    from qedfuse.host.image_lock import lock
+    from qedfuse.qed.header import HEADER_BYTES, MAGIC, Header
 
     storage = FileStorage.open(path, repair is not None)
     try:

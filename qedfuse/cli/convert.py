@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qedfuse.chain.probe import FORMATS
 from qedfuse.cli.params import (
     BACKING_OPTIONS,
     GEOMETRY_HELP,
@@ -26,11 +27,10 @@ from qedfuse.cli.params import (
 )
 from qedfuse.cli.progress import Bar, Percentage
 from qedfuse.errors import EXIT_OK
-from qedfuse.probe import FORMATS
-from qedfuse.signals import ending_signals
+from qedfuse.host.signals import ending_signals
 
 if TYPE_CHECKING:
-    from qedfuse.header import Header
+    from qedfuse.qed.header import Header
 
 _FORMATS = click.Choice(FORMATS)
 
@@ -123,7 +123,7 @@ def convert(
         raise click.UsageError("--no-backing excludes -B")
     import trio
 
-    from qedfuse.convert import convert_image
+    from qedfuse.tools.convert import convert_image
 
     job = partial(
         convert_image,

@@ -6,6 +6,7 @@ from functools import partial
 
 import click
 
+from qedfuse.chain.probe import FORMATS
 from qedfuse.cli.params import (
     BACKING_OPTIONS,
     GEOMETRY_HELP,
@@ -18,7 +19,6 @@ from qedfuse.cli.params import (
     size_param,
     warn_of_objection,
 )
-from qedfuse.probe import FORMATS
 from qedfuse.text import printable
 
 
@@ -62,7 +62,7 @@ def create(
     geometry = parse_geometry(file, given)
     import trio
 
-    from qedfuse.create import create_image
+    from qedfuse.tools.create import create_image
 
     header, found_format = trio.run(
         partial(create_image, file, size, geometry=geometry, backing=backing, backing_format=backing_format)

@@ -19,8 +19,8 @@ from qedfuse.cli.params import (
     to_json,
 )
 from qedfuse.errors import EXIT_FAILED, EXIT_OK
-from qedfuse.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, read_untrusted
 from qedfuse.text import printable
+from qedfuse.tools.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, read_untrusted
 
 
 @click.command(

@@ -20,7 +20,7 @@ import click
 
 from qedfuse import __version__
 from qedfuse.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, QedfuseError, leaves
-from qedfuse.limits import explain_shortage
+from qedfuse.host.limits import explain_shortage
 from qedfuse.text import describe, printable
 
 

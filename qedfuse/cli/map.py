@@ -23,9 +23,9 @@ from qedfuse.cli.params import (
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from qedfuse.backing import BackingPolicy
-    from qedfuse.layer import Layer
-    from qedfuse.mapping import MapEntry
+    from qedfuse.chain.backing import BackingPolicy
+    from qedfuse.layers.layer import Layer
+    from qedfuse.layers.mapping import MapEntry
 
 
 @click.command(name="map")
@@ -57,8 +57,8 @@ def map_command(
 
 
 async def _map(as_json: bool, share: bool, policy: BackingPolicy, start: int, length: int | None, path: str) -> None:
-    from qedfuse.chain import open_layer
-    from qedfuse.mapping import map_image
+    from qedfuse.chain.chain import open_layer
+    from qedfuse.layers.mapping import map_image
 
     top = await open_layer(path, "qed", share=share, policy=policy)
     try:
@@ -71,8 +71,8 @@ async def _map(as_json: bool, share: bool, policy: BackingPolicy, start: int, le
 
 async def _sparse_layers(top: Layer) -> list[Layer]:
     """The qcow2 images of a chain that QEMU takes for preallocated."""
-    from qedfuse.qcow2 import Qcow2Layer
-    from qedfuse.qcow2_refcounts import is_preallocated
+    from qedfuse.layers.qcow2.layer import Qcow2Layer
+    from qedfuse.layers.qcow2.refcounts import is_preallocated
 
     found: list[Layer] = []
     layer: Layer | None = top

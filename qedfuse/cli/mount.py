@@ -12,11 +12,11 @@ from dataclasses import replace
 import click
 
 from qedfuse.cli.params import backing_options, check_backing_root, file_name
-from qedfuse.config import MountConfig
+from qedfuse.daemon.config import MountConfig
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
-from qedfuse.mount_options import MountOptions, parse_mount_options
-from qedfuse.mounts import find_mount
-from qedfuse.walk import LeadsBackError, Walk
+from qedfuse.fuse.options import MountOptions, parse_mount_options
+from qedfuse.host.mountinfo import find_mount
+from qedfuse.host.walk import LeadsBackError, Walk
 
 
 @click.command(
@@ -78,11 +78,11 @@ def mount(
     # Before anything imports pyfuse3, and also if it is to answer nothing: pyfuse3's own read of /dev/fuse waits, and
     # the event loop with it, when the request of which it was told has been withdrawn.
     with contextlib.suppress(ImportError):  # the daemon tries again, and logs it
-        import qedfuse.fastpath  # noqa: F401
+        import qedfuse.fuse.fastpath  # noqa: F401
 
-    from qedfuse.daemon import serve
-    from qedfuse.launch import inherited_descriptors, open_standard_files, run_in_background
-    from qedfuse.logs import start_logging
+    from qedfuse.daemon.daemon import serve
+    from qedfuse.daemon.launch import inherited_descriptors, open_standard_files, run_in_background
+    from qedfuse.daemon.logs import start_logging
 
     inherited = [] if foreground else inherited_descriptors(images)
     open_standard_files()

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import click
 
 from qedfuse.errors import InUseError, QedfuseError, UsageError
-from qedfuse.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
+from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from qedfuse.backing import BackingPolicy
-    from qedfuse.header import Header
+    from qedfuse.chain.backing import BackingPolicy
+    from qedfuse.qed.header import Header
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -137,7 +137,7 @@ def check_backing_root(root: str | None) -> None:
 
 def backing_policy(root: str | None, none: bool) -> BackingPolicy:
     """What `backing_options` ask for. Raises UsageError if `root` is no directory."""
-    from qedfuse.backing import BackingPolicy
+    from qedfuse.chain.backing import BackingPolicy
 
     check_backing_root(root)
     return BackingPolicy(allowed=not none, root=root)
@@ -177,7 +177,7 @@ def parse_backing(
     options: Mapping[str, str], backing: str | None, format: str | None, letter: str
 ) -> tuple[str | None, str | None]:
     """A new image's backing file and its format, by `-o` or else by the options `letter` and -F. Raises UsageError."""
-    from qedfuse.probe import FORMATS
+    from qedfuse.chain.probe import FORMATS
 
     backing = options.get("backing_file", backing)
     format = options.get("backing_fmt", format)
@@ -190,7 +190,7 @@ def parse_backing(
 
 def warn_of_objection(file: str, header: Header) -> None:
     """Say so if QEMU cannot open the new image `file`."""
-    from qedfuse.create import qemu_objection
+    from qedfuse.tools.create import qemu_objection
 
     objection = qemu_objection(header)
     if objection is not None:

@@ -8,7 +8,7 @@ import click
 
 from qedfuse.cli.params import file_name, output_option, show_size, to_json
 from qedfuse.cli.umount import find_qedfuse_mount
-from qedfuse.control import Client
+from qedfuse.daemon.control import Client
 from qedfuse.errors import EXIT_FAILED, EXIT_OK
 from qedfuse.text import printable
 

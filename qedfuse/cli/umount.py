@@ -8,10 +8,10 @@ import os
 import click
 
 from qedfuse.cli.params import file_name
-from qedfuse.control import Client
+from qedfuse.daemon.control import Client
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError
-from qedfuse.mounts import Mount, find_mount, read_mounts
-from qedfuse.unmount import unmount
+from qedfuse.host.mountinfo import Mount, find_mount, read_mounts
+from qedfuse.host.unmount import unmount
 
 #: Seconds that the kernel has to tell the daemon.
 _GRACE = 5.0

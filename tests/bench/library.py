@@ -17,8 +17,8 @@ from pathlib import Path
 import trio
 
 import qedfuse
-from qedfuse.geometry import Geometry
-from qedfuse.header import Header
+from qedfuse.qed.geometry import Geometry
+from qedfuse.qed.header import Header
 
 #: Bytes of the guest whose entries are in one page of a table.
 _PAGE_COVERS = 512 * 65536

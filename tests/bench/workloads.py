@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from qedfuse.geometry import Geometry
-from qedfuse.header import Header
+from qedfuse.qed.geometry import Geometry
+from qedfuse.qed.header import Header
 from tests.bench.library import fragmented
 from tests.bench.targets import NbdFuse, QedFuse, QedFusePython, RawFile, StorageDaemon, Target, run
 

@@ -15,15 +15,15 @@ from typing import Any
 import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 with atheris.instrument_imports(include=["qedfuse"]):
-    for module in ("check", "image", "mapping", "opening"):
+    for module in ("check.check", "qed.image", "layers.mapping", "chain.opening"):
         importlib.import_module(f"qedfuse.{module}")
 
 import trio
 
-from qedfuse.header import HEADER_BYTES, Header
+from qedfuse.qed.header import HEADER_BYTES, Header
 from tests.fuzz.running import run
-from tests.helpers.mutants import LIMITS, Change, Trial, Victim, make_victims, mutate
-from tests.helpers.ram import RamFile
+from tests.helpers.doubles.ram import RamFile
+from tests.helpers.images.mutants import LIMITS, Change, Trial, Victim, make_victims, mutate
 
 KINDS = ["limit", "cluster", "copy", "flip", "any"]
 DEEDS = ["look", "look", "look", "use", "repair", "look use repair"]

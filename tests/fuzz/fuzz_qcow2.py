@@ -13,22 +13,22 @@ import zlib
 import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 with atheris.instrument_imports(include=["qedfuse"]):
-    for module in ("check", "image", "mapping", "opening", "qcow2"):
+    for module in ("check.check", "qed.image", "layers.mapping", "chain.opening", "layers.qcow2.layer"):
         importlib.import_module(f"qedfuse.{module}")
 
 import trio
 
-from qedfuse.backing import resolve_backing
-from qedfuse.create import new_header, write_image
+from qedfuse.chain.backing import resolve_backing
 from qedfuse.errors import QedfuseError
-from qedfuse.image import Image
-from qedfuse.qcow2 import Qcow2Layer
-from qedfuse.raw import RawLayer
-from qedfuse.resolve import read_layer
+from qedfuse.layers.qcow2.layer import Qcow2Layer
+from qedfuse.layers.raw import RawLayer
+from qedfuse.layers.resolve import read_layer
+from qedfuse.qed.image import Image
+from qedfuse.tools.create import new_header, write_image
 from tests.fuzz.running import assert_plain, run
-from tests.helpers.images import POOL, TINY, assert_sound, raw_file, read_header
-from tests.helpers.mutants import Fence, first_entries
-from tests.helpers.ram import RamFile, RamStorage
+from tests.helpers.doubles.ram import RamFile, RamStorage
+from tests.helpers.images.images import POOL, TINY, assert_sound, raw_file, read_header
+from tests.helpers.images.mutants import Fence, first_entries
 
 LENGTH = 20_000
 BELOW = b"below" * 3000

@@ -1,0 +1,275 @@
+"""Chains of layers: an image, its backing file, that one's backing file, and so on, all read-only.
+
+A chain is walked from the top down (open, lock, read the header, find the next name) and built from the bottom up, in
+loops, so that its length costs no stack. Whatever goes wrong on the way, every file of it is closed again.
+
+Only headers are read: the cost does not grow with the images.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import NamedTuple
+
+import trio
+
+from qedfuse.chain.backing import ANY_BACKING, BackingPolicy, open_backing_file, resolve_backing, shown
+from qedfuse.chain.probe import FORMATS, PROBE_BYTES, QCOW2, QED, RAW, probe_format
+from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
+from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.image_lock import lock
+from qedfuse.host.lookups import NoAnswerError, look
+from qedfuse.host.remote_file import isolate
+from qedfuse.host.storage import Identity, Storage, identity, read
+from qedfuse.host.walk import LeadsBackError, Walk
+from qedfuse.layers.layer import Layer
+from qedfuse.layers.qcow2.header import Qcow2Header
+from qedfuse.layers.qcow2.layer import Qcow2Layer, read_qcow2_header
+from qedfuse.layers.raw import RawLayer
+from qedfuse.qed.header import HEADER_BYTES, Header
+from qedfuse.qed.image import Image
+from qedfuse.text import decode_backing_name
+
+#: Layers in a chain, the top one included. Each costs a descriptor, and a loop that no inode betrays must end, too.
+MAX_DEPTH = 200
+
+
+class Reference(NamedTuple):
+    """What an image says of its backing file. `format` None: it must be probed."""
+
+    image: str
+    name: str
+    format: str | None
+
+
+async def open_layer(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    share: bool = False,
+    policy: BackingPolicy = ANY_BACKING,
+) -> Layer:
+    """A raw, QED or qcow2 image with its backing chain, read-only. The caller closes it.
+
+    `format` None: probed. `share`: no locks are taken or honoured. `policy` is for backing files, not for `path`
+    itself.
+
+    Raises QedfuseError (in use, another format, corrupt header, backing file missing or refused, a loop), OSError of
+    the host. On an error, and when cancelled, nothing stays open.
+    """
+    chain = Chain(share, policy)
+    async with chain.closed_on_error():
+        await chain.open_top(os.fspath(path), format, writable=False)
+        return chain.build()
+
+
+async def open_backing(
+    image: str | os.PathLike[str],
+    name: str,
+    format: str | None = None,
+    *,
+    share: bool = False,
+    policy: BackingPolicy = ANY_BACKING,
+) -> Layer:
+    """What an image at path `image` gets from `name` as its backing file's name: a layer with its chain, read-only.
+
+    The image need not exist; if it does, it may not be part of the chain. Otherwise as `open_layer`, and `policy` is
+    for this file, too.
+    """
+    chain = Chain(share, policy)
+    async with chain.closed_on_error():
+        with suppress(FileNotFoundError):
+            chain.identities.add(identity(os.stat(image)))
+        await chain.walk(Reference(os.fspath(image), name, format))
+        return chain.build()
+
+
+async def names_are_current(top: Layer, policy: BackingPolicy = ANY_BACKING) -> bool:
+    """Whether the names of a chain's backing files still lead to the open files; yes if that cannot be told."""
+    try:
+        return await look(partial(_names_are_current, top, policy))
+    except NoAnswerError:
+        return True
+
+
+def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
+    while (below := layer.backing) is not None:
+        try:
+            storage = open_backing_file(layer.path, below.path, policy)
+        except NoAnswerError:
+            raise
+        except OSError:
+            return False
+        try:
+            if identity(storage.stat()) != identity(below.storage.stat()):
+                return False
+        finally:
+            os.close(storage.fileno())
+        layer = below
+    return True
+
+
+async def read_header(storage: Storage) -> Header:
+    """The header of a QED image, validated against its file. Raises FormatError, UnsupportedError, CorruptError."""
+    size = storage.size()
+    header = Header.decode(await read(storage, 0, min(HEADER_BYTES, size)), storage.path)
+    header.validate_file_size(size, storage.path)
+    return header
+
+
+async def read_backing_name(storage: Storage, header: Header) -> str | None:
+    """The backing file's name as stored in a QED image, None if it has none."""
+    if not header.has_backing_file:
+        return None
+    raw = await read(storage, header.backing_filename_offset, header.backing_filename_size)
+    return decode_backing_name(raw, storage.path)
+
+
+class _Link(NamedTuple):
+    """An opened image of a chain; `header` None: raw."""
+
+    storage: FileStorage
+    header: Header | Qcow2Header | None
+
+    def make(self, backing: Layer | None) -> Layer:
+        if isinstance(self.header, Header):
+            return Image(self.storage, self.header, backing, writable=False)
+        if isinstance(self.header, Qcow2Header):
+            return Qcow2Layer(self.storage, self.header, backing)
+        return RawLayer.open(self.storage)
+
+
+class Chain:
+    """A chain while it is being opened. `identities`: the files that may not occur (again) further down.
+
+    `isolated`: see `open_image`.
+    """
+
+    def __init__(self, share: bool, policy: BackingPolicy, *, isolated: bool = False) -> None:
+        self.links: list[_Link] = []
+        self.identities: set[Identity] = set()
+        self._share = share
+        self._policy = policy
+        self._isolated = isolated
+        self._opened: list[FileStorage] = []
+
+    @asynccontextmanager
+    async def closed_on_error(self) -> AsyncIterator[None]:
+        """Close every file of the chain if the block does not come to its end."""
+        try:
+            yield
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for storage in self._opened:
+                    await storage.close()
+            raise
+
+    async def open_top(self, path: str, format: str | None, *, writable: bool, in_directory: bool = False) -> None:
+        """Open the image at `path` and walk its chain. `in_directory`: see `open_image`."""
+
+        open_file = partial(_open_entry if in_directory else FileStorage.open, path, writable)
+        patience = None if in_directory else math.inf
+        try:
+            reference = await self._open(open_file, None, format, patience)
+        except NoAnswerError:
+            raise NoAnswerError(path) from None
+        await self.walk(reference)
+
+    async def walk(self, reference: Reference | None) -> None:
+        """Open what `reference` names, what that names, and so on."""
+        while reference is not None:
+            image, name, format = reference
+            if len(self.links) >= MAX_DEPTH:
+                raise UnsupportedError(image, f"the chain of backing files has more than {MAX_DEPTH} images")
+            path = resolve_backing(image, name)
+            try:
+                reference = await self._open(partial(open_backing_file, image, path, self._policy), image, format)
+            except NoAnswerError as error:
+                message = f"cannot open its backing file {shown(path)}: {error.message}"
+                raise QedfuseError(image, message, error.errno) from None
+
+    async def _open(
+        self, open_file: Callable[[], FileStorage], image: str | None, format: str | None, patience: float | None = None
+    ) -> Reference | None:
+        """Open what `image` names, as the next link. Returns what its header refers to."""
+        storage, found = await look(partial(self._claim, open_file, image), discard=_drop, patience=patience)
+        self._opened.append(storage)
+        self.identities.add(found)
+        if format is None:
+            format = probe_format(await read(storage, 0, min(PROBE_BYTES, storage.size())), storage.path)
+        header, reference = await _read_link(storage, format)
+        self.links.append(_Link(storage, header))
+        return reference
+
+    def _claim(self, open_file: Callable[[], FileStorage], image: str | None) -> tuple[FileStorage, Identity]:
+        """Open and lock a file of the chain. Blocks."""
+        storage = open_file()
+        try:
+            if self._isolated:
+                storage = isolate(storage)
+            found = identity(storage.stat())
+            if found in self.identities:
+                message = f"its backing file {shown(storage.path)} is part of this chain already (a loop)"
+                raise CorruptError(image or storage.path, message, errno.ELOOP)
+            if not self._share:
+                lock(storage.fileno(), storage.path, writable=storage.writable)
+        except BaseException:
+            os.close(storage.fileno())
+            raise
+        return storage, found
+
+    def build(self) -> Layer:
+        """The top layer, with the others below it."""
+        return self._build(self.links)
+
+    def build_backing(self) -> Layer | None:
+        """The layer below the top one, if there is one."""
+        return self._build(self.links[1:]) if len(self.links) > 1 else None
+
+    def _build(self, links: list[_Link]) -> Layer:
+        layer = links[-1].make(None)
+        for link in reversed(links[:-1]):
+            layer = link.make(layer)
+        return layer
+
+
+async def _read_link(storage: Storage, format: str) -> tuple[Header | Qcow2Header | None, Reference | None]:
+    if format == QED:
+        qed = await read_header(storage)
+        name = await read_backing_name(storage, qed)
+        return qed, None if name is None else Reference(storage.path, name, RAW if qed.backing_is_raw else None)
+    if format == QCOW2:
+        qcow2 = await read_qcow2_header(storage)
+        if qcow2.backing_name is None:
+            return qcow2, None
+        if qcow2.backing_format is not None and qcow2.backing_format not in FORMATS:
+            raise UnsupportedError(
+                storage.path,
+                f"says that its backing file {shown(qcow2.backing_name)} is {shown(qcow2.backing_format)}, "
+                f"which qedfuse does not read (only {', '.join(FORMATS)})",
+            )
+        return qcow2, Reference(storage.path, qcow2.backing_name, qcow2.backing_format)
+    if format == RAW:
+        return None, None
+    raise UnsupportedError(storage.path, f"unknown format {shown(format)} (known are {', '.join(FORMATS)})")
+
+
+def _open_entry(path: str, writable: bool) -> FileStorage:
+    """Open an image by a name that was found in a directory, a symbolic link perhaps. Blocks."""
+    directory, name = os.path.split(path)
+    with Walk() as walk:
+        walk.start(directory)
+        try:
+            pin = walk.follow(name)
+        except LeadsBackError as error:
+            raise UnsupportedError(path, f"leads into a qedfuse mount ({shown(error.mountpoint)})") from None
+        return FileStorage.open(path, writable, pin=pin)
+
+
+def _drop(opened: tuple[FileStorage, Identity]) -> None:
+    os.close(opened[0].fileno())

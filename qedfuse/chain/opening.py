@@ -1,0 +1,166 @@
+"""Opening an image for use: locks, backing chain, check after a crash, commit timer, and an orderly end."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import trio
+
+from qedfuse.chain.backing import ANY_BACKING, BackingPolicy
+from qedfuse.chain.chain import Chain, open_backing, open_layer, read_backing_name, read_header
+from qedfuse.chain.probe import QED, probe_format
+from qedfuse.chain.recovery import recover
+from qedfuse.errors import InUseError, UsageError
+from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.image_lock import add_writers_locks, drop_writers_locks, share_writers_locks
+from qedfuse.host.lookups import enter, look
+from qedfuse.host.offload import to_its_end
+from qedfuse.host.remote_file import RemoteFile, isolate
+from qedfuse.qed.header import FEATURE_NEED_CHECK, Header
+from qedfuse.qed.image import Image
+
+__all__ = [
+    "BackingPolicy",
+    "open_backing",
+    "open_image",
+    "open_layer",
+    "probe_format",
+    "read_backing_name",
+    "read_header",
+]
+
+_log = logging.getLogger("qedfuse")
+
+
+@asynccontextmanager
+@trio.lowlevel.enable_ki_protection  # not of the block
+async def open_image(
+    path: str | os.PathLike[str],
+    *,
+    read_only: bool = False,
+    fixed_size: bool = False,
+    share: bool = False,
+    policy: BackingPolicy = ANY_BACKING,
+    in_directory: bool = False,
+    isolated: bool = False,
+) -> AsyncIterator[Image]:
+    """The engine itself, for this package; see `library.open_image`, which is for other programs, for what is the same.
+
+    `in_directory`: only the directory of `path` can be trusted; its last name was found there, may be a symbolic link,
+    and is followed as a backing file's name is. `isolated`: this process has other tasks, which must go on when a
+    server that has one of the files does not answer.
+
+    Nobody may use the image when the block is left: calls in progress are not waited for.
+    """
+    image = await _open(os.fspath(path), read_only, fixed_size, share, policy, in_directory, isolated)
+    background = _Background(image)  # no nursery: this may be in a generator, whose block is left anywhere
+    trio.lowlevel.spawn_system_task(background.run)
+    try:
+        yield image
+    except BaseException:
+        try:
+            await to_its_end(background.close)
+        except OSError as error:
+            _log.error("%s: closing failed: %s", image.path, error)
+        raise
+    await to_its_end(background.close)
+
+
+class _Background:
+    """An image's timer, which ends when the image is closed."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+
+    async def run(self) -> None:
+        try:
+            with self._scope:
+                await self._image.run_background()
+        except Exception as error:
+            _log.critical("%s: the timer has ended, only a flush commits now", self._image.path, exc_info=error)
+        finally:
+            self._ended.set()
+
+    async def close(self) -> None:
+        """Close the image, and end the timer: not before, as closing needs the outcome of a commit that it may have
+        begun."""
+        try:
+            await self._image.close()
+        finally:
+            self._scope.cancel()
+            await self._ended.wait()
+
+
+async def _open(
+    path: str, read_only: bool, fixed_size: bool, share: bool, policy: BackingPolicy, in_directory: bool, isolated: bool
+) -> Image:
+    if share and not read_only:
+        raise UsageError(path, "without locks (-U) an image can only be opened read-only")
+    chain = Chain(share, policy, isolated=isolated)
+    async with chain.closed_on_error():
+        await chain.open_top(path, QED, writable=not read_only, in_directory=in_directory)
+        storage, header = chain.links[0]
+        assert isinstance(header, Header)
+        if not read_only:
+            header = await recover(storage, header)
+        return Image(storage, header, chain.build_backing(), writable=not read_only, fixed_size=fixed_size)
+
+
+async def make_writable(image: Image) -> None:
+    """Open for writing what `open_image` has opened for reading only, for all who use it; they go on meanwhile.
+
+    From a reader's locks to a writer's, a check if the image was not closed cleanly. Not to be called twice at a time.
+    Raises as `open_image` does, InUseError if another process reads the image, too; the image is then as it was.
+    """
+    readers = image.storage
+    assert isinstance(readers, FileStorage)
+    storage = await look(partial(_claim, readers), discard=partial(_unclaim, readers))
+    try:
+        header = await read_header(storage)
+        if _kind_of(header) != _kind_of(image.header):
+            raise InUseError(image.path, "was changed by another process while it was read here")
+        header = await recover(storage, header)
+        await image.begin_writing(header, partial(readers.become, storage))
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            with suppress(OSError):
+                await look(partial(_give_locks_back, readers))
+            with suppress(OSError):
+                await storage.close()
+        raise
+
+
+def _kind_of(header: Header) -> Header:
+    """All of a header that `recover` does not change."""
+    return header.with_feature(FEATURE_NEED_CHECK, False).with_known_autoclear()
+
+
+def _claim(readers: FileStorage) -> FileStorage:
+    """A second opening of a file, with a writer's locks. Blocks."""
+    if isinstance(readers, RemoteFile):
+        enter(readers.mount)
+    storage = FileStorage.open(readers.path, True, pin=readers.fileno())  # before the locks: it may not be allowed
+    try:
+        add_writers_locks(readers.fileno(), readers.path)
+        share_writers_locks(storage.fileno())
+        return storage if readers.local else isolate(storage)
+    except BaseException:
+        _unclaim(readers, storage)
+        raise
+
+
+def _unclaim(readers: FileStorage, storage: FileStorage) -> None:
+    """`_claim` undone, as far as it came."""
+    os.close(storage.fileno())
+    _give_locks_back(readers)
+
+
+def _give_locks_back(readers: FileStorage) -> None:
+    with suppress(OSError, ValueError):  # this file system has no locks, or it was closed meanwhile
+        drop_writers_locks(readers.fileno())

@@ -1,0 +1,131 @@
+"""A look at an image without opening it: the 64 bytes of its header. Blocks: to be called in a thread of `lookups.py`.
+
+A directory of thousands of images is listed by this alone, and what a look found is kept until the file changes. What
+stands in the directory is not to be trusted: symbolic links are walked (`walk.py`), and one that leads into a qedfuse
+mount, like a file of such a mount, is not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from qedfuse.errors import QedfuseError
+from qedfuse.host.lookups import NoAnswerError
+from qedfuse.host.walk import Walk
+from qedfuse.qed.header import HEADER_BYTES, MAGIC, Header
+
+#: Which file: device and inode.
+FileKey = tuple[int, int]
+
+
+class FileMark(NamedTuple):
+    """In what state a file is: time of change in nanoseconds, size in bytes, and a time that cannot be set."""
+
+    mtime_ns: int
+    size: int
+    ctime_ns: int
+
+
+class Peek(NamedTuple):
+    """What a look found. `is_qed`: it begins as QED does; `header`: None if it cannot be read or is not valid.
+
+    `time`: when the look began (`time.monotonic`). `writable`: the file may be written by this process.
+    """
+
+    time: float
+    status: os.stat_result
+    is_qed: bool
+    header: Header | None
+    writable: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of the raw file; 0 if the header does not tell."""
+        return self.header.image_size if self.header else 0
+
+
+class _Known(NamedTuple):
+    mark: FileMark
+    is_qed: bool
+    header: Header | None
+
+
+def key_of(status: os.stat_result) -> FileKey:
+    return status.st_dev, status.st_ino
+
+
+def mark_of(status: os.stat_result) -> FileMark:
+    return FileMark(status.st_mtime_ns, status.st_size, status.st_ctime_ns)
+
+
+def cannot_tell(error: OSError) -> bool:
+    """Whether an error says nothing of the file: no answer, or no descriptors or memory left."""
+    return isinstance(error, NoAnswerError) or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class Peeker:
+    """Looks at images, and remembers. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[FileKey, _Known] = {}
+
+    def look(self, path: str) -> Peek | None:
+        """What is at `path`; None if it is no regular file, or nothing. Raises OSError if that cannot be told."""
+        directory, name = os.path.split(path)
+        try:
+            with Walk() as walk:
+                walk.start(directory)
+                return self.look_in(walk, name)
+        except OSError as error:
+            if cannot_tell(error):
+                raise
+            return None
+
+    def look_in(self, directory: Walk, name: str) -> Peek | None:
+        """The same, by a name in a directory."""
+        now = time.monotonic()
+        try:
+            with directory.branch() as walk:
+                return self._look_at(walk.follow(name), now)
+        except OSError as error:
+            if cannot_tell(error):
+                raise
+            return None
+
+    def _look_at(self, pin: int, now: float) -> Peek | None:
+        status = os.fstat(pin)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        path = f"/proc/self/fd/{pin}"
+        key = key_of(status)
+        known = self._known.get(key)
+        if known is None or known.mark != mark_of(status):
+            known = self._known[key] = _Known(mark_of(status), *_read_header(path))
+        writable = os.access(path, os.W_OK, effective_ids=True)
+        return Peek(now, status, known.is_qed, known.header, writable)
+
+    def keep_only(self, keys: Iterable[FileKey]) -> None:
+        """Forget files that are gone."""
+        self._known = {key: self._known[key] for key in keys if key in self._known}
+
+
+def _read_header(path: str) -> tuple[bool, Header | None]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return False, None
+    try:
+        raw = os.pread(fd, HEADER_BYTES, 0)
+    except OSError:
+        return False, None
+    finally:
+        os.close(fd)
+    try:
+        return raw.startswith(MAGIC), Header.decode(raw, path)
+    except QedfuseError:
+        return raw.startswith(MAGIC), None

@@ -1,0 +1,1 @@
+"""Consistency and repair of an image that nobody has open."""

@@ -1,0 +1,1 @@
+"""The process of a mount, and the commands that talk to it."""

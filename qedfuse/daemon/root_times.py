@@ -1,0 +1,92 @@
+"""The time of change of a file mount's root, which the kernel neither keeps nor asks for.
+
+With the writeback cache the kernel is itself the master of a file's size and time of change: it takes both from the
+file system when it looks the file up, and keeps them from then on. The root of a mount is never looked up, and it
+exists before the cache is agreed on: its size is 0 until it is told otherwise (`kernel_mount.tell_root_size`), and its
+time of change stays what it is until a process sets it, as with touch(1). `outside.c` tells why that cannot simply be
+the daemon.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from qedfuse.errors import QedfuseError
+from qedfuse.host.lookups import abandonable
+from qedfuse.host.mountinfo import Mount
+from qedfuse.native import _outside
+from qedfuse.qed.image import Image
+from qedfuse.text import describe
+
+#: Seconds that setting the times may take, and at the start.
+_PATIENCE = 2.0
+_START_PATIENCE = 20.0
+
+_log = logging.getLogger("qedfuse")
+
+
+class RootClock:
+    """Tells the kernel when the root was last written, as often as a writer closes it.
+
+    Only then, since the mount is in use then anyway: at any other time a look from outside could come in the way of
+    unmounting. `mount`: nothing else is touched. `count` says how many writes there have been: the image file itself
+    changes at other times, too.
+    """
+
+    def __init__(self, mount: Mount, count: Callable[[], int]) -> None:
+        self._mountpoint = mount.mountpoint
+        self._device = mount.st_dev
+        self._count = count
+        self._told = 0
+        self._complained = False
+        self._lock = trio.Lock()
+        self._one = trio.CapacityLimiter(1)  # still taken by a call that has lasted too long
+
+    async def start(self, image: Image) -> None:
+        """Tell times for the first time. Raises QedfuseError if the kernel believes in another size than the image's:
+        then the mount is not usable. That the times cannot be told is only logged."""
+        try:
+            size = await self._set_times(image, _START_PATIENCE)
+        except OSError as error:
+            self._complain(error)
+            return
+        if size is not None and size != image.size:
+            raise QedfuseError(
+                self._mountpoint, f"mounted, but not usable: the kernel shows {size} bytes instead of {image.size}"
+            )
+
+    async def update(self, image: Image) -> None:
+        """A handle on the root is being closed. What fails is logged, and tried again with the next one."""
+        async with self._lock:
+            count = self._count()
+            if count != self._told and self._one.available_tokens and await self._tell(image):
+                self._told = count
+
+    async def _tell(self, image: Image) -> bool:
+        try:
+            return await self._set_times(image, _PATIENCE) is not None
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return True  # the mount has left its place: what has it open goes on, but not by this path
+            self._complain(error)
+            return False
+
+    async def _set_times(self, image: Image, seconds: float) -> int | None:
+        """The size that the kernel believes in; None if it takes longer than this (a writer waits for a slow disk with
+        the file locked, or the kernel's requests are answered no longer). Raises OSError."""
+        status = image.storage.stat()
+        arguments = (self._mountpoint, self._device, status.st_atime_ns, status.st_mtime_ns)
+        with trio.move_on_after(seconds):
+            return await abandonable(partial(_outside.set_times, *arguments), self._one)
+        return None
+
+    def _complain(self, error: OSError) -> None:
+        """Once: what it cannot do now, it can most often not do at all."""
+        if not self._complained:
+            _log.warning("%s: cannot tell the kernel the time of change: %s", self._mountpoint, describe(error))
+        self._complained = True

@@ -1,0 +1,1 @@
+"""The kernel's requests as calls of the engine; nothing of processes."""

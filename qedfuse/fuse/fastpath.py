@@ -1,0 +1,176 @@
+"""The native fast path, seen from Python, its only user.
+
+The essay in `native/filter.c` tells how it works and why it is right.
+
+Importing this module loads the filter, which must happen before pyfuse3 is imported: the dynamic linker takes the first
+definition that it meets. ImportError: the filter was not built.
+
+What it hands over to Python is answered by `bypass.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from qedfuse.fuse.bypass import HandOver
+from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.offload import sync_with
+from qedfuse.layers.layer import Layer
+from qedfuse.layers.raw import RawLayer
+from qedfuse.qed.image import Image
+
+_flags = sys.getdlopenflags()
+sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
+try:
+    from qedfuse.native import _fastpath as native
+finally:
+    sys.setdlopenflags(_flags)
+
+#: For tests, in the environment: "pass" lets every request through, "nospin" never polls for the next one.
+MODE_VARIABLE = "QEDFUSE_FASTPATH"
+
+
+class FastPath:
+    """The filter of this process's mount. `pyfuse3_file`: pyfuse3's library. Raises OSError if libfuse is not there.
+
+    `cached`: the kernel has a page cache, and may hold data that we do not know of: written ones if its writeback cache
+    is on, stores into shared maps in any case.
+    """
+
+    def __init__(self, pyfuse3_file: str, *, cached: bool) -> None:
+        mode = os.environ.get(MODE_VARIABLE)
+        self.answers = mode != "pass"
+        self._spin = mode != "nospin"
+        self._cached = cached
+        self._images: dict[int, _Attached] = {}
+        self._handles: dict[int, Image] = {}
+        self._answering: HandOver | None = None
+        native.bind(pyfuse3_file)
+        if self.answers:
+            sync_with(native.Syncer)
+
+    @property
+    def bound(self) -> bool:
+        """Whether requests come by the filter; known when the first one has arrived."""
+        return self.counters["calls"] > 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Since the process began: `calls` of the filter, `reads`, `writes` and `syncs` answered, requests `passed` to
+        pyfuse3 and `handed` over (`missed` of all these because they needed a disk), `spins` for the next request and
+        those `spun` successfully, reads that `waits` counts as having waited for the disk, `waited` successfully."""
+        counters = native.counters()
+        answering = self._answering
+        counters["reads"] += answering.reads if answering else 0
+        counters["syncs"] = answering.syncs if answering else 0
+        return counters
+
+    @property
+    def in_python(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """To be called before and after Python's work on a request, for the filter to know whether there is any."""
+        return native.enter, native.leave
+
+    @property
+    def sync_asked(self) -> Callable[[], bool]:
+        """To be called first thing in a write's handler: whether the write must be durable when it is answered."""
+        return native.sync_asked
+
+    # -- handles ------------------------------------------------------------------------------------------------------
+
+    def attach(self, fh: int, image: Image, *, to_write: bool, synced: bool) -> None:
+        """Answer requests for an open file, writes only if they need not be `synced` each."""
+        attached = self._images.get(id(image))
+        if attached is None:
+            attached = self._images[id(image)] = _Attached(image)
+        attached.handles += 1
+        self._handles[fh] = image
+        if to_write:
+            attached.writers.add(fh)
+        native.attach(fh, attached.top, to_write and not synced)
+
+    def detach(self, fh: int) -> None:
+        """The file is closed. To be called before its image may be closed; nothing happens if it is not attached."""
+        image = self._handles.pop(fh, None)
+        if image is None:
+            return
+        native.detach(fh)
+        attached = self._images[id(image)]
+        attached.handles -= 1
+        attached.writers.discard(fh)
+        if not attached.handles:
+            attached.forget()
+            del self._images[id(image)]
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Filter requests, and answer those that are handed over, during the block, in which pyfuse3.main runs."""
+        async with trio.open_nursery() as nursery:
+            has_writers = self._has_writers if self._cached else None
+            self._answering = HandOver(nursery, self._handles, has_writers, self.in_python)
+            native.configure(self.answers, spin=self._spin, hand_over=self._answering.answer)
+            try:
+                yield
+            finally:
+                native.configure(False)
+                nursery.cancel_scope.cancel()
+
+    def _has_writers(self, image: Image) -> bool:
+        attached = self._images.get(id(image))
+        return attached is not None and bool(attached.writers)
+
+
+class _Attached:
+    """An open image as C sees it."""
+
+    def __init__(self, image: Image) -> None:
+        self.handles = 0
+        self.writers: set[int] = set()
+        self._image = image
+        self._watched: list[Image] = []
+        self.top = self._native(image)
+
+    def _native(self, image: Image) -> native.Layer:
+        chain: list[Layer] = [image]
+        while chain[-1].backing is not None:
+            chain.append(chain[-1].backing)
+        below: native.Layer | None = None
+        for layer in reversed(chain[1:]):
+            below = self._layer(layer, below)
+        return self._layer(image, below, top=True)
+
+    def _layer(self, layer: Layer, below: native.Layer | None, top: bool = False) -> native.Layer:
+        fd = layer.storage.fileno() if isinstance(layer.storage, FileStorage) and layer.storage.local else -1
+        if isinstance(layer, RawLayer):
+            return native.Layer(fd, layer.size)
+        if not isinstance(layer, Image):
+            return native.Layer(-1, layer.size)
+        l1, l2 = native.PageIndex(), native.PageIndex()
+        layer.tables.l1.watch(l1)
+        layer.tables.l2.watch(l2)
+        self._watched.append(layer)
+        size, file_end, *_ = layer.state()
+        return native.Layer(
+            fd,
+            size,
+            file_end=file_end,
+            data_start=layer.header.header_bytes,
+            cluster_bits=layer.geometry.cluster_bits,
+            table_bits=layer.geometry.table_entries.bit_length() - 1,
+            l1=l1,
+            l2=l2,
+            below=below,
+            state=layer.state if top else None,
+            wrote=layer.note_written if top else None,
+            l1_offset=layer.header.l1_table_offset,
+            loaded=layer.tables.take_page,
+        )
+
+    def forget(self) -> None:
+        for image in self._watched:
+            image.tables.l1.watch(None)
+            image.tables.l2.watch(None)

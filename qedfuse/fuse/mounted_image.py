@@ -1,0 +1,420 @@
+"""One image of a mount: opened when first used, closed a little after its last use.
+
+An image is opened and closed by one task (`_keep`), as `open_image` demands; users count themselves in and out. The
+lock is held while the image is being opened or closed, so that nobody uses it halfway, and a new user waits for the
+close to end (the image's own lock would refuse him before).
+
+Closing throws away what is in memory, so it comes after a flush that has succeeded. While the host has no space for
+what was written the image stays open, for the next user as well, and the flush is tried again. An image whose sync has
+failed stays open, too, until the mount ends: opened again, it would not know of it.
+
+Reading changes nothing: an image is opened for reading only, with a reader's locks, and not even repaired. The first
+user who wants to write has it opened for writing, for all who use it; if that cannot be, only he is told.
+
+An image that nobody uses is given to the next user only if he would get the same files by opening it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from errno import EACCES, EPERM, EROFS
+from functools import partial
+from typing import Any, TypeVar
+
+import trio
+
+from qedfuse.chain.opening import make_writable
+from qedfuse.chain.peek import FileKey, FileMark, key_of, mark_of
+from qedfuse.errors import QedfuseError
+from qedfuse.fuse.page_cache import TICK, CachedPages
+from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.lookups import look
+from qedfuse.layers.layer import Layer
+from qedfuse.qed.image import Image
+from qedfuse.text import describe
+
+T = TypeVar("T")
+
+#: path -> an image that is open for reading
+Opener = Callable[[str], AbstractAsyncContextManager[Image]]
+Upgrade = Callable[[Image], Awaitable[None]]
+Question = Callable[[Image], Awaitable[bool]]
+
+#: Seconds until what could not be written is tried again, at first and at most.
+_FIRST_PAUSE = 0.5
+_LAST_PAUSE = 4.0
+
+_log = logging.getLogger("qedfuse")
+
+
+class MountedImage:
+    """An image that is open while somebody uses it, and `linger` seconds longer.
+
+    `read_only`: never opened for writing. `is_current`: whether the names of an open image's backing files still lead
+    to what is open. `path`: where it is opened; may be changed, for a file that was renamed. `opened`: the image while
+    it is open. `local`: it is, and none of its files' hosts can fail to answer. `failure`: why the last close failed.
+    `unwritten`: why it cannot be closed yet. `mtime_ns`: the time of change that the kernel wants the file to have;
+    closing keeps it (nanoseconds). `mark`, `size` and `closed_at`: the file's state after it was last changed by us,
+    the image's size (bytes), and when that was (`time.monotonic`). `cached`: what the kernel may have cached of it.
+    """
+
+    __slots__ = (
+        "_closed",
+        "_given_up",
+        "_hurry",
+        "_idle",
+        "_is_current",
+        "_keeping",
+        "_linger",
+        "_lock",
+        "_nursery",
+        "_open",
+        "_ours",
+        "_retired",
+        "_retiring",
+        "_stop",
+        "_upgrade",
+        "_upgrading",
+        "_users",
+        "_waiting",
+        "_wake",
+        "cached",
+        "closed_at",
+        "failure",
+        "local",
+        "mark",
+        "mtime_ns",
+        "opened",
+        "path",
+        "read_only",
+        "size",
+        "unwritten",
+    )
+
+    def __init__(
+        self,
+        path: str,
+        opener: Opener,
+        nursery: trio.Nursery,
+        *,
+        read_only: bool,
+        linger: float,
+        upgrade: Upgrade = make_writable,
+        is_current: Question | None = None,
+    ) -> None:
+        self.path = path
+        self.read_only = read_only
+        self.opened: Image | None = None
+        self.failure: OSError | None = None
+        self.unwritten: OSError | None = None
+        self.mark: FileMark | None = None
+        self.size = 0
+        self.cached = CachedPages()
+        self.closed_at = 0.0
+        self.mtime_ns: int | None = None
+        self._open = opener
+        self._upgrade = upgrade
+        self._is_current = is_current
+        self._nursery = nursery
+        self._linger = linger
+        self._users = 0
+        self._waiting = 0  # for it to be open, to become users
+        self._retiring = False
+        self._keeping = False
+        self._ours = False
+        self._lock = trio.Lock()
+        self._upgrading = trio.Lock()
+        self._closed = trio.Event()
+        self._idle = trio.Event()
+        self._hurry = trio.Event()
+        self._retired = trio.Event()
+        self._stop = trio.Event()
+        self._wake = trio.Event()
+        self._given_up = False
+        self.local = False
+
+    @property
+    def open(self) -> bool:
+        """Whether it is open, or on its way there or back."""
+        return self._keeping
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is open, or on its way there or back, or wanted."""
+        return self._keeping or self._is_used()
+
+    def _is_used(self) -> bool:
+        return self._users + self._waiting > 0
+
+    @property
+    def changing(self) -> bool:
+        """Whether we may have changed its file since `mark`, or somebody uses it who would lose it."""
+        return self._ours or self._is_used()
+
+    async def acquire(self, *, to_write: bool) -> Image:
+        """The open image; `release` it. If it is `to_write` it is open for writing, unless the file may not be written.
+        Raises what `open_image` and `make_writable` raise."""
+        self._waiting += 1
+        try:
+            image = await self._get()
+            self._users += 1
+        finally:
+            self._waiting -= 1
+            self._note_idle()
+        if to_write:
+            try:
+                await self.make_writable()
+            except BaseException:
+                self.release()
+                raise
+        return image
+
+    async def _get(self) -> Image:
+        while True:
+            async with self._lock:
+                if self.opened is None:
+                    await self._nursery.start(self._keep)
+                    assert self.opened is not None
+                    return self.opened
+                if not self._retiring and (self._users or await self._may_stay(self.opened)):
+                    return self.opened
+                self._retire()
+                retired = self._retired
+            await retired.wait()
+
+    async def _may_stay(self, image: Image) -> bool:
+        """Whether the image, which nobody has used for a moment, is what opening it would give. One that must be kept
+        is."""
+        if self.unwritten is not None or image.failed is not None:
+            return True
+        return self.cached.is_current(image) and (self._is_current is None or await self._is_current(image))
+
+    async def make_writable(self) -> None:
+        """Have the image open for writing, for one who uses it; unless the file may not be written, or is not to be.
+        Raises what `opening.make_writable` raises."""
+        image = self.opened
+        assert image is not None and self._users
+        if self.read_only:
+            return
+        async with self._upgrading:
+            if image.writable:
+                return
+            self.cached.note_changes(image)  # the rest is us
+            self._ours = True
+            try:
+                await self._upgrade(image)
+            except OSError as error:
+                if error.errno not in (EACCES, EPERM, EROFS):
+                    raise
+                _log.info("%s, shown read-only", describe(error, self.path))
+            else:
+                self.cached.note_writing()
+
+    def release(self) -> None:
+        """One user less."""
+        self._users -= 1
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._is_used():
+            self._idle.set()
+
+    async def close(self) -> None:
+        """Close the image whoever uses it, and wait for that: until all is written, however long that takes, unless
+        there is no hope or `give_up` is called. `failure` says whether it went well. Idempotent."""
+        self._stop.set()
+        self._idle.set()
+        self._hurry.set()
+        self._wake.set()
+        if self._keeping:
+            await self._closed.wait()
+
+    async def close_if_idle(self) -> bool:
+        """Close the image now if it only lingers; wait for that, and for a close that has begun. Returns whether it was
+        closed meanwhile. Cancellation is harmless."""
+        if not self._keeping or self._is_used():
+            return False
+        closed = self._closed
+        async with self._lock:
+            image = self.opened
+            if image is None:
+                return closed.is_set()
+            if self._is_used() or image.failed is not None:  # it would not be closed
+                return False
+            self._retire()
+            if self.unwritten is not None:
+                self._wake.set()
+            retired = self._retired
+        await retired.wait()
+        return closed.is_set()
+
+    def _retire(self) -> None:
+        self._retiring = True
+        self._idle.set()
+        self._hurry.set()
+
+    def give_up(self) -> None:
+        """Let `close` try but once to write what is not written yet."""
+        self._given_up = True
+        self._wake.set()
+
+    async def _keep(self, task_status: Any) -> None:
+        self._keeping = True
+        self.local = False
+        self._closed = trio.Event()
+        self._idle = trio.Event()
+        self._hurry = trio.Event()
+        self._retired = trio.Event()
+        self._retiring = False
+        self.mtime_ns = None
+        closing = False
+        spare: int | None = None
+        try:
+            async with self._open(self.path) as image:
+                self.cached.note_open(image)
+                self.opened = image
+                self.size = image.size
+                self.local = _is_local(image)
+                task_status.started()
+                await self._wait_until_dispensable(image)
+                closing = True
+                self.opened = None
+                self.size = image.size
+                if isinstance(image.storage, FileStorage) and image.writable and self._matters_how_it_is_left():
+                    with contextlib.suppress(OSError):  # no descriptor left: then it counts as changed by others
+                        spare = os.dup(image.storage.fileno())
+            self.failure = image.failed
+        except Exception as error:
+            if not closing:
+                raise  # it could not be opened: for `acquire`
+            self._note_failure(error)
+        finally:
+            self.opened = self.unwritten = None
+            if spare is not None:
+                with trio.CancelScope(shield=True):
+                    await self._leave_file(spare)
+            self._keeping = self._ours = False
+            self._closed.set()
+            self._retired.set()
+            if closing:
+                self._lock.release()
+
+    async def _wait_until_dispensable(self, image: Image) -> None:
+        """Returns with the lock held, when the image is not used and closing it loses nothing, or must be closed."""
+        pause = _FIRST_PAUSE
+        while True:
+            await self._wait_until_unused()
+            ending = self._stop.is_set()
+            if image.failed is None:
+                try:
+                    await image.clean()
+                except OSError as error:
+                    if image.failed is None:
+                        self._note_unwritten(error)
+                except Exception:  # a bug: closing meets it again, and says so
+                    return
+                else:
+                    return
+            if ending and (image.failed is not None or self._given_up):
+                return
+            self._retiring = False
+            self._retired.set()
+            self._retired = trio.Event()
+            if not self._stop.is_set():
+                self._hurry = trio.Event()
+            self._lock.release()
+            if image.failed is not None:
+                await self._stop.wait()
+                continue
+            with trio.move_on_after(pause):
+                await self._wake.wait()
+            pause = min(2 * pause, _LAST_PAUSE)
+            self._wake = trio.Event()
+
+    def _note_unwritten(self, error: OSError) -> None:
+        if self.unwritten is None or self.unwritten.errno != error.errno:
+            _log.error("%s: stays open until what was written can be kept", describe(error, self.path))
+        self.unwritten = error
+
+    async def _wait_until_unused(self) -> None:
+        """Returns with the lock held, when nobody has used the image for a while, or must not any longer."""
+        while True:
+            await self._idle.wait()
+            with trio.move_on_after(self._linger):
+                await self._hurry.wait()
+            await self._lock.acquire()
+            if self._stop.is_set() or self._retiring or not self._is_used():
+                return
+            self._idle = trio.Event()
+            self._lock.release()
+
+    def _note_failure(self, error: Exception) -> None:
+        if isinstance(error, OSError):
+            self.failure = error
+            _log.error("closing failed: %s", describe(error, self.path))
+        else:
+            self.failure = QedfuseError(self.path, "closing failed, see the log")
+            _log.error("%s: closing failed", self.path, exc_info=error)
+
+    def _matters_how_it_is_left(self) -> bool:
+        return self.mtime_ns is not None or not self._stop.is_set()
+
+    async def _leave_file(self, fd: int) -> None:
+        """Set the time that the kernel wants, and remember how we left the file. The descriptor still holds the image's
+        lock: nobody else has changed it, and nobody does until that would show."""
+        try:
+            status = await self._call(partial(self._set_times, fd))
+            if not self._stop.is_set():
+                await trio.sleep(min(max(0, status.st_ctime_ns + TICK - time.time_ns()), TICK) / 1e9)
+            self.note_state(status)
+        except OSError as error:
+            _log.warning("%s", describe(error, self.path))
+        finally:
+            with contextlib.suppress(OSError):
+                await self._call(partial(os.close, fd))
+
+    def _set_times(self, fd: int) -> os.stat_result:
+        status = os.fstat(fd)
+        if self.mtime_ns is not None and self.mtime_ns != status.st_mtime_ns:
+            os.utime(fd, ns=(status.st_atime_ns, self.mtime_ns))
+            status = os.fstat(fd)
+        return status
+
+    async def _call(self, call: Callable[[], T]) -> T:
+        """On the spot, unless the host may not answer."""
+        return call() if self.local else await look(call)
+
+    def note_state(self, status: os.stat_result) -> None:
+        """The image's file is in a state to which we have brought it."""
+        self.mark = mark_of(status)
+        self.cached.note_own_change(status)
+        self.closed_at = time.monotonic()
+
+    def status(self) -> dict[str, Any]:
+        """For `qedfuse status`; sizes in bytes."""
+        image = self.opened
+        error = (image.failed if image else None) or (None if self._users else self.unwritten)
+        return {
+            "filename": self.path,
+            "virtual-size": image.size if image else None,
+            "writable": image.writable if image else False,
+            "backing-filename": image.backing.path if image and image.backing else None,
+            "error": describe(error, self.path) if error else None,
+        }
+
+    def key(self) -> FileKey | None:
+        """Which file is open."""
+        return key_of(self.opened.storage.stat()) if self.opened else None
+
+
+def _is_local(layer: Layer | None) -> bool:
+    while layer is not None:
+        if isinstance(layer.storage, FileStorage) and not layer.storage.local:
+            return False
+        layer = layer.backing
+    return True

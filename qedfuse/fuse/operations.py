@@ -1,0 +1,406 @@
+"""The kernel's requests, translated into calls of the engine and of the tree, and errors into errnos. Nothing else.
+
+`read` and `write` are the hot path: a dictionary lookup, and the engine's `_nowait` call if that is enough.
+
+Extended attributes stay unimplemented: with them the kernel would ask for `security.capability` before each write.
+Source: pyfuse3's `Operations`; fuse(4), Linux fs/fuse/.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+
+from qedfuse.chain.peek import Peek
+from qedfuse.fuse.attributes import Attributes, directory_attributes, host_blocks, raw_attributes
+from qedfuse.fuse.complaints import Complaints, Unopened
+from qedfuse.fuse.options import MountOptions
+from qedfuse.fuse.oversize import Oversize
+from qedfuse.fuse.replaced import check_not_replaced
+from qedfuse.fuse.setattr import change_owner, change_times
+from qedfuse.fuse.tree import ROOT, Entry, Node, Tree
+from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.lookups import look
+from qedfuse.layers.layer import Layer
+from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE
+from qedfuse.qed.image import Image
+
+if TYPE_CHECKING:
+    from qedfuse.fuse.fastpath import FastPath
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Seconds for which the kernel believes attributes, and names that may change.
+ATTRIBUTES_TIMEOUT = 1.0
+NAMES_TIMEOUT = 1.0
+FIXED_NAMES_TIMEOUT = 3600.0
+
+_SYNC_FLAGS = os.O_SYNC | os.O_DSYNC
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
+def _no() -> bool:
+    return False
+
+
+def _translated(
+    handler: Callable[Concatenate[Operations, P], Awaitable[T]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
+    """A handler whose exceptions become errnos. pyfuse3 ends the mount on anything but a FUSEError."""
+
+    async def translated(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._enter()
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except Exception as error:
+            raise FUSEError(self.complaints.errno_of(error, handler.__name__)) from None
+        finally:
+            self._leave()
+
+    return translated
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers. `host` is the status that the root directory shows, in a mount over a directory.
+
+    `initialized`: the kernel and we have agreed on the protocol. `settling`: the mount is not announced yet. Its owner
+    is the daemon's user, who may then tell the kernel the times of a file mount, and the image's are not to be changed
+    by that (see `root_times.py`). `on_close`: awaited, with its image, when a handle on a file mount's root is closed.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self, tree: Tree, options: MountOptions, host: os.stat_result, fastpath: FastPath | None = None
+    ) -> None:
+        super().__init__()
+        self.enable_writeback_cache = options.writeback
+        self.initialized = trio.Event()
+        self.settling = True
+        self.reads = 0
+        self.writes = 0
+        self.syncs = 0
+        self.on_close: Callable[[Image], Awaitable[None]] | None = None
+        self.oversize: Oversize | None = None
+        self.complaints = Complaints()
+        self.unopened = Unopened()
+        self._tree = tree
+        self._options = options
+        self._host = host
+        self._fastpath = fastpath
+        self._enter, self._leave = fastpath.in_python if fastpath else (_nothing, _nothing)
+        # With a page cache the kernel asks for an fsync after such a write; without one it only says so in the request,
+        # which pyfuse3 does not show.
+        self._sync_asked = fastpath.sync_asked if fastpath and options.direct_io else _no
+        self._always_sync = options.direct_io and "sync" in options.kernel
+        self._images: dict[int, Image] = {}
+        self._nodes: dict[int, Node] = {}
+        self._writing: set[int] = set()
+        self._synced: set[int] = set()
+        self._listings: dict[int, list[Entry]] = {}
+        self._next_handle = 1
+        self._names_timeout = NAMES_TIMEOUT if tree.sources else FIXED_NAMES_TIMEOUT
+
+    def init(self) -> None:
+        self.initialized.set()
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        self._enter()
+        try:
+            image = self._images[fh]
+            data = image.read_nowait(off, size)
+            if data is None:
+                data = await image.read(off, size)
+            self.reads += 1
+            return data  # type: ignore[return-value]  # pyfuse3 takes any buffer
+        except Exception as error:
+            raise FUSEError(self.complaints.errno_of(error, "read")) from None
+        finally:
+            self._leave()
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        self._enter()
+        try:
+            image = self._images[fh]
+            durable = fh in self._synced or self._sync_asked()
+            if not image.write_nowait(off, buf):
+                await image.write(off, buf)
+            if durable:
+                await image.flush()
+                await check_not_replaced(image)
+            self.writes += 1
+            return len(buf)
+        except Exception as error:
+            code = self.complaints.errno_of(error, "write")
+            if code == errno.EFBIG and self.oversize and off + len(buf) > image.geometry.max_image_size:
+                self.oversize.note(self._nodes[fh], image, off)
+            raise FUSEError(code) from None
+        finally:
+            self._leave()
+
+    @_translated
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        self.syncs += 1
+        image = self._images[fh]
+        await image.flush()
+        await check_not_replaced(image)
+
+    @_translated
+    async def flush(self, fh: int) -> None:
+        """close(2): promises nothing, but is the last chance to tell a writer that something was lost."""
+        image = self._images[fh]
+        if image.failed is not None and fh in self._writing:
+            raise image.failed
+        if self.on_close is not None:
+            await self.on_close(image)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @_translated
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        node = self._tree.node(inode)
+        to_write = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        image = await self._acquire(node, to_write=to_write)
+        try:
+            if to_write and not image.writable:
+                raise FUSEError(errno.EROFS)
+            if flags & os.O_TRUNC:  # ours to do: libfuse asks the kernel for that (FUSE_ATOMIC_O_TRUNC)
+                await image.resize(0)
+            await _refresh(image)
+        except BaseException:
+            node.mounted.release()
+            raise
+        handle = self._take_handle()
+        self._images[handle] = image
+        self._nodes[handle] = node
+        if to_write:
+            self._writing.add(handle)
+        sync = self._always_sync or bool(flags & _SYNC_FLAGS)
+        if sync:
+            self._synced.add(handle)
+        if self._fastpath:
+            self._fastpath.attach(handle, image, to_write=to_write, synced=sync)
+        keep_cache = not self._options.direct_io and node.mounted.cached.may_keep(image)
+        return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=keep_cache)
+
+    @_translated
+    async def release(self, fh: int) -> None:
+        if self._fastpath:
+            self._fastpath.detach(fh)
+        del self._images[fh]
+        self._writing.discard(fh)
+        self._synced.discard(fh)
+        self._nodes.pop(fh).mounted.release()
+
+    @_translated
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        if inode == ROOT and self._tree.root is None:
+            raise FUSEError(errno.EPERM)
+        node = self._tree.node(inode)
+        image = await self._acquire(node, to_write=fields.update_size, by_name=fields.update_size and fh is None)
+        try:
+            if node.mounted.read_only or (fields.update_size and not image.writable):
+                raise FUSEError(errno.EROFS)
+            size = attr.st_size
+            if fields.update_size and self.oversize and self.oversize.asks(node, image, size):
+                size = image.size
+            elif fields.update_size:
+                await image.resize(size)
+            if not self.settling:
+                change = partial(self._change_file, node, image, attr, fields, ctx)
+                if cast(FileStorage, image.storage).local:
+                    change()
+                else:
+                    await look(change)
+            entry = self._entry(node.id, await self._fresh_attributes(node, None))
+            if fields.update_size and self.enable_writeback_cache:
+                # The kernel is the master of the size, and drops from its cache what lies behind the one it is told:
+                # with the image's, which is rounded up, bytes that were cut off would stay there, and be written again.
+                entry.st_size = size
+            return entry
+        finally:
+            node.mounted.release()
+
+    def _change_file(
+        self, node: Node, image: Image, attr: EntryAttributes, fields: SetattrFields, ctx: RequestContext
+    ) -> None:
+        fd = cast(FileStorage, image.storage).fileno()
+        change_owner(
+            fd,
+            caller=ctx.uid,
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            options=self._options,
+        )
+        mtime = attr.st_mtime_ns if fields.update_mtime else None
+        change_times(fd, atime_ns=attr.st_atime_ns if fields.update_atime else None, mtime_ns=mtime)
+        if mtime is not None and self.enable_writeback_cache:
+            node.mounted.mtime_ns = mtime  # the kernel is the master of it
+        if not image.writable:
+            node.mounted.note_state(os.fstat(fd))
+
+    @_translated
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        if inode == ROOT and self._tree.root is None:
+            return self._entry(ROOT, directory_attributes(self._host, self._options))
+        node = self._tree.node(inode)
+        peek = None if node.mounted.opened else await self._tree.look(node)
+        return self._entry(inode, await self._fresh_attributes(node, peek))
+
+    @_translated
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Asked only where the kernel does not decide by owner and mode: the one who mounted it may do all there is."""
+        if mode & os.W_OK and (await self.getattr(inode, ctx)).st_mode & 0o222 == 0:
+            raise FUSEError(errno.EROFS)
+        return not mode & os.X_OK or (inode == ROOT and self._tree.root is None)
+
+    # -- the directory ------------------------------------------------------------------------------------------------
+
+    @_translated
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        found = await self._tree.find(name)
+        if found is None:
+            raise FUSEError(errno.ENOENT)
+        found.node.lookups += 1
+        return self._entry(found.node.id, await self._fresh_attributes(found.node, found.peek))
+
+    async def forget(self, inode_list: Any) -> None:
+        for inode, lookups in inode_list:
+            self._tree.forget(inode, lookups)
+
+    @_translated
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        handle = self._take_handle()
+        self._listings[handle] = await self._tree.entries()
+        return handle
+
+    @_translated
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        root = self._entry(ROOT, directory_attributes(self._host, self._options))
+        for index, name in enumerate((b".", b"..")):
+            if index >= start_id and not pyfuse3.readdir_reply(token, name, root, index + 1):
+                return
+        listing = self._listings[fh]
+        for index in range(max(0, start_id - 2), len(listing)):
+            name, node, peek = listing[index]
+            entry = self._entry(node.id, self._attributes(node, peek))
+            if not pyfuse3.readdir_reply(token, name, entry, index + 3):
+                return
+            node.lookups += 1
+
+    @_translated
+    async def releasedir(self, fh: int) -> None:
+        del self._listings[fh]
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """The directory is not ours to make durable."""
+
+    async def _refuse(self, *args: Any) -> NoReturn:
+        """Raw files come and go with their images."""
+        raise FUSEError(errno.EPERM)
+
+    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]
+
+    @_translated
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """The host file system's space, or the block device's, as that is what runs out. f_bsize is the cluster size:
+        the loop driver takes its discard granularity from it. In a directory it is the largest one, a multiple of the
+        others."""
+        images = [node.mounted.opened for node in self._tree.nodes if node.mounted.opened]
+        host = await self._host_space([cast(FileStorage, image.storage) for image in images])
+        result = StatvfsData()
+        result.f_bsize = max((image.geometry.cluster_size for image in images), default=DEFAULT_CLUSTER_SIZE)
+        result.f_frsize = host.f_frsize
+        result.f_blocks, result.f_bfree, result.f_bavail = host.f_blocks, host.f_bfree, host.f_bavail
+        room = images[0].room if images else None
+        if room is not None:
+            result.f_frsize = images[0].geometry.cluster_size
+            result.f_blocks = images[0].storage.size() // result.f_frsize
+            result.f_bfree = result.f_bavail = min(room // result.f_frsize, result.f_blocks)
+        result.f_files, result.f_ffree, result.f_favail = len(self._tree.nodes), 0, 0
+        result.f_namemax = host.f_namemax
+        return result
+
+    async def _host_space(self, files: list[FileStorage]) -> os.statvfs_result:
+        """Of the file system that has the images; rather of a local one, which answers."""
+        files.sort(key=lambda file: not file.local)
+        return await (files[0].statvfs() if files else self._tree.sources.statvfs())
+
+    # -- small parts --------------------------------------------------------------------------------------------------
+
+    async def _acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
+        """See `Tree.acquire`. An image that is broken is EIO to whoever opens it, and a line in the log."""
+        try:
+            image = await self._tree.acquire(node, to_write=to_write, by_name=by_name)
+        except Exception as error:
+            code = self.complaints.errno_of(error, "open", broken=True)
+            if code not in (errno.ESTALE, errno.EROFS):  # the kernel asks again; it can be opened
+                self.unopened.note(node.mounted.path, error)
+            raise FUSEError(code) from None
+        self.unopened.forget(node.mounted.path)
+        return image
+
+    async def _fresh_attributes(self, node: Node, peek: Peek | None) -> Attributes:
+        await _refresh(node.mounted.opened)
+        return self._attributes(node, peek)
+
+    def _attributes(self, node: Node, peek: Peek | None) -> Attributes:
+        """Of an open image what is true now, of another what a look has found."""
+        image = node.mounted.opened
+        if image is not None:
+            status = image.storage.stat()
+            writable = image.writable or (node.may_write and not node.mounted.read_only)
+            return raw_attributes(status, image.size, host_blocks(image), writable=writable, options=self._options)
+        if peek is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        writable = not node.mounted.read_only and peek.writable
+        return raw_attributes(peek.status, peek.size, peek.status.st_blocks, writable=writable, options=self._options)
+
+    def _entry(self, inode: int, attributes: Attributes) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = inode
+        entry.st_mode = attributes.mode
+        entry.st_nlink = attributes.nlink
+        entry.st_uid = attributes.uid
+        entry.st_gid = attributes.gid
+        entry.st_size = attributes.size
+        entry.st_blocks = attributes.blocks
+        entry.st_atime_ns = attributes.atime_ns
+        entry.st_mtime_ns = attributes.mtime_ns
+        entry.st_ctime_ns = attributes.ctime_ns
+        entry.attr_timeout = ATTRIBUTES_TIMEOUT
+        entry.entry_timeout = self._names_timeout
+        if self.settling:
+            entry.attr_timeout = 0
+            entry.st_uid = os.geteuid()
+            entry.st_mode |= 0o600
+        return entry
+
+    def _take_handle(self) -> int:
+        self._next_handle += 1
+        return self._next_handle
+
+
+async def _refresh(layer: Layer | None) -> None:
+    """Have the files of a chain tell what they are like now."""
+    while layer is not None:
+        await cast(FileStorage, layer.storage).refresh()
+        layer = layer.backing

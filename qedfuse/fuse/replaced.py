@@ -1,0 +1,51 @@
+"""What is written into a file that is gone is gone, too: an image whose file has been replaced while it was open.
+
+Moving another image over it (rename(2)) leaves the open one without a name. It can be read and written as before, but
+nobody will find what is written, and so no sync of it succeeds. A file that was only deleted is its users' own affair,
+and one that has another name keeps what is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from functools import partial
+
+from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.lookups import look
+from qedfuse.host.storage import Storage, identity
+from qedfuse.qed.image import Image
+
+_DELETED = " (deleted)"
+
+
+def may_be_replaced(image: Image) -> bool:
+    """Whether its file has no name any more. Costs one fstat."""
+    return image.storage.stat().st_nlink == 0
+
+
+async def check_not_replaced(image: Image) -> None:
+    """Raises OSError(ESTALE) if the image's file has no name any more, and its old one is another file's."""
+    if may_be_replaced(image) and await look(partial(_is_replaced, image.storage)):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def _is_replaced(storage: Storage) -> bool:
+    return any(_is_another(path, storage) for path in {storage.path, _last_name(storage)})
+
+
+def _is_another(path: str, storage: Storage) -> bool:
+    try:
+        return identity(os.stat(path)) != identity(storage.stat())
+    except OSError:
+        return False
+
+
+def _last_name(storage: Storage) -> str:
+    """It may have been renamed since it was opened. Source: proc(5) on /proc/pid/fd."""
+    if not isinstance(storage, FileStorage):
+        return storage.path
+    try:
+        return os.readlink(f"/proc/self/fd/{storage.fileno()}").removesuffix(_DELETED)
+    except OSError:
+        return storage.path

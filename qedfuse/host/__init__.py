@@ -1,0 +1,1 @@
+"""Everything that touches a host file or a thread."""

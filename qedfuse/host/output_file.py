@@ -1,0 +1,162 @@
+"""A host file that is written once, front to back, and is whole or nothing.
+
+Should the writing fail, a file that was made for it is removed, and one that was there before is left empty. The header
+of a new QED image goes to the file last, so that whatever ends the process, what is left is no image. With a raw disk
+nothing can tell: one that SIGKILL or a crash cut short is not recognised.
+
+As with qemu-img, a file that exists is written in place: its inode, owner, mode and links stay.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+
+import trio
+
+from qedfuse.errors import QedfuseError
+from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.image_lock import lock
+from qedfuse.host.storage import Buffer, Identity, identity
+
+#: So much at a time the host is told to begin writing out: little is left for the sync at the end.
+_WRITEBACK_BYTES = 8 << 20
+
+
+def refuse_sources(path: str, status: os.stat_result, sources: Mapping[Identity, str]) -> None:
+    """Raise QedfuseError if the target is one of the files that are read, given with their names."""
+    source = sources.get(identity(status))
+    if source is not None:
+        raise QedfuseError(path, f"cannot be the target: it is read from (as {source})", errno.EINVAL)
+
+
+class OutputFile(FileStorage):
+    """The file. `made`: it was made or emptied for this; otherwise it keeps its size (a block device, for one).
+
+    It keeps no order among its writes, since before `finish` it is of no use: nothing is synced earlier. With
+    `is_image`, the header (what is written at offset 0) is kept back until then. The engine closes its file when it has
+    written it, which is too early: only `release` does.
+    """
+
+    def __init__(self, path: str, fd: int, *, made: bool, is_image: bool) -> None:
+        super().__init__(path, fd, writable=True)
+        self.made = made
+        self._is_image = is_image
+        self._header: Sequence[Buffer] = ()
+        self._begun = 0
+
+    async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self._is_image and offset == 0:
+            self._header = buffers
+            return
+        await super().write(offset, buffers)
+        end = offset + sum(map(len, buffers))
+        if end - self._begun >= _WRITEBACK_BYTES:
+            with suppress(OSError):  # advice; it begins the writing of the range, waits for none of it
+                os.posix_fadvise(self.fileno(), self._begun, end - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = end
+
+    async def sync(self) -> None:
+        pass
+
+    async def finish(self) -> None:
+        """Make all of it durable, then the header. Raises OSError."""
+        await super().sync()
+        if self._header:
+            await super().write(0, self._header)
+            await super().sync()
+
+    async def close(self) -> None:
+        pass
+
+    async def release(self) -> None:
+        """Close it."""
+        await super().close()
+
+
+@asynccontextmanager
+async def open_output(
+    path: str, *, create: bool, is_image: bool, sources: Mapping[Identity, str]
+) -> AsyncIterator[OutputFile]:
+    """The file at `path`, locked; durable when the block has ended, undone if it fails or is cancelled.
+
+    With `create`, a file that is not there is made and one that is there is emptied. A raw disk may be a block device
+    that nobody has mounted. `sources` are not to be written.
+
+    Raises InUseError, QedfuseError (a directory, a FIFO, one of `sources`, ...), OSError; nothing is touched then.
+    """
+    new = make_file(path) if create else None
+    file: OutputFile | None = None
+    begun = False
+    try:
+        file = _open(path, create, is_image)
+        refuse_sources(path, file.stat(), sources)
+        lock(file.fileno(), path, writable=True)
+        begun = file.made
+        if begun and not new:
+            await file.truncate(0)
+        yield file
+        await file.finish()
+        if new:
+            await trio.to_thread.run_sync(sync_directory, os.path.dirname(new))
+    except BaseException as error:
+        with trio.CancelScope(shield=True), suppress(OSError):
+            if new:
+                _remove(new, file)
+            elif begun and file is not None:
+                await file.truncate(0)
+        if isinstance(error, OSError):
+            error.filename = error.filename or path
+        raise
+    finally:
+        if file is not None:
+            await file.release()
+
+
+def _open(path: str, create: bool, is_image: bool) -> OutputFile:
+    mode = os.stat(path).st_mode  # before opening, which with some devices has effects
+    if stat.S_ISDIR(mode):
+        raise QedfuseError(path, "is a directory, and cannot be the target", errno.EISDIR)
+    if not stat.S_ISREG(mode) and (is_image or not stat.S_ISBLK(mode)):
+        kinds = "a regular file" if is_image else "a regular file or a block device"
+        raise QedfuseError(path, f"cannot be the target: it is not {kinds}", errno.EINVAL)
+    exclusive = os.O_EXCL if stat.S_ISBLK(mode) else 0  # EBUSY if it is mounted
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | exclusive)
+    if stat.S_IFMT(os.fstat(fd).st_mode) != stat.S_IFMT(mode):
+        os.close(fd)
+        raise QedfuseError(path, "was replaced by something else just now", errno.EAGAIN)
+    return OutputFile(path, fd, made=create and stat.S_ISREG(mode), is_image=is_image)
+
+
+def _remove(path: str, file: OutputFile | None) -> None:
+    """Remove a file that was made here, unless its name is somebody else's by now."""
+    if file is None or identity(os.stat(path)) == identity(file.stat()):
+        os.unlink(path)
+
+
+def make_file(path: str) -> str | None:
+    """See to it that there is a file; its real path if it is new. A link that leads nowhere gets its file."""
+    real = os.path.realpath(path)
+    try:
+        os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    except FileExistsError:
+        return None
+    except OSError as error:
+        error.filename = path
+        raise
+    return real
+
+
+def sync_directory(path: str) -> None:
+    """Make a new name in a directory durable, where the file system knows how."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+    finally:
+        os.close(fd)

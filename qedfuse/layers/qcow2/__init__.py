@@ -1,0 +1,1 @@
+"""qcow2 images, read-only."""

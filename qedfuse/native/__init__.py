@@ -1,0 +1,1 @@
+"""What is in C. The sources lie beside it, a directory for each extension."""

@@ -1,0 +1,1 @@
+"""The QED format and its read-write engine, which owns the write order."""

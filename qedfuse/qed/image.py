@@ -1,0 +1,441 @@
+"""The engine: one QED image, read and written as flat bytes.
+
+Data's way: `write` -> clusters -> allocator -> storage -> tables -> commit. A request that needs no waiting (its table
+pages are in memory, its clusters are allocated, the host has it in the page cache) is done on the spot by the `_nowait`
+functions, without a lock: nothing else runs meanwhile. Everything else holds a range lock from looking up to finishing.
+
+The order of writes that makes this safe is not decided here: `commit.py` owns it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import trio
+
+from qedfuse.errors import QedfuseError, ReadOnlyError
+from qedfuse.host.storage import Buffer, Storage
+from qedfuse.host.waiting import Breather
+from qedfuse.layers.extents import HostExtents
+from qedfuse.layers.layer import Layer
+from qedfuse.layers.resolve import read_extents, read_extents_nowait, resolve, resolve_nowait
+from qedfuse.layers.runs import Kind, Run
+from qedfuse.qed.allocator import Allocator
+from qedfuse.qed.cluster_writer import ClusterWriter
+from qedfuse.qed.commit import Committer
+from qedfuse.qed.commit_timer import commit_in_time
+from qedfuse.qed.geometry import UNALLOCATED, ZERO_CLUSTER, Geometry
+from qedfuse.qed.header import Header
+from qedfuse.qed.pages import PagePool, shared_pool
+from qedfuse.qed.range_lock import FOREVER, RangeLock
+from qedfuse.qed.tables import Tables
+from qedfuse.qed.tail import CutOff
+from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, round_up
+
+_ENTRY_MASK = PAGE_ENTRIES - 1
+#: One step of a long operation: bounds memory, lock time and the group.
+_STEP_BYTES = 8 << 20
+_STEP_CLUSTERS = 16 * PAGE_ENTRIES
+
+
+class Image:
+    """A QED image; also a `layer.Layer`. Made by `opening.open_image`, which locks, checks and closes it.
+
+    Offsets and sizes are bytes, any alignment, and not checked; no call need be a checkpoint. `library.Image` is what
+    other programs see. Errors are OSErrors: what the host said, EROFS on a read-only image, EIO
+    for a corrupt table and ever after a failed sync. A cancelled write may have happened in part, as after a crash; the
+    image stays consistent.
+
+    `backing` is the layer below, owned and closed with the image. `fixed_size`: writing past the end is ENOSPC and
+    resizing EPERM. `pool` bounds the memory for tables (by default shared by all images of the thread).
+    """
+
+    format = "qed"
+
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        backing: Layer | None,
+        *,
+        writable: bool,
+        fixed_size: bool = False,
+        pool: PagePool | None = None,
+    ) -> None:
+        self.path = storage.path
+        self.storage = storage
+        self.geometry: Geometry = header.geometry
+        self.writable = writable
+        self.fixed_size = fixed_size
+        self._backing = backing
+        self._header = header
+        self._size = header.image_size
+        self._bits = self.geometry.cluster_bits
+        self._mask = self.geometry.cluster_size - 1
+        lenient = header.needs_check and not writable and backing is None
+        self._tables = Tables(storage, header, pool or shared_pool(), lenient=lenient)
+        self._l2_pages = self._tables.l2.pages
+        self._data_start = header.header_bytes
+        self._locks = RangeLock()
+        self._offered = (0, 0)
+        self._closed = False
+        self._committer: Committer | None = None
+        self._writing = trio.Event()
+        if writable:
+            self._begin_writing()
+
+    def _begin_writing(self) -> None:
+        storage, tables, backing = self.storage, self._tables, self._backing
+        allocator = Allocator(self.geometry, storage.size(), fixed=storage.fixed)
+        tables.file_end = allocator.end
+        self._committer = Committer(storage, self._header, tables, allocator, barrier=backing is not None)
+        self._writer = ClusterWriter(storage, tables, allocator, self._committer, backing)
+        self.writable = True
+        self._writing.set()
+
+    async def run_background(self) -> None:
+        """Commit on a timer; runs until cancelled. An image without it is safe, but commits only on flush."""
+        await self._writing.wait()
+        assert self._committer is not None
+        await commit_in_time(self._committer, self.path)
+
+    async def begin_writing(self, header: Header, exchange: Callable[[], None]) -> None:
+        """From an image that is open for reading to one that is open for writing, for all who use it.
+
+        `exchange` makes its storage writable. `header` is in the file now, which is consistent, and as this image's is
+        but for its features. Raises what `exchange` raises; the image is then as it was.
+        """
+        assert not self.writable
+        async with self._locks.hold(0, FOREVER, exclusive=True):  # no read is half done
+            exchange()
+            self._header = header
+            self._tables.start_anew()
+            self._begin_writing()
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes that the guest sees."""
+        return self._size
+
+    @property
+    def backing(self) -> Layer | None:
+        return self._backing
+
+    @property
+    def header(self) -> Header:
+        """As in the file, or on its way there."""
+        return self._committer.header if self._committer else self._header
+
+    @property
+    def failed(self) -> OSError | None:
+        """The error of the sync after which the image became read-only."""
+        return self._committer.failed if self._committer else None
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that new clusters can take on a block device, at most; None: the host's file system knows."""
+        if self._committer:
+            return self._committer.growth.room
+        return 0 if self.storage.fixed else None
+
+    async def measure_room(self) -> int | None:
+        """As `room`, exactly: reads all tables, the first time. Raises OSError."""
+        if self._committer:
+            await self._committer.growth.measure()
+        return self.room
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """Another one whenever what is a hole, or the size, may have changed. A write in place may fill a hole, of a
+        table, too."""
+        committer = self._committer
+        return (committer.changes, committer.writes, self._size) if committer else (0, 0, self._size)
+
+    # -- for the fast path --------------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> Tables:
+        """The mapping. Nobody else changes it."""
+        return self._tables
+
+    def state(self) -> tuple[int, int, bool, int, int]:
+        """The image's size, where clusters end in the file, whether they may be overwritten, and from where to where
+        in the file there are clusters that may be taken from the front (see `note_written`); as of now.
+
+        None may be taken while anybody holds a lock, as he may be about to give a cluster of the range data himself,
+        nor when `_begin_change` would not let a change begin.
+        """
+        committer = self._committer
+        if committer is None or committer.failed:
+            return self._size, self._tables.file_end, False, 0, 0
+        self._offered = (0, 0)
+        if not self._locks and not committer.crowded:
+            self._offered = self._writer.offer()
+        return self._size, self._tables.file_end, True, *self._offered
+
+    def note_written(self, first: int, taken: int, lost: int, filled: int, pages: Sequence[int]) -> None:
+        """Clusters were written, in place or into new ones: `taken` bytes of clusters from `first` on, which is the
+        front of what `state` has offered. Nothing refers to the last `lost` of them; to the others entries of these L2
+        pages do. They hold `filled` bytes of the guest's.
+
+        What was not offered must not be taken, nor anything while a range is locked: somebody else may have it, too.
+        If it happens all the same, the image has failed, and its file stays as it is.
+        """
+        committer = self._committer_of()
+        committer.note_written()
+        if not taken:
+            return
+        start, end = self._offered
+        self._offered = first + taken, end
+        try:
+            if self._locks:
+                raise AssertionError("clusters were taken while a range was locked")
+            if first != start or taken > end - start:
+                raise AssertionError(f"{taken} bytes of clusters at {first:#x} were taken, not offered")
+            self._writer.take_offered(first, taken, lost, filled, pages)
+        except BaseException as error:
+            committer.give_up(error)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
+        """As `read`, if it can be done on the spot; None if it can't."""
+        if offset + size > self._size:
+            size = max(0, self._size - offset)
+        if (offset ^ (offset + size - 1)) >> self._bits == 0:  # one cluster, the common case
+            cluster = offset >> self._bits
+            page = self._l2_pages.get(cluster >> PAGE_BITS)
+            if page is None:
+                return self._read_mapped_nowait(offset, size)
+            entry = page[cluster & _ENTRY_MASK]
+            inside = self._data_start <= entry < self._tables.file_end - self._mask
+            if entry > ZERO_CLUSTER and inside and not entry & self._mask:
+                buffer = bytearray(size)
+                host = entry + (offset & self._mask)
+                return buffer if self.storage.read_into_nowait(host, memoryview(buffer)) else None
+            if entry == ZERO_CLUSTER or (entry == UNALLOCATED and self._backing is None):
+                return bytes(size)
+        return self._read_mapped_nowait(offset, size)
+
+    def _read_mapped_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
+        extents = resolve_nowait(self, offset, size) if size else []
+        return None if extents is None else read_extents_nowait(extents, offset, size)
+
+    async def read(self, offset: int, size: int) -> bytes | bytearray:
+        """`size` bytes at `offset`; fewer, or none, at the end of the image. Raises OSError."""
+        data = self.read_nowait(offset, size)
+        if data is not None:
+            return data
+        async with self._locks.hold(*self._clusters(offset, size), exclusive=False):
+            size = max(0, min(size, self._size - offset))
+            return await read_extents(await resolve(self, offset, size), offset, size) if size else b""
+
+    def map_nowait(self, offset: int, size: int) -> list[Run] | None:
+        runs = self._tables.map_prefix(offset, size)
+        return runs if sum(run.length for run in runs) == size else None
+
+    async def map(self, offset: int, size: int, extents: HostExtents | None = None) -> list[Run]:
+        """See `Layer.map`. Source of the entries' meaning: qed_spec, "Data cluster offsets"."""
+        if extents is not None:
+            version = self.version
+            blank = await self._tables.measure_blank(offset, size, extents)
+            if blank and version == self.version:  # no page of a table has been written since, and left memory
+                return [Run(Kind.UNALLOCATED, blank)]
+        return await self._tables.map(offset, size)
+
+    async def read_indirect(self, offset: int, size: int) -> bytes:
+        raise AssertionError("a qed image has nothing indirect")
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """As `write`, if it overwrites allocated clusters and can be done on the spot. False: not done, use `write`."""
+        size = len(data)
+        if not size or offset + size > self._size or self._committer is None or self._committer.failed:
+            return False
+        runs = self._tables.map_prefix(offset, size)
+        if len(runs) != 1 or runs[0].kind is not Kind.DATA or runs[0].length != size:
+            return False
+        self._committer.note_written()
+        return self.storage.write_nowait(runs[0].host, data)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`. Past the end, the image grows first (ENOSPC if its size is fixed, EFBIG if
+        its geometry cannot map it). Zeroes written over what reads as zeroes anyway allocate nothing."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _STEP_BYTES):
+            await self._write_step(offset + start, view[start : start + _STEP_BYTES])
+
+    async def _write_step(self, offset: int, data: memoryview) -> None:
+        clusters = await self._begin_change()
+        end = offset + len(data)
+        while True:
+            if end > self._size:
+                if self.fixed_size:
+                    raise QedfuseError(self.path, "no space: the image's size is fixed", errno.ENOSPC)
+                async with self._locks.hold(0, FOREVER, exclusive=True):
+                    if end > self._size:
+                        await self._grow(round_up(end, SECTOR_SIZE))
+            async with self._locks.hold(*self._clusters(offset, len(data)), exclusive=True):
+                if end <= self._size:  # nobody shrank it meanwhile
+                    return await clusters.write(offset, data, self._size)
+
+    def keep_zeroes(self) -> None:
+        """From now on zeroes that are written take space as other data does: for who wants an image allocated."""
+        self._committer_of()
+        self._writer.keep_zeroes = True
+
+    async def zero(self, offset: int, size: int) -> None:
+        """Make a range read as zeroes, as far as it lies inside the image; whole clusters give their space back."""
+        end = min(offset + size, self._size)
+        most = max(_STEP_CLUSTERS << self._bits, self.geometry.l2_coverage)  # exabytes without tables take no time
+        breathe = Breather()
+        extents, version = HostExtents(self.storage), self.version
+        while offset < end:
+            await breathe()
+            clusters = await self._begin_change()
+            step = min(end, self.geometry.start_of_cluster(offset) + most) - offset
+            async with self._locks.hold(*self._clusters(offset, step), exclusive=True):
+                step = min(step, self._size - offset)
+                if step <= 0:  # somebody shrank it meanwhile
+                    return
+                if version != self.version:
+                    extents, version = HostExtents(self.storage), self.version
+                blank = 0 if self._backing else await self._tables.measure_blank(offset, step, extents)
+                if not blank or version != self.version:  # a page may have been written since, and left memory
+                    blank = await clusters.zero(offset, step, self._size)
+                offset += blank
+
+    async def discard(self, offset: int, size: int) -> None:
+        """Give the clusters that lie wholly inside the range back; they read as zeroes. The edges stay as they are."""
+        end = min(offset + size, self._size)
+        last = end if end == self._size else self.geometry.start_of_cluster(end)
+        first = round_up(offset, self.geometry.cluster_size)
+        await self.zero(first, last - first)
+
+    # -- size and durability ------------------------------------------------------------------------------------------
+
+    async def resize(self, size: int) -> None:
+        """Set the image's size in bytes, rounded up to 512. What is added reads as zeroes. What is cut off is gone, up
+        to the byte: should the image grow again, it reads as zeroes, in QEMU, too. A smaller size is durable on return,
+        a larger one after `flush`. Raises EFBIG past the geometry's maximum, EPERM if the size is fixed.
+        """
+        await self._begin_change()
+        if size == self._size:
+            return
+        if self.fixed_size:
+            raise QedfuseError(self.path, "the image's size is fixed", errno.EPERM)
+        async with self._locks.hold(0, FOREVER, exclusive=True):
+            if size < self._size:
+                await self._shrink(size)
+            elif size > self._size:
+                await self._grow(round_up(size, SECTOR_SIZE))
+
+    async def _grow(self, size: int) -> None:
+        """Behind the old end the tables and the backing file may hold anything: make it read as zeroes first."""
+        if size > self.geometry.max_image_size:
+            limit = self.geometry.max_image_size
+            raise QedfuseError(self.path, f"file too large: this geometry maps at most {limit} bytes", errno.EFBIG)
+        clusters = await self._begin_change()
+        await clusters.clear_tail(self._size, growing=True)
+        offset = round_up(self._size, self.geometry.cluster_size)
+        breathe = Breather()
+        while offset < size:
+            clusters = await self._begin_change()
+            offset += await clusters.zero(offset, size - offset, size)
+            await breathe()
+        self._size = size
+        self._committer_of().note_size(size)
+
+    async def _shrink(self, end: int) -> None:
+        """The header first: a crash must not leave a large image that has lost its end. Then all behind `end` goes,
+        first the rest of its sector, which stays inside the image, and of its cluster. What may lack space comes before
+        all that: no error must leave an image that is smaller but for that."""
+        clusters = await self._begin_change()
+        committer = self._committer_of()
+        old, size = self._size, round_up(end, SECTOR_SIZE)
+        if end < size:
+            await clusters.own(end, old)
+        if size < old:
+            self._size = size
+            try:
+                await committer.shrink(size)
+            except BaseException:
+                self._size = old
+                raise
+        clusters = await self._begin_change()
+        if end < size:
+            await clusters.zero(end, size - end, size)
+        await clusters.clear_tail(size, growing=False)
+        if size == old:
+            return
+        cut_off = CutOff(self.storage, committer.header, self._tables, self._begin_change)
+        tail = self._data_start if self.storage.fixed else await cut_off.find_tail()
+        if tail < self._tables.file_end:
+            await cut_off.forget(tail)
+            await committer.give_up_tail(tail)
+        await cut_off.punch()
+
+    async def flush(self) -> None:
+        """Everything completed before this call is durable when it returns. Nothing to do on a read-only image.
+
+        Raises OSError, EIO ever after a failed sync. Cancelled: the commit is carried out all the same.
+        """
+        if self._committer:
+            await self._committer.flush()
+
+    def begin_flush(self) -> Coroutine[Any, Any, None] | None:
+        """See `Committer.begin_flush`."""
+        return self._committer.begin_flush() if self._committer else _nothing()
+
+    async def clean(self) -> None:
+        """Flush, and mark the image as one that was closed in good order. Raises OSError as `flush` does.
+
+        After that, closing has nothing left to lose.
+        """
+        if self._committer:
+            await self._committer.clean()
+
+    async def close(self) -> None:
+        """Flush, mark clean, trim the file, close it and the layers below. Idempotent.
+
+        The files are closed even when the flush fails; its error is raised then, and EIO if a sync had failed before.
+        What could not be written is lost: to be able to try again (ENOSPC), call `clean` first.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._committer:
+                await self._committer.close()
+        finally:
+            self._tables.close()
+            await self.storage.close()
+            if self._backing:
+                await self._backing.close()
+
+    # -- small parts --------------------------------------------------------------------------------------------------
+
+    def _clusters(self, offset: int, size: int) -> tuple[int, int]:
+        return offset >> self._bits, (offset + size + self._mask) >> self._bits
+
+    def _committer_of(self) -> Committer:
+        if self._committer is None:
+            raise ReadOnlyError(self.path, "is open read-only")
+        return self._committer
+
+    async def _begin_change(self) -> ClusterWriter:
+        """What every change begins with: may it be, and is there memory for more dirty pages?"""
+        committer = self._committer_of()
+        committer.check()
+        if committer.crowded:
+            await committer.write_back()
+        return self._writer
+
+
+async def _nothing() -> None:
+    """A read-only image has nothing to make durable."""

@@ -1,0 +1,1 @@
+"""Offline jobs, one a module."""

@@ -1,0 +1,254 @@
+"""Copying a disk image into another format: what a guest reads stays the same, holes and zeroes stay holes.
+
+    map        which ranges have data (`mapping.walk`), or may differ from the target's backing file
+    widen      those ranges to whole blocks; neighbours merge, and what lies between them is all zeroes (or the same)
+    copy       in steps: read, look for blocks of zeroes (or blocks that do not differ), write the others in order
+
+One step is in memory at a time. Reading and writing are mostly copies from and to the host's page cache, while the disk
+reads ahead and writes behind (`output_file.py` sees to it that it begins early).
+
+Source: qemu-img(1), "convert".
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, aclosing
+
+import trio
+
+from qedfuse.chain.backing import ANY_BACKING, BackingPolicy
+from qedfuse.chain.chain import open_backing, open_layer
+from qedfuse.errors import UsageError
+from qedfuse.host.file_storage import INLINE_WRITE_LIMIT
+from qedfuse.host.storage import Identity, identity
+from qedfuse.host.waiting import Breather
+from qedfuse.layers.layer import Layer
+from qedfuse.layers.mapping import MapEntry, walk
+from qedfuse.layers.resolve import read_layer_into
+from qedfuse.qed.geometry import Geometry
+from qedfuse.qed.header import Header
+from qedfuse.sizes import SECTOR_SIZE, round_down, round_up
+from qedfuse.tools.blocks import are_data, differ, runs
+from qedfuse.tools.convert_target import Target, new_qed_target, old_qed_target, raw_target
+from qedfuse.tools.create import new_header
+
+#: So many zeroes in a row become a hole: qemu-img's default.
+SPARSE_SIZE = 4096
+MAX_SPARSE_SIZE = 16 << 20
+#: Bytes of one step: no more than what is written on the spot. Threads to read and to write at once gain nothing.
+_STEP = INLINE_WRITE_LIMIT
+#: Bytes of a range to copy after which it is begun with, before more of the map is read.
+_RANGE = 64 << 20
+#: A larger block than this is stored in parts.
+_MAX_BLOCK = 4 << 20
+
+#: Told (done, total) in bytes of the guest.
+Progress = Callable[[int, int], None]
+#: (start, end, whether to copy), in bytes of the guest.
+_Range = tuple[int, int, bool]
+
+
+async def convert_image(
+    source: str,
+    target: str,
+    *,
+    source_format: str | None = None,
+    target_format: str = "raw",
+    geometry: Geometry | None = None,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    create: bool = True,
+    sparse_size: int = SPARSE_SIZE,
+    share: bool = False,
+    policy: BackingPolicy = ANY_BACKING,
+    progress: Progress | None = None,
+) -> Header | None:
+    """Copy the disk in `source` (raw, qed or qcow2, with its chain) to `target` (raw or qed); durable on return.
+
+    `source_format` None: probed. `geometry`, `backing` and `backing_format` are for a new QED image, as in
+    `create_image`; of what is the same in `backing` nothing is stored. `create` False: the target exists and is filled,
+    be its size what it is. `sparse_size`: bytes, a multiple of 512 up to 16 MiB; 0: the target is stored whole, zeroes
+    and all. `share` takes no locks on what is read. `policy` is for every backing file, `backing` among them.
+
+    Returns the header of a new QED image. Raises UsageError, InUseError, QedfuseError, OSError. On an error, and when
+    cancelled, a new target is removed and one that was to be replaced is empty; with `create` False it is half-written.
+    """
+    if sparse_size % SECTOR_SIZE or not 0 <= sparse_size <= MAX_SPARSE_SIZE:
+        raise UsageError(target, f"the sparse size must be a multiple of {SECTOR_SIZE} up to {MAX_SPARSE_SIZE}")
+    is_new_image = create and target_format == "qed"
+    if not is_new_image and (geometry or backing is not None):
+        raise UsageError(target, "cluster size, table size and backing file are for new qed images only")
+    async with AsyncExitStack() as stack:
+        top = await open_layer(source, source_format, share=share, policy=policy)
+        stack.push_async_callback(_close, top)
+        size = top.size
+        names = _identities(top)
+        below: Layer | None = None
+        header: Header | None = None
+        out: Target
+        if backing is not None:
+            below = await open_backing(target, backing, backing_format, share=share, policy=policy)
+            stack.push_async_callback(_close, below)
+            names |= _identities(below)
+        if target_format == "raw":
+            out = await stack.enter_async_context(raw_target(target, size, create=create, sources=names))
+        elif create:
+            raw = below is not None and below.format == "raw"
+            name = os.fsencode(backing or "")
+            header = new_header(target, size, geometry or Geometry(), name, backing_is_raw=raw)
+            out = await stack.enter_async_context(new_qed_target(target, header, name, below, sources=names))
+        else:
+            out = await stack.enter_async_context(old_qed_target(target, size, policy=policy, sources=names))
+        await _Copy(top, size, out, below, sparse_size).run(progress)
+    return header
+
+
+class _Copy:
+    """One conversion. `size` is the disk's; `below`: the target is new and shows this where nothing is written."""
+
+    def __init__(self, source: Layer, size: int, target: Target, below: Layer | None, sparse_size: int) -> None:
+        self._source = source
+        self._size = size
+        self._target = target
+        self._below = below
+        self._whole = sparse_size == 0
+        self._block = round_up(sparse_size or SECTOR_SIZE, min(target.unit, _MAX_BLOCK))
+        self._step = round_up(_STEP, self._block)
+        self._buffer = _new_buffer(self._step)
+        self._old = _new_buffer(self._step)
+
+    async def run(self, progress: Progress | None) -> None:
+        if self._whole:
+            self._target.keep_zeroes()
+        breathe = Breather()
+        async with aclosing(self._ranges()) as ranges:
+            async for start, end, copy in ranges:
+                if not copy and not self._target.blank:
+                    await self._target.zero(start, end - start)
+                while copy and start < end:
+                    await breathe()
+                    stop = min(end, round_down(start, self._step) + self._step)
+                    await self._copy_step(start, stop)
+                    start = stop
+                    if progress:
+                        progress(start, self._size)
+        if progress:
+            progress(self._size, self._size)
+
+    def _ranges(self) -> AsyncGenerator[_Range, None]:
+        if self._whole:
+            return _everything(self._size)
+        if self._below:
+            return _widened(_differences(self._source, self._below, self._size), self._block, self._size)
+        return _widened(_data(self._source, self._size), self._block, self._size)
+
+    async def _copy_step(self, start: int, end: int) -> None:
+        data = self._buffer[: end - start]
+        await read_layer_into(self._source, start, data)
+        if self._whole:
+            await self._target.write(start, data)
+            return
+        if self._below:
+            old = self._old[: end - start]
+            await read_layer_into(self._below, start, old)
+            wanted = differ(data, old, self._block)
+        else:
+            wanted = are_data(data, self._block)
+        for first, last, is_wanted in runs(wanted, self._block, end - start):
+            if is_wanted:
+                await self._target.write(start + first, data[first:last])
+            elif not self._target.blank:
+                await self._target.zero(start + first, last - first)
+
+
+def _new_buffer(size: int) -> memoryview:
+    """Memory that begins with a page. From a file's page cache to addresses a little behind a page's start, as malloc
+    gives them, processors copy several times slower (4 KiB aliasing).
+    """
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+# -- what is to be copied ---------------------------------------------------------------------------------------------
+
+
+async def _everything(size: int) -> AsyncGenerator[_Range, None]:
+    yield 0, size, True
+
+
+async def _data(source: Layer, size: int) -> AsyncGenerator[_Range, None]:
+    """Ranges with data, and the zeroes between them."""
+    async with aclosing(walk(source, 0, size)) as entries:
+        async for entry in entries:
+            yield entry.start, entry.start + entry.length, entry.data
+
+
+async def _differences(one: Layer, other: Layer, size: int) -> AsyncGenerator[_Range, None]:
+    """Ranges of `one` that may differ from `other`: all but zeroes in both, and the same bytes of the same file."""
+    files, others = _files(one), _files(other)
+    rest = min(size, other.size)
+    async with aclosing(walk(one, 0, size)) as entries, aclosing(walk(other, 0, rest)) as below:
+        under = await anext(below, None)
+        async for entry in entries:
+            position, end = entry.start, entry.start + entry.length
+            while position < end:
+                while under is not None and under.start + under.length <= position:
+                    under = await anext(below, None)
+                stop = end if under is None else min(end, under.start + under.length)
+                yield position, stop, not _is_same(entry, files, under, others)
+                position = stop
+
+
+def _is_same(one: MapEntry, files: dict[str, Identity], other: MapEntry | None, others: dict[str, Identity]) -> bool:
+    """Whether two entries are of the same bytes where they overlap, by where those are."""
+    if not one.data or other is None or not other.data:
+        return not one.data and (other is None or not other.data)
+    if files[one.filename or ""] != others[other.filename or ""] or one.compressed != other.compressed:
+        return False
+    if one.offset is None or other.offset is None:
+        return True
+    return one.offset - one.start == other.offset - other.start
+
+
+async def _widened(ranges: AsyncGenerator[_Range, None], block: int, size: int) -> AsyncGenerator[_Range, None]:
+    """The ranges to copy as whole blocks, merged, and what is between them, up to `size`."""
+    start = end = 0  # what is known to be copied, and not told yet
+    async with aclosing(ranges):
+        async for first, last, copy in ranges:
+            if not copy:
+                continue
+            first, last = round_down(first, block), min(round_up(last, block), size)
+            if start < end and (first > end or end - start >= _RANGE):
+                yield start, end, True
+                start = end
+            if first > end:
+                yield end, first, False
+                start = end = first
+            end = max(end, last)
+    if start < end:
+        yield start, end, True
+    if end < size:
+        yield end, size, False
+
+
+def _layers(top: Layer | None) -> list[Layer]:
+    found = []
+    while top is not None:
+        found.append(top)
+        top = top.backing
+    return found
+
+
+def _files(top: Layer) -> dict[str, Identity]:
+    return {layer.path: identity(layer.storage.stat()) for layer in _layers(top)}
+
+
+def _identities(top: Layer) -> dict[Identity, str]:
+    return {found: path for path, found in _files(top).items()}
+
+
+async def _close(layer: Layer) -> None:
+    with trio.CancelScope(shield=True):
+        await layer.close()

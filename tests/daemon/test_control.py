@@ -1,0 +1,224 @@
+"""The control socket: both sides of it, and clients that mean no good. No mount here but the last."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from qedfuse.daemon import control_server
+from qedfuse.daemon.control import MAX_REQUEST, Client
+from qedfuse.daemon.control_server import ControlServer
+from qedfuse.daemon.rendezvous import abstract_name
+from qedfuse.errors import QedfuseError
+from qedfuse.host.mountinfo import Mount
+from tests.helpers.mounts.mounts import mount_at, mounted
+from tests.helpers.qemu.cli import environment, qemu_img
+
+DEVICE = f"test:{os.getpid()}"
+
+
+async def status() -> dict[str, Any]:
+    return {"pid": 42}
+
+
+async def other_status() -> dict[str, Any]:
+    return {"pid": 43}
+
+
+def mount(owner: int | None = None) -> Mount:
+    options = f"rw,user_id={os.geteuid() if owner is None else owner}"
+    return Mount(1, 0, DEVICE, "/", "/mnt", "fuse.qedfuse", "x", options)
+
+
+def with_server(body: Callable[[ControlServer], Awaitable[None]]) -> None:
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                server = ControlServer({"status": status})
+                await server.listen(DEVICE)
+                nursery.start_soon(server.serve)
+                await body(server)
+                server.stop_listening()
+                await server.finish(None)
+
+    trio.run(main)
+
+
+def ask(command: str) -> dict[str, Any]:
+    with Client(mount()) as client:
+        return client.ask(command)
+
+
+def test_questions_and_answers() -> None:
+    async def body(server: ControlServer) -> None:
+        assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
+        assert await trio.to_thread.run_sync(ask, "nonsense") == {"error": "unknown command"}
+
+    with_server(body)
+
+
+@pytest.mark.parametrize("error", [None, "it went wrong"])
+def test_whoever_waits_hears_of_the_end(error: str | None) -> None:
+    async def body(server: ControlServer) -> None:
+        clients = [await trio.to_thread.run_sync(lambda: Client(mount())) for _ in range(3)]
+        for client in clients:
+            assert await trio.to_thread.run_sync(client.ask, "wait") == {"waiting": True}
+        server.stop_listening()
+        with pytest.raises(QedfuseError, match="does not answer"):
+            await trio.to_thread.run_sync(ask, "status")
+        await server.finish(error)
+        for client in clients:
+            assert await trio.to_thread.run_sync(client.wait) == {"closed": True, "error": error}
+            client.close()
+
+    with_server(body)
+
+
+def test_a_daemon_that_dies_is_noticed() -> None:
+    async def body(server: ControlServer) -> None:
+        with await trio.to_thread.run_sync(lambda: Client(mount())) as client:
+            assert await trio.to_thread.run_sync(client.ask, "wait") == {"waiting": True}
+            for stream in list(server._waiting):
+                await stream.aclose()
+            with pytest.raises(QedfuseError, match="has ended"):
+                await trio.to_thread.run_sync(client.wait)
+
+    with_server(body)
+
+
+def test_who_loses_patience_is_forgotten() -> None:
+    async def body(server: ControlServer) -> None:
+        for _ in range(50):
+            assert await trio.to_thread.run_sync(ask, "wait") == {"waiting": True}
+        for _ in range(1000):
+            if not server._waiting:
+                return
+            await trio.sleep(0.01)
+        raise AssertionError("they are not forgotten")
+
+    with_server(body)
+
+
+def test_nobody_else_is_believed() -> None:
+    """The address is taken by a process that is neither root nor the mount's owner."""
+    if os.geteuid() == 0:
+        script = (
+            "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
+            "s.bind(bytes.fromhex(sys.argv[1])); s.listen(); print(flush=True); s.accept(); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", script, abstract_name(DEVICE).hex()]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as process:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdout.readline()
+            with pytest.raises(QedfuseError, match="somebody else"):
+                Client(mount(owner=0))
+            with Client(mount(owner=65534)):
+                pass
+            process.stdin.close()
+            process.wait(20)
+    else:
+        pytest.skip("needs root to be somebody else")
+
+
+def test_nonsense_is_survived() -> None:
+    def send(data: bytes) -> bytes:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(abstract_name(DEVICE))
+            try:
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                return connection.recv(1000)
+            except (BrokenPipeError, ConnectionResetError):
+                return b""
+
+    async def body(server: ControlServer) -> None:
+        for data in (
+            b"",
+            b"{}\n",
+            b"[]\n",
+            b"null\n",
+            b"\xff\n",
+            b'{"command": 5}\n',
+            b'{"command": []}\n',
+            b"{" * 3000,
+        ):
+            answer = await trio.to_thread.run_sync(send, data)
+            assert answer in (b"", b'{"error": "unknown command"}\n'), data
+        assert await trio.to_thread.run_sync(send, b"x" * (MAX_REQUEST * 100)) == b""
+        assert await trio.to_thread.run_sync(send, b"[" * 4000 + b"\n") in (b"", b'{"error": "unknown command"}\n')
+        assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
+
+    with_server(body)
+
+
+def test_silent_clients_do_not_keep_it_from_ending() -> None:
+    async def body(server: ControlServer) -> None:
+        silent = [socket.socket(socket.AF_UNIX) for _ in range(10)]
+        for connection in silent:
+            connection.connect(abstract_name(DEVICE))
+        await trio.sleep(0.01)
+        for connection in silent:
+            connection.close()
+
+    with_server(body)
+
+
+def test_the_address_of_a_predecessor_is_waited_for() -> None:
+    async def body(server: ControlServer) -> None:
+        successor = ControlServer({"status": other_status})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(successor.listen, DEVICE)
+            await trio.sleep(0.05)
+            server.stop_listening()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(successor.serve)
+            assert await trio.to_thread.run_sync(ask, "status") == {"pid": 43}
+            successor.stop_listening()
+
+    with_server(body)
+
+
+def test_without_an_address_it_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*args: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(control_server, "_BIND_PATIENCE", 0.05)
+
+    async def body(server: ControlServer) -> None:
+        other = ControlServer({"status": other_status})
+        monkeypatch.setattr(control_server, "bind", bind)
+        await other.listen(DEVICE)
+        await other.serve()
+        other.stop_listening()
+        assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
+
+    with_server(body)
+
+
+def test_a_mount_survives_nonsense(tmp_path: Path) -> None:
+    image, raw = tmp_path / "disk.qed", tmp_path / "disk.raw"
+    qemu_img("create", "-q", "-f", "qed", image, "1M")
+    raw.touch()
+    with mounted(image, raw):
+        found = mount_at(raw)
+        assert found is not None
+        for data in (b"x" * 100_000, b"", b"{}\n", b"\0\n"):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(abstract_name(found.device))
+                try:
+                    connection.sendall(data)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
+        with Client(found) as client:
+            assert client.ask("status")["mountpoint"] == str(raw)
+        assert len(raw.read_bytes()) == 1 << 20

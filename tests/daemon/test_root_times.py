@@ -1,0 +1,280 @@
+"""The time of change of a file mount, set from outside: by nothing that stays, gets stuck, or is missed when killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+
+from qedfuse.daemon import root_times as rootclock
+from qedfuse.daemon.root_times import RootClock
+from qedfuse.host.mountinfo import FSTYPE, Mount
+from qedfuse.native import _outside
+from qedfuse.qed.image import Image
+from tests.helpers.mounts.mounts import find_daemon, mounted, mountpoint, need_fuse, wait_for_exit, wait_until
+from tests.helpers.qemu.cli import environment, qemu_img
+
+MIB = 1 << 20
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, path.read_text().split())
+        except OSError:  # the thread has ended
+            continue
+    return found
+
+
+# -- the call ---------------------------------------------------------------------------------------------------------
+
+
+def device(path: Path) -> int:
+    return path.stat().st_dev
+
+
+def test_times_are_set_and_the_size_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 12345)
+    for atime, mtime in ((1_000_000_001, 2_999_999_999), (0, 0), (-1, -1_500_000_000)):
+        assert _outside.set_times(str(file), device(file), atime, mtime) == 12345
+        status = file.stat()
+        assert (status.st_atime_ns, status.st_mtime_ns) == (atime, mtime)
+
+
+def test_nothing_else_is_touched(tmp_path: Path) -> None:
+    """Not what is at the path of a mount that is gone, and nothing that a link there leads to."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    link.symlink_to(file)
+    before = file.stat()
+    cases = {str(file): errno.ENODEV, str(tmp_path / "no"): errno.ENOENT, "/proc/self/no/x": errno.ENOENT}
+    for path, code in cases.items():
+        with pytest.raises(OSError) as raised:
+            _outside.set_times(path, device(file) + 1, 5, 5)
+        assert raised.value.errno == code
+    _outside.set_times(str(link), device(file), 5, 5)
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(ValueError, match="null"):
+        _outside.set_times("a\0b", 0, 5, 5)
+
+
+def test_the_process_keeps_descriptors_and_signals(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # there is nothing to wait for then
+    try:
+        with file.open("w") as opened:
+            _outside.set_times(str(file), device(file), 5, 5)
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {*mask, signal.SIGUSR1}
+            opened.write("x")
+        assert file.read_text() == "x"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+NOWHERE = Mount(1, 1, "0:0", "/", "/nowhere", FSTYPE, "", "")
+
+
+# -- the clock --------------------------------------------------------------------------------------------------------
+
+
+class _Image:
+    """As much of an image as a clock looks at."""
+
+    size = 0
+
+    def __init__(self) -> None:
+        self.storage = self
+
+    def stat(self) -> os.stat_result:
+        return os.stat_result((0,) * 19)
+
+
+def test_a_slow_call_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is given up for the moment, no other one is begun, and when it has come back the next one is."""
+    free = threading.Event()
+    calls: list[int] = []
+    fails: list[int] = []
+
+    def set_times(*args: object) -> int:
+        calls.append(1)
+        if fails:
+            raise OSError(fails[0], "")
+        assert free.wait(20)
+        return 0
+
+    monkeypatch.setattr(_outside, "set_times", set_times)
+    monkeypatch.setattr(rootclock, "_PATIENCE", 0.1)
+    writes = 0
+    clock = RootClock(NOWHERE, lambda: writes)
+    image = cast(Image, _Image())
+
+    async def main() -> None:
+        nonlocal writes
+        await clock.update(image)
+        assert not calls  # nothing was written
+        writes = 1
+        await clock.update(image)
+        start = time.monotonic()
+        await clock.update(image)
+        assert len(calls) == 1
+        assert time.monotonic() - start < 5
+        free.set()
+        with trio.fail_after(10):
+            while len(calls) == 1:
+                await trio.sleep(0.01)
+                await clock.update(image)
+        await clock.update(image)
+        assert len(calls) == 2  # told
+        writes = 2
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(clock.update, image)
+        assert len(calls) == 3
+        for code, again in ((errno.ECANCELED, True), (errno.EAGAIN, True), (errno.ENODEV, False)):
+            writes += 1
+            fails[:] = [code]
+            calls.clear()
+            await clock.update(image)
+            fails.clear()
+            await clock.update(image)
+            assert len(calls) == 1 + again
+            assert caplog.text.count("cannot tell the kernel") == 1
+
+    trio.run(main)
+
+
+def test_the_wrong_size_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_outside, "set_times", lambda *args: 7)
+    with pytest.raises(OSError, match="not usable: the kernel shows 7 bytes instead of 0"):
+        trio.run(RootClock(NOWHERE, lambda: 0).start, cast(Image, _Image()))
+
+
+# -- the mount --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    need_fuse()
+    path = tmp_path / "disk.qed"
+    qemu_img("create", "-q", "-f", "qed", path, "64M")
+    return path
+
+
+@pytest.mark.parametrize("over_file", [True, False], ids=["file", "directory"])
+def test_a_mount_is_one_process(image: Path, tmp_path: Path, over_file: bool) -> None:
+    point, raw = mountpoint(tmp_path, over_file=over_file)
+    with mounted(image, point):
+        pid = find_daemon(point)
+        assert raw.stat().st_size == 64 * MIB
+        assert not children(pid)
+        with raw.open("r+b") as file:
+            file.write(b"x")
+        assert raw.stat().st_mtime > time.time() - 100
+        wait_until(lambda: not children(pid))
+
+
+def test_killing_all_of_its_children_is_not_seen(image: Path, tmp_path: Path) -> None:
+    """close(2) goes on to work, and the time of change comes with the next one."""
+    raw = tmp_path / "raw"
+    raw.touch()
+    with mounted(image, raw) as mount:
+        pid = find_daemon(raw)
+        over = threading.Event()
+        killed: list[int] = []
+
+        def kill_them() -> None:
+            while not over.is_set():
+                for child in children(pid):
+                    try:
+                        os.kill(child, signal.SIGKILL)
+                        killed.append(child)
+                    except ProcessLookupError:
+                        continue
+
+        killer = threading.Thread(target=kill_them)
+        killer.start()
+        try:
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline:
+                with raw.open("r+b", buffering=0) as file:
+                    file.write(b"x" * 4096)
+        finally:
+            over.set()
+            killer.join()
+        print(f"figures: {len(killed)} children killed")
+        assert killed
+        os.utime(image, ns=(5, 5))
+        with raw.open("r+b", buffering=0) as file:
+            file.write(b"y")
+        assert raw.stat().st_mtime > time.time() - 100
+        assert "Traceback" not in mount.text()
+
+
+#: A file system whose root never gets its times set, as when the host's disk does not answer.
+_STUCK = """
+import stat, sys
+import pyfuse3, trio
+from qedfuse.native import _outside
+
+class Operations(pyfuse3.Operations):
+    async def getattr(self, inode, ctx):
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino, entry.st_mode = inode, stat.S_IFREG | 0o644
+        return entry
+
+    async def setattr(self, inode, attr, fields, fh, ctx):
+        print("asked", flush=True)
+        await trio.sleep_forever()
+
+async def main():
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3.main)
+        device = await trio.to_thread.run_sync(sys.stdin.readline)
+        await trio.to_thread.run_sync(_outside.set_times, sys.argv[1], int(device), 5, 5)
+
+pyfuse3.init(Operations(), sys.argv[1], {"fsname=stuck"})
+print("mounted", flush=True)
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGXCPU])
+def test_a_killed_daemon_is_not_held_up_by_its_own_request(tmp_path: Path, number: signal.Signals) -> None:
+    """Nor one that leaves a core file, for which the kernel first ends all threads."""
+    need_fuse()
+    point = tmp_path.resolve() / "point"
+    point.touch()
+    command: list[Any] = [sys.executable, "-c", _STUCK, point]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), text=True
+    ) as process:
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            assert process.stdout.readline() == "mounted\n"
+            found = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+            major, minor = next(words[2] for words in found if words[4] == str(point)).split(":")
+            print(os.makedev(int(major), int(minor)), file=process.stdin, flush=True)
+            assert process.stdout.readline() == "asked\n"
+            stuck = children(process.pid)
+            assert len(stuck) == 1
+            process.send_signal(number)
+            assert process.wait(20) == -number
+            wait_for_exit(stuck[0])
+        finally:
+            process.kill()
+            subprocess.run(["umount", "-l", str(point)], check=True)

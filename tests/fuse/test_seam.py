@@ -1,0 +1,371 @@
+"""The seam between the engine and the fast path: what each side relies on is checked. Where it does not hold, nothing
+more goes to the image's file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfuse.qed.allocator import Allocator
+from qedfuse.qed.geometry import Geometry
+from qedfuse.qed.image import Image
+from qedfuse.qed.range_lock import FOREVER
+from tests.helpers.images.images import TINY, Chain, assert_sound, contents, new_chain, open_chain
+from tests.helpers.judges.expect import raises_errno
+from tests.helpers.mounts.modes import NEEDS_NATIVE
+from tests.helpers.mounts.mounts import is_mounted, need_fuse, wait_until
+from tests.helpers.qemu.cli import ROOT, environment, qemu_img
+
+CLUSTER = 4096
+SIZE = 64 * CLUSTER
+
+
+# -- what Python is told ----------------------------------------------------------------------------------------------
+
+
+async def opened() -> tuple[Chain, Image]:
+    """There is a table, and its page is in memory: as when C writes into new clusters."""
+    chain = await new_chain(SIZE, TINY)
+    image = await open_chain(chain)
+    await image.write(0, b"first")
+    await image.flush()
+    return chain, image
+
+
+def take(image: Image, clusters: int, first: int = 1) -> None:
+    """As C does it: data, entries, and the word of it."""
+    host = image.state()[3]
+    page = image.tables.l2.pages[0]
+    for number in range(clusters):
+        image.storage.write_nowait(host + number * CLUSTER, b"new" + bytes([number]))
+        page[first + number] = host + number * CLUSTER
+    image.note_written(host, clusters * CLUSTER, 0, clusters * 4, [0])
+
+
+def test_what_was_offered_may_be_taken() -> None:
+    async def main() -> None:
+        chain, image = await opened()
+        take(image, 3)
+        take(image, 2, first=4)
+        image.note_written(0, 0, 0, 0, [])
+        await image.write(10 * CLUSTER, b"python")
+        assert image.failed is None
+        await image.close()
+        await assert_sound(chain.file)
+        flat = await contents(chain)
+        for number, byte in enumerate([0, 1, 2, 0, 1], start=1):
+            assert flat[number * CLUSTER :][:4] == b"new" + bytes([byte])
+        assert flat[10 * CLUSTER :][:6] == b"python"
+
+    trio.run(main)
+
+
+async def what_was_not_offered(image: Image) -> None:
+    image.note_written(image._writer.offer()[0], CLUSTER, 0, 4, [0])
+
+
+async def what_was_offered_before(image: Image) -> None:
+    start = image.state()[3]
+    async with image._locks.hold(0, 1, exclusive=False):
+        image.state()
+    image.note_written(start, CLUSTER, 0, 4, [0])
+
+
+async def not_from_the_front(image: Image) -> None:
+    start = image.state()[3]
+    image.note_written(start + CLUSTER, CLUSTER, 0, 4, [0])
+
+
+async def more_than_was_offered(image: Image) -> None:
+    *_, start, end = image.state()
+    image.note_written(start, end - start + CLUSTER, 0, 4, [0])
+
+
+async def more_in_all_than_was_offered(image: Image) -> None:
+    *_, start, end = image.state()
+    image.note_written(start, CLUSTER, 0, 4, [0])
+    image.note_written(start + CLUSTER, end - start, 0, 4, [0])
+
+
+async def what_python_has_taken_meanwhile(image: Image) -> None:
+    start = image.state()[3]
+    await image.write(20 * CLUSTER, b"python")
+    image.note_written(start, CLUSTER, 0, 4, [0])
+
+
+async def while_a_range_is_locked(image: Image) -> None:
+    start = image.state()[3]
+    async with image._locks.hold(0, FOREVER, exclusive=False):
+        image.note_written(start, CLUSTER, 0, 4, [0])
+
+
+async def a_page_that_is_not_there(image: Image) -> None:
+    start = image.state()[3]
+    image.note_written(start, CLUSTER, 0, 4, [0, 5000])
+
+
+BROKEN = [
+    what_was_not_offered,
+    what_was_offered_before,
+    not_from_the_front,
+    more_than_was_offered,
+    more_in_all_than_was_offered,
+    what_python_has_taken_meanwhile,
+    while_a_range_is_locked,
+    a_page_that_is_not_there,
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+def test_where_a_rule_is_broken_nothing_more_goes_to_the_file(
+    broken: Callable[[Image], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        chain, image = await opened()
+        tables = image.storage.file.pages.copy()  # type: ignore[attr-defined]
+        result = broken(image)
+        assert hasattr(result, "__await__")
+        await result
+        assert image.failed is not None and image.failed.errno == errno.EIO
+        assert image.state()[2:] == (False, 0, 0)
+        for call in (image.flush(), image.write(0, b"x"), image.zero(0, 1), image.resize(SIZE // 2)):
+            with raises_errno(errno.EIO):
+                await call
+        assert await image.read(0, 5) == b"first"
+        with raises_errno(errno.EIO):
+            await image.close()
+        for index in range(1 + 2 * TINY.table_size):  # header and tables
+            assert chain.file.pages.get(index) == tables.get(index)
+        await assert_sound(chain.file, leaks=True)
+
+    trio.run(main)
+    (record,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert record.getMessage() == "image: the image is read-only from now on"
+    assert record.exc_info
+
+
+def test_clusters_are_taken_from_the_front() -> None:
+    allocator = Allocator(Geometry(CLUSTER, 1), 10 * CLUSTER)
+    allocator.take(10 * CLUSTER, CLUSTER)
+    with pytest.raises(AssertionError, match="not the next free"):
+        allocator.take(10 * CLUSTER, CLUSTER)
+    allocator.take_back(2 * CLUSTER, 2 * CLUSTER)
+    with pytest.raises(AssertionError, match="not the next free"):
+        allocator.take(allocator.end, CLUSTER)
+    allocator.take(2 * CLUSTER, 2 * CLUSTER)
+    assert allocator.allocate(1) == (allocator.end - CLUSTER, CLUSTER)
+
+
+# -- what C asks and tells --------------------------------------------------------------------------------------------
+
+#: An extension of the real layer.c, in which it can be made to break its rule.
+SOURCE = r"""
+#include "layer.c"
+
+PyTypeObject PageIndexType = {PyVarObject_HEAD_INIT(NULL, 0).tp_name = "PageIndex"};
+
+static PyObject *refresh(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    Layer *layer;
+    int dirty;
+    if (!PyArg_ParseTuple(args, "O!p", &LayerType, &layer, &dirty))
+        return NULL;
+    layer->dirty = dirty;
+    return PyBool_FromLong(layer_refresh(layer));
+}
+
+static PyObject *tell(PyObject *Py_UNUSED(module), PyObject *layer)
+{
+    layer_tell((Layer *)layer);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"refresh", refresh, METH_VARARGS, NULL}, {"tell", tell, METH_O, NULL}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "seam", .m_size = -1, .m_methods = methods};
+
+PyMODINIT_FUNC PyInit_seam(void);
+PyMODINIT_FUNC PyInit_seam(void)
+{
+    if (PyType_Ready(&PageIndexType) < 0 || PyType_Ready(&LayerType) < 0)
+        return NULL;
+    PyObject *module = PyModule_Create(&definition);
+    if (module && PyModule_AddObjectRef(module, "Layer", (PyObject *)&LayerType) < 0)
+        Py_CLEAR(module);
+    return module;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def seam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the extension `seam`."""
+    directory = tmp_path_factory.mktemp("seam")
+    (directory / "seam.c").write_text(SOURCE)
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    flags = ["-std=gnu11", "-O1", "-DNDEBUG", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    include = [f"-I{ROOT / 'qedfuse' / 'native'}", f"-I{sysconfig.get_path('include')}"]
+    library = directory / "seam.so"
+    subprocess.run([compiler, *flags, *include, str(directory / "seam.c"), "-o", str(library)], check=True)
+    return directory
+
+
+def run_seam(seam: Path, program: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"import seam\n{program}"]
+    environ = environment({"PYTHONPATH": str(seam)})
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, preexec_fn=without_a_core)
+
+
+def without_a_core() -> None:
+    """A process that aborts leaves no file behind."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def test_the_numbers_are_not_asked_for_with_something_untold(seam: Path) -> None:
+    done = run_seam(
+        seam,
+        """
+asked = []
+layer = seam.Layer(-1, 512, state=lambda: asked.append(1) or (512, 0, True, 0, 0))
+assert seam.refresh(layer, False) and len(asked) == 1
+assert not seam.refresh(layer, True) and len(asked) == 1
+assert seam.refresh(layer, False) and len(asked) == 2
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "asked for before all writes were told of" in done.stderr
+
+
+def test_no_process_goes_on_that_could_not_tell_of_writes(seam: Path) -> None:
+    done = run_seam(
+        seam,
+        """
+def wrote(first, taken, lost, filled, pages):
+    if taken == 0 and not told.append(pages) and len(told) == 2:
+        raise MemoryError("no memory")
+told = []
+layer = seam.Layer(-1, 512, state=lambda: (512, 0, True, 0, 0), wrote=wrote)
+seam.tell(layer)
+print(told, flush=True)
+seam.tell(layer)
+""",
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert done.stdout == "[()]\n"
+    assert "Python could not be told of writes" in done.stderr
+
+
+# -- a daemon in which a rule is broken -------------------------------------------------------------------------------
+
+#: Runs the command line with an engine that breaks the rule NAME.
+PROGRAM = """
+import sys
+import qedfuse.fuse.fastpath
+from qedfuse.qed.image import Image
+from qedfuse.cli.main import main
+
+state, note_written = Image.state, Image.note_written
+
+def shifted(self):
+    size, end, writable, free, free_end = state(self)
+    return size, end, writable, free + self.geometry.cluster_size if free else 0, free_end
+
+def untold(self, first, taken, lost, filled, pages):
+    if taken:
+        raise MemoryError("no memory")
+    note_written(self, first, taken, lost, filled, pages)
+
+name = sys.argv.pop(1)
+if name == "shifted":
+    Image.state = shifted
+elif name == "untold":
+    Image.note_written = untold
+sys.exit(main())
+"""
+
+
+def check(image: Path) -> None:
+    """Nothing is corrupt; clusters may have leaked."""
+    assert subprocess.run(["qemu-img", "check", "-r", "all", str(image)], capture_output=True).returncode in (0, 3)
+
+
+class TestDaemon:
+    pytestmark = NEEDS_NATIVE
+
+    def mount(self, directory: Path, name: str) -> tuple[Path, Path, Path]:
+        need_fuse()
+        image, raw, log = directory / "disk.qed", directory / "disk.raw", directory / "log"
+        qemu_img("create", "-q", "-f", "qed", image, "4M")
+        raw.touch()
+        words = ["mount", "-o", "direct_io", "--log-file", str(log), str(image), str(raw)]
+        command = [sys.executable, "-c", PROGRAM, name, *words]
+        done = subprocess.run(
+            command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60, preexec_fn=without_a_core
+        )
+        assert done.returncode == 0, done.stderr
+        return image, raw, log
+
+    def write(self, raw: Path) -> list[int]:
+        """Write into new clusters. Returns the errnos."""
+        errors = []
+        fd = os.open(raw, os.O_RDWR)
+        try:
+            for number in range(20):
+                try:
+                    os.pwrite(fd, b"x" * 4096, number * (64 << 10))
+                except OSError as error:
+                    errors.append(error.errno or 0)
+            os.fsync(fd)
+        except OSError as error:
+            errors.append(error.errno or 0)
+        finally:
+            try:
+                os.close(fd)
+            except OSError as error:
+                errors.append(error.errno or 0)
+        return errors
+
+    def unmount(self, raw: Path) -> None:
+        subprocess.run(["fusermount3", "-u", "-z", str(raw)], check=False)
+        wait_until(lambda: not is_mounted(raw))
+
+    def test_all_is_well_where_none_is_broken(self, tmp_path: Path) -> None:
+        _image, raw, _log = self.mount(tmp_path, "none")
+        try:
+            assert self.write(raw) == []
+        finally:
+            self.unmount(raw)
+
+    def test_clusters_that_are_not_the_next_ones(self, tmp_path: Path) -> None:
+        image, raw, log = self.mount(tmp_path, "shifted")
+        try:
+            errors = self.write(raw)
+        finally:
+            self.unmount(raw)
+        assert set(errors) == {errno.EIO}
+        wait_until(lambda: "closing failed" in log.read_text())
+        assert re.search(r"CRITICAL: .*disk.qed: the image is read-only from now on", log.read_text())
+        assert "were taken, not offered" in log.read_text()
+        check(image)
+
+    def test_writes_that_cannot_be_told(self, tmp_path: Path) -> None:
+        image, raw, log = self.mount(tmp_path, "untold")
+        try:
+            errors = self.write(raw)
+        finally:
+            self.unmount(raw)
+        assert errors and set(errors) <= {errno.ECONNABORTED, errno.ENOTCONN}
+        assert "MemoryError: no memory" in log.read_text()
+        check(image)

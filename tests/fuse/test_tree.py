@@ -1,0 +1,154 @@
+"""Names and nodes of a mount. No mount here."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from qedfuse.chain.opening import open_image
+from qedfuse.fuse.mounted_image import MountedImage
+from qedfuse.fuse.sources import shown_name
+from qedfuse.fuse.tree import Tree
+from qedfuse.tools.create import create_image
+from tests.helpers.judges.expect import raises_errno
+
+MIB = 1 << 20
+
+
+def new_image(path: Path, size: int) -> None:
+    trio.run(create_image, str(path), size)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a.qed", "a.raw"), ("a", "a.raw"), ("a.img", "a.img.raw"), (".qed", ".qed.raw"), ("a.qed.qed", "a.qed.raw")],
+)
+def test_names(name: str, shown: str) -> None:
+    assert shown_name(name) == shown
+
+
+def with_tree(directory: Path, body: Callable[[Tree], Awaitable[None]]) -> None:
+    async def main() -> None:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+
+                def make(path: str) -> MountedImage:
+                    return MountedImage(
+                        path,
+                        lambda path: open_image(path, read_only=True),
+                        nursery,
+                        read_only=False,
+                        linger=0.0,
+                    )
+
+                tree = Tree([str(directory)], make)
+                await body(tree)
+                for node in tree.nodes:
+                    await node.mounted.close()
+
+    trio.run(main)
+
+
+async def names(tree: Tree) -> list[bytes]:
+    return [entry.name for entry in await tree.entries()]
+
+
+def test_every_name_in_the_list_is_found(tmp_path: Path) -> None:
+    for name in ("a.qed", "b", "c.qed.qed", "d.raw", "\udcff.qed"):
+        new_image(tmp_path / name, MIB)
+    (tmp_path / ".qed").write_bytes((tmp_path / "a.qed").read_bytes())
+    (tmp_path / "noise").write_bytes(b"x" * 100)
+    (tmp_path / "noise.qed").write_bytes(b"x" * 100)
+
+    async def body(tree: Tree) -> None:
+        listed = await tree.entries()
+        assert [os.fsdecode(entry.name) for entry in listed] == [
+            ".qed.raw",
+            "a.raw",
+            "b.raw",
+            "c.qed.raw",
+            "d.raw.raw",
+            "noise.raw",
+            "\udcff.raw",
+        ]
+        for entry in listed:
+            found = await tree.find(entry.name)
+            assert found is not None and found.node is entry.node
+        for missing in (b"a.qed", b"a", b".raw", b"noise", b"x.raw", b"a.qed.raw"):
+            assert await tree.find(missing) is None
+
+    with_tree(tmp_path, body)
+
+
+def test_a_qed_file_hides_one_without_the_suffix(tmp_path: Path) -> None:
+    new_image(tmp_path / "a", MIB)
+    new_image(tmp_path / "a.qed", 2 * MIB)
+
+    async def body(tree: Tree) -> None:
+        (entry,) = await tree.entries()
+        assert entry.peek is not None and entry.peek.size == 2 * MIB
+        found = await tree.find(b"a.raw")
+        assert found is not None and found.node is entry.node
+
+    with_tree(tmp_path, body)
+
+
+def test_a_node_lasts_as_long_as_its_file_is_unchanged(tmp_path: Path) -> None:
+    image = tmp_path / "a.qed"
+    new_image(image, MIB)
+
+    async def body(tree: Tree) -> None:
+        (entry,) = await tree.entries()
+        node = entry.node
+        opened = await tree.acquire(node, to_write=True)
+        await opened.write(0, b"x" * 4096)
+        assert (await tree.entries())[0].node is node
+        node.mounted.release()
+        while node.mounted.busy:
+            assert (await tree.entries())[0].node is node
+            await trio.sleep(0.001)
+        assert (await tree.entries())[0].node is node  # we changed it ourselves
+        image.rename(tmp_path / "b.qed")
+        (entry,) = await tree.entries()
+        assert (entry.name, entry.node) == (b"b.raw", node)
+        assert node.mounted.path == str(tmp_path / "b.qed")
+        os.utime(tmp_path / "b.qed", ns=(5, 5))
+        with raises_errno(errno.ESTALE):
+            await tree.acquire(node, to_write=False)
+        (entry,) = await tree.entries()
+        assert entry.node is not node and entry.node.id != node.id
+        with raises_errno(errno.ESTALE):
+            tree.node(node.id)
+
+    with_tree(tmp_path, body)
+
+
+def test_what_is_gone_is_forgotten_when_the_kernel_has(tmp_path: Path) -> None:
+    new_image(tmp_path / "a.qed", MIB)
+    new_image(tmp_path / "b.qed", MIB)
+
+    async def body(tree: Tree) -> None:
+        first, _second = await tree.entries()
+        first.node.lookups += 1
+        (tmp_path / "a.qed").unlink()
+        (tmp_path / "b.qed").unlink()
+        assert await tree.entries() == []
+        assert tree.nodes == [first.node]
+        tree.forget(first.node.id, 1)
+        assert await tree.entries() == []
+        assert tree.nodes == []
+
+    with_tree(tmp_path, body)
+
+
+def test_a_directory_that_is_gone_is_empty(tmp_path: Path) -> None:
+    async def body(tree: Tree) -> None:
+        assert await tree.entries() == []
+        assert await tree.find(b"a.raw") is None
+
+    with_tree(tmp_path / "gone", body)
