@@ -686,7 +686,9 @@ def test_the_filter_compiles_without_a_warning(tmp_path: Path) -> None:
     need(compiler)
     strict = ["-std=gnu11", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
     include = sysconfig.get_path("include")
-    run(compiler, *strict, f"-I{include}", *(ROOT / "qedfuse" / "native").glob("*.c"), "-o", tmp_path / "x.so")
+    sources = [*(ROOT / "qedfuse" / "native" / "fastpath").glob("*.c")]
+    assert sources
+    run(compiler, *strict, f"-I{include}", *sources, "-o", tmp_path / "x.so")
 
 
 def test_the_index_of_pages_keeps_up_with_them() -> None:

@@ -216,7 +216,7 @@ def seam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "seam.c").write_text(SOURCE)
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     flags = ["-std=gnu11", "-O1", "-DNDEBUG", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    include = [f"-I{ROOT / 'qedfuse' / 'native'}", f"-I{sysconfig.get_path('include')}"]
+    include = [f"-I{ROOT / 'qedfuse' / 'native' / 'fastpath'}", f"-I{sysconfig.get_path('include')}"]
     library = directory / "seam.so"
     subprocess.run([compiler, *flags, *include, str(directory / "seam.c"), "-o", str(library)], check=True)
     return directory
