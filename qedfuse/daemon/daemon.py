@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pyfuse3
 import trio
 
 from qedfuse.chain.chain import names_are_current
@@ -33,13 +32,13 @@ from qedfuse.daemon.memory_limit import memory_limit
 from qedfuse.daemon.report import report, requests
 from qedfuse.daemon.root_times import RootClock
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, leaves
+from qedfuse.fuse import session
 from qedfuse.fuse.closing import Hurry, close_all, flush_all
 from qedfuse.fuse.complaints import Complaints
 from qedfuse.fuse.connection import abort
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.operations import Operations
 from qedfuse.fuse.oversize import Oversize
-from qedfuse.fuse.session import mount, tell_root_size
 from qedfuse.fuse.tree import Tree
 from qedfuse.host.limits import most_requests, raise_limits
 from qedfuse.host.lookups import NoAnswerError, look
@@ -173,7 +172,7 @@ class Daemon:
         self._options = fit_options(self._options, self._memory_limit, flusher=self._flusher)
         self._fastpath = self._load_fastpath()
         self._operations = Operations(self._tree, self._options, os.stat(mountpoint), self._fastpath)
-        mount(self._operations, mountpoint, self._config.sources[0], self._options)
+        session.mount(self._operations, mountpoint, self._config.sources[0], self._options)
         self._session = True
         self._serving = True
         nursery.start_soon(self._serve_kernel)
@@ -197,7 +196,7 @@ class Daemon:
         try:
             from qedfuse.fuse.fastpath import FastPath
 
-            return FastPath(pyfuse3.__file__, cached=not self._options.direct_io)
+            return FastPath(session.library(), cached=not self._options.direct_io)
         except (ImportError, OSError) as error:
             _log.warning("no native fast path (%s): all is answered in Python", error)
             return None
@@ -208,7 +207,7 @@ class Daemon:
             nursery,
             lambda node: point if node is self._tree.root else os.path.join(point, node.name),
             mount.st_dev,
-            pyfuse3.invalidate_inode,
+            session.drop_pages,
         )
 
     async def _settle(self, operations: Operations, mount: Mount) -> None:
@@ -216,7 +215,8 @@ class Daemon:
         await operations.initialized.wait()
         image = self._tree.root.mounted.opened if self._tree.root else None
         if image is not None:
-            await trio.to_thread.run_sync(tell_root_size, image.size)  # its place may be locked by an early reader
+            # In a thread: its place may be locked by an early reader.
+            await trio.to_thread.run_sync(session.tell_root_size, image.size)
             if self._options.writeback:
                 clock = RootClock(mount, lambda: requests(operations, self._fastpath)["write"])
                 await clock.start(image)
@@ -226,7 +226,7 @@ class Daemon:
     async def _serve_kernel(self) -> None:
         try:
             async with self._fastpath.serving() if self._fastpath else nullcontext():
-                await pyfuse3.main(max_tasks=most_requests())
+                await session.serve(most_requests())
         except Exception as error:
             # ECONNABORTED: somebody has ended the connection; or the mount, while the kernel handed a request out.
             if all(isinstance(leaf, ConnectionAbortedError) for leaf in leaves(error)):
@@ -259,7 +259,7 @@ class Daemon:
                     self._hurry.now.set()
                 else:
                     self._killed = True
-                    pyfuse3.terminate()
+                    session.terminate()
                     nursery.start_soon(self._force)
                 self._give_up()
 
@@ -320,11 +320,11 @@ class Daemon:
         """Leave nothing behind. Returns what went wrong."""
         if self._session:
             if self._serving and not self._ended.is_set():  # it did not come to a usable mount
-                pyfuse3.terminate()
+                session.terminate()
                 await self._ended.wait()
             await self._try_unmount(lazy=True)
             if not self._aborted:  # else requests refer to it
-                pyfuse3.close(unmount=self._mount is None)
+                session.close(unmount=self._mount is None)
         self._control.stop_listening()
         if self._mount is not None:
             _log.info("%s: unmounted, closing", self._config.mountpoint)

@@ -1,6 +1,6 @@
-"""Mounting by libfuse: which options it is given, and its complaints as errors.
+"""The session with the kernel, by pyfuse3: mounted, served, ended. One a process, as pyfuse3 has it.
 
-Source: fuse(8), libfuse lib/mount.c.
+Source: fuse(8), libfuse lib/mount.c; pyfuse3's documentation.
 """
 
 from __future__ import annotations
@@ -48,6 +48,35 @@ def mount(operations: pyfuse3.Operations, mountpoint: str, source: str, options:
             raise QedfuseError(mountpoint, f"cannot mount: {reason}") from None
     for fd in fuse_descriptors():
         watch(fd)
+
+
+async def serve(max_tasks: int) -> None:
+    """Answer the kernel's requests, up to `max_tasks` at once, until it has ended the mount or `terminate` is called.
+
+    Raises what pyfuse3 raises: ConnectionAbortedError, perhaps in a group, when the connection was ended by force.
+    """
+    await pyfuse3.main(max_tasks=max_tasks)
+
+
+def terminate() -> None:
+    """Have `serve` return, though the mount is still there."""
+    pyfuse3.terminate()
+
+
+def close(*, unmount: bool) -> None:
+    """Give the session's memory and descriptor back. No request may be under way. `unmount`: by libfuse, as well."""
+    pyfuse3.close(unmount=unmount)
+
+
+def drop_pages(inode: int) -> None:
+    """Have the kernel write what it has of an inode, and forget it. Blocks until the writes are answered. Raises
+    OSError. Source: linux/fuse.h, FUSE_NOTIFY_INVAL_INODE."""
+    pyfuse3.invalidate_inode(inode)
+
+
+def library() -> str:
+    """pyfuse3's shared library, which is bound to the libfuse in use."""
+    return pyfuse3.__file__
 
 
 def tell_root_size(size: int) -> None:
