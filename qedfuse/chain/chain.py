@@ -21,11 +21,12 @@ import trio
 from qedfuse.chain.backing import ANY_BACKING, BackingPolicy, open_backing_file, resolve_backing, shown
 from qedfuse.chain.probe import FORMATS, PROBE_BYTES, QCOW2, QED, RAW, probe_format
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
+from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
 from qedfuse.host.lookups import NoAnswerError, look
 from qedfuse.host.remote_file import isolate
-from qedfuse.host.storage import Identity, Storage, identity, read
+from qedfuse.host.storage import Storage, read
 from qedfuse.host.walk import LeadsBackError, Walk
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.qcow2.header import Qcow2Header
@@ -84,7 +85,7 @@ async def open_backing(
     chain = Chain(share, policy)
     async with chain.closed_on_error():
         with suppress(FileNotFoundError):
-            chain.identities.add(identity(os.stat(image)))
+            chain.files.add(FileId.at(image))
         await chain.walk(Reference(os.fspath(image), name, format))
         return chain.build()
 
@@ -106,7 +107,7 @@ def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
         except OSError:
             return False
         try:
-            if identity(storage.stat()) != identity(below.storage.stat()):
+            if FileId.of(storage.stat()) != FileId.of(below.storage.stat()):
                 return False
         finally:
             os.close(storage.fileno())
@@ -145,14 +146,14 @@ class _Link(NamedTuple):
 
 
 class Chain:
-    """A chain while it is being opened. `identities`: the files that may not occur (again) further down.
+    """A chain while it is being opened. `files`: the files that may not occur (again) further down.
 
     `isolated`: see `open_image`.
     """
 
     def __init__(self, share: bool, policy: BackingPolicy, *, isolated: bool = False) -> None:
         self.links: list[_Link] = []
-        self.identities: set[Identity] = set()
+        self.files: set[FileId] = set()
         self._share = share
         self._policy = policy
         self._isolated = isolated
@@ -199,21 +200,21 @@ class Chain:
         """Open what `image` names, as the next link. Returns what its header refers to."""
         storage, found = await look(partial(self._claim, open_file, image), discard=_drop, patience=patience)
         self._opened.append(storage)
-        self.identities.add(found)
+        self.files.add(found)
         if format is None:
             format = probe_format(await read(storage, 0, min(PROBE_BYTES, storage.size())), storage.path)
         header, reference = await _read_link(storage, format)
         self.links.append(_Link(storage, header))
         return reference
 
-    def _claim(self, open_file: Callable[[], FileStorage], image: str | None) -> tuple[FileStorage, Identity]:
+    def _claim(self, open_file: Callable[[], FileStorage], image: str | None) -> tuple[FileStorage, FileId]:
         """Open and lock a file of the chain. Blocks."""
         storage = open_file()
         try:
             if self._isolated:
                 storage = isolate(storage)
-            found = identity(storage.stat())
-            if found in self.identities:
+            found = FileId.of(storage.stat())
+            if found in self.files:
                 message = f"its backing file {shown(storage.path)} is part of this chain already (a loop)"
                 raise CorruptError(image or storage.path, message, errno.ELOOP)
             if not self._share:
@@ -271,5 +272,5 @@ def _open_entry(path: str, writable: bool) -> FileStorage:
         return FileStorage.open(path, writable, pin=pin)
 
 
-def _drop(opened: tuple[FileStorage, Identity]) -> None:
+def _drop(opened: tuple[FileStorage, FileId]) -> None:
     os.close(opened[0].fileno())

@@ -15,20 +15,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from qedfuse.errors import QedfuseError
+from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.host.lookups import NoAnswerError
 from qedfuse.host.walk import Walk
 from qedfuse.qed.header import HEADER_BYTES, MAGIC, Header
-
-#: Which file: device and inode.
-FileKey = tuple[int, int]
-
-
-class FileMark(NamedTuple):
-    """In what state a file is: time of change in nanoseconds, size in bytes, and a time that cannot be set."""
-
-    mtime_ns: int
-    size: int
-    ctime_ns: int
 
 
 class Peek(NamedTuple):
@@ -55,14 +45,6 @@ class _Known(NamedTuple):
     header: Header | None
 
 
-def key_of(status: os.stat_result) -> FileKey:
-    return status.st_dev, status.st_ino
-
-
-def mark_of(status: os.stat_result) -> FileMark:
-    return FileMark(status.st_mtime_ns, status.st_size, status.st_ctime_ns)
-
-
 def cannot_tell(error: OSError) -> bool:
     """Whether an error says nothing of the file: no answer, or no descriptors or memory left."""
     return isinstance(error, NoAnswerError) or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -72,7 +54,7 @@ class Peeker:
     """Looks at images, and remembers. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._known: dict[FileKey, _Known] = {}
+        self._known: dict[FileId, _Known] = {}
 
     def look(self, path: str) -> Peek | None:
         """What is at `path`; None if it is no regular file, or nothing. Raises OSError if that cannot be told."""
@@ -102,14 +84,14 @@ class Peeker:
         if not stat.S_ISREG(status.st_mode):
             return None
         path = f"/proc/self/fd/{pin}"
-        key = key_of(status)
+        key = FileId.of(status)
         known = self._known.get(key)
-        if known is None or known.mark != mark_of(status):
-            known = self._known[key] = _Known(mark_of(status), *_read_header(path))
+        if known is None or known.mark != FileMark.of(status):
+            known = self._known[key] = _Known(FileMark.of(status), *_read_header(path))
         writable = os.access(path, os.W_OK, effective_ids=True)
         return Peek(now, status, known.is_qed, known.header, writable)
 
-    def keep_only(self, keys: Iterable[FileKey]) -> None:
+    def keep_only(self, keys: Iterable[FileId]) -> None:
         """Forget files that are gone."""
         self._known = {key: self._known[key] for key in keys if key in self._known}
 

@@ -15,6 +15,7 @@ from qedfuse.cli.params import backing_options, check_backing_root, file_name
 from qedfuse.daemon.config import MountConfig
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, QedfuseError, UsageError
 from qedfuse.fuse.options import MountOptions, parse_mount_options
+from qedfuse.host.file_id import FileId
 from qedfuse.host.mountinfo import find_mount
 from qedfuse.host.walk import LeadsBackError, Walk
 
@@ -151,7 +152,7 @@ def _sort_sources(
 def _check_image(source: str, path: str, mountpoint: str) -> None:
     """An image over itself could never be opened again by its name."""
     try:
-        same = os.path.samefile(path, mountpoint)
+        same = FileId.at(path) == FileId.at(mountpoint)
     except OSError:
         return  # for whoever opens it
     if same:

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+from qedfuse.host.file_id import FileId
 from qedfuse.host.mount_table import find_by_id, is_remote, mount_id
 
 _ROOT = "/run/qedfuse"
@@ -47,13 +48,13 @@ class Address:
     def __init__(self, directory: int, name: str, path: str) -> None:
         self._directory = directory
         self._name = name
-        self._inode = os.lstat(name, dir_fd=directory).st_ino
+        self._file = FileId.of(os.lstat(name, dir_fd=directory))
         self.path = path
 
     def release(self) -> None:
         """Take the name away, unless it is a successor's by now."""
         with suppress(OSError), _locked(self._directory):
-            if os.lstat(self._name, dir_fd=self._directory).st_ino == self._inode:
+            if FileId.of(os.lstat(self._name, dir_fd=self._directory)) == self._file:
                 os.unlink(self._name, dir_fd=self._directory)
         os.close(self._directory)
 

@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 import trio
 
 from qedfuse.chain.opening import make_writable
-from qedfuse.chain.peek import FileKey, FileMark, key_of, mark_of
 from qedfuse.errors import QedfuseError
 from qedfuse.fuse.page_cache import TICK, CachedPages
+from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import look
 from qedfuse.layers.layer import Layer
@@ -391,7 +391,7 @@ class MountedImage:
 
     def note_state(self, status: os.stat_result) -> None:
         """The image's file is in a state to which we have brought it."""
-        self.mark = mark_of(status)
+        self.mark = FileMark.of(status)
         self.cached.note_own_change(status)
         self.closed_at = time.monotonic()
 
@@ -407,9 +407,9 @@ class MountedImage:
             "error": describe(error, self.path) if error else None,
         }
 
-    def key(self) -> FileKey | None:
+    def key(self) -> FileId | None:
         """Which file is open."""
-        return key_of(self.opened.storage.stat()) if self.opened else None
+        return FileId.of(self.opened.storage.stat()) if self.opened else None
 
 
 def _is_local(layer: Layer | None) -> bool:

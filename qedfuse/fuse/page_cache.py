@@ -16,8 +16,7 @@ import os
 import stat
 import time
 
-from qedfuse.chain.peek import FileMark, mark_of
-from qedfuse.host.storage import Identity, identity
+from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.qed.image import Image
 
 #: Nanoseconds: more than any host's clock tick; the same on file systems that keep whole seconds (or pairs of them).
@@ -29,7 +28,7 @@ _DROPPING = 1.0
 
 #: Of a file that has no time of change: in which opening it was seen.
 _Opening = object
-_State = tuple[Identity, FileMark | _Opening]
+_State = tuple[FileId, FileMark | _Opening]
 
 
 class CachedPages:
@@ -95,8 +94,8 @@ class CachedPages:
 
     def _state_of(self, status: os.stat_result) -> _State | None:
         if stat.S_ISBLK(status.st_mode):
-            return identity(status), self._opening
-        return None if _is_fresh(status.st_ctime_ns) else (identity(status), mark_of(status))
+            return FileId.of(status), self._opening
+        return None if _is_fresh(status.st_ctime_ns) else (FileId.of(status), FileMark.of(status))
 
 
 def _is_fresh(ctime_ns: int) -> bool:

@@ -11,9 +11,10 @@ import errno
 import os
 from functools import partial
 
+from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import look
-from qedfuse.host.storage import Storage, identity
+from qedfuse.host.storage import Storage
 from qedfuse.qed.image import Image
 
 _DELETED = " (deleted)"
@@ -36,7 +37,7 @@ def _is_replaced(storage: Storage) -> bool:
 
 def _is_another(path: str, storage: Storage) -> bool:
     try:
-        return identity(os.stat(path)) != identity(storage.stat())
+        return FileId.at(path) != FileId.of(storage.stat())
     except OSError:
         return False
 

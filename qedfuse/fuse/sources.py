@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import trio
 
-from qedfuse.chain.peek import FileKey, Peek, Peeker, cannot_tell, key_of
+from qedfuse.chain.peek import Peek, Peeker, cannot_tell
+from qedfuse.host.file_id import FileId
 from qedfuse.host.lookups import NoAnswerError, look
 from qedfuse.host.walk import LeadsBackError, Walk
 from qedfuse.text import printable
@@ -81,7 +82,7 @@ class Sources:
             seen.discard(name)
         return None
 
-    async def list(self, fixed: Mapping[bytes, tuple[str, FileKey]]) -> tuple[dict[bytes, Found], bool]:
+    async def list(self, fixed: Mapping[bytes, tuple[str, FileId]]) -> tuple[dict[bytes, Found], bool]:
         """All images by shown name, but for those whose names are `fixed`, to a path and its file; and whether these
         are all: not if something has not answered."""
         listings: dict[str, _Listing | None] = {}
@@ -89,14 +90,14 @@ class Sources:
             for directory in self.directories:
                 nursery.start_soon(self._list_into, listings, directory)
         result: dict[bytes, Found] = {}
-        shown: dict[bytes, tuple[str, FileKey | None]] = {**fixed}
+        shown: dict[bytes, tuple[str, FileId | None]] = {**fixed}
         hidden = {}
         for directory in self.directories:
             listing = listings[directory]
             if listing is not None:
                 self._seen[directory] = set(listing.images) | (listing.unknown & self._seen[directory])
                 for name, found in listing.images.items():
-                    key = key_of(found.peek.status)
+                    key = FileId.of(found.peek.status)
                     if name not in shown:
                         result[name] = found
                         shown[name] = found.path, key
@@ -128,7 +129,7 @@ class Sources:
                 error = problem
         raise error
 
-    def keep_only(self, keys: Iterable[FileKey]) -> None:
+    def keep_only(self, keys: Iterable[FileId]) -> None:
         """Forget files that are gone."""
         self._peeker.keep_only(keys)
 

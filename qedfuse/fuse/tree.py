@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import trio
 
-from qedfuse.chain.peek import FileKey, FileMark, Peek, key_of, mark_of
+from qedfuse.chain.peek import Peek
 from qedfuse.errors import InUseError, QedfuseError
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.sources import Found, Sources, shown_name
+from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.qed.image import Image
 
 ROOT = 1
@@ -39,7 +40,7 @@ class Node:
 
     __slots__ = ("fixed", "id", "key", "lookups", "mark", "may_write", "mounted", "name", "size", "stale")
 
-    def __init__(self, id: int, mounted: MountedImage, key: FileKey, mark: FileMark, size: int, *, fixed: bool) -> None:
+    def __init__(self, id: int, mounted: MountedImage, key: FileId, mark: FileMark, size: int, *, fixed: bool) -> None:
         self.id = id
         self.mounted = mounted
         self.key = key
@@ -53,12 +54,12 @@ class Node:
 
     def is_at(self, peek: Peek) -> bool:
         """Whether `peek` saw this node's file as we know it."""
-        if self.key != key_of(peek.status):
+        if self.key != FileId.of(peek.status):
             return False
         if self.mounted.changing or peek.time <= self.mounted.closed_at:
             return True  # it has changed since, but by us
         known, size = (self.mounted.mark, self.mounted.size) if self.mounted.mark else (self.mark, self.size)
-        found = mark_of(peek.status)
+        found = FileMark.of(peek.status)
         # A new name, owner or mode has another ctime, too. If more than that has changed, `pagecache` drops the pages.
         return found == known or (found[:2] == known[:2] and peek.size == size)
 
@@ -87,7 +88,7 @@ class Tree:
         self.sources = Sources(directories)
         self._make = make
         self._nodes: dict[int, Node] = {}
-        self._by_key: dict[FileKey, Node] = {}
+        self._by_key: dict[FileId, Node] = {}
         self._fixed: dict[bytes, Node] = {}
         self._next_id = ROOT + 1
 
@@ -108,7 +109,7 @@ class Tree:
 
     def _add_fixed(self, id: int, mounted: MountedImage, image: Image) -> Node:
         status = image.storage.stat()
-        node = Node(id, mounted, key_of(status), mark_of(status), image.size, fixed=True)
+        node = Node(id, mounted, FileId.of(status), FileMark.of(status), image.size, fixed=True)
         node.may_write = image.writable
         self._nodes[id] = self._by_key[node.key] = node
         return node
@@ -138,7 +139,7 @@ class Tree:
             found, complete = await self.sources.list(fixed)
             result += [self._to_entry(name, image) for name, image in found.items()]
             if complete:
-                self._prune({key_of(image.peek.status) for image in found.values()})
+                self._prune({FileId.of(image.peek.status) for image in found.values()})
         result.sort(key=lambda entry: entry.name)
         return result
 
@@ -213,7 +214,7 @@ class Tree:
 
     def _to_entry(self, name: bytes, found: Found) -> Entry:
         path, peek = found
-        key = key_of(peek.status)
+        key = FileId.of(peek.status)
         node = self._by_key.get(key)
         if node is not None and not node.fixed:
             if node.is_at(peek):
@@ -223,14 +224,14 @@ class Tree:
                 node = None
         if node is None:
             assert self._make is not None
-            node = Node(self._take_id(), self._make(path), key, mark_of(peek.status), peek.size, fixed=False)
+            node = Node(self._take_id(), self._make(path), key, FileMark.of(peek.status), peek.size, fixed=False)
             self._nodes[node.id] = self._by_key[key] = node
         if not node.fixed:
             node.name = name
             node.may_write = peek.writable
         return Entry(name, node, peek)
 
-    def _prune(self, present: set[FileKey]) -> None:
+    def _prune(self, present: set[FileId]) -> None:
         for node in self.nodes:
             if node.stale or node.key not in present:
                 self._drop(node)

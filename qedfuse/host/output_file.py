@@ -18,17 +18,18 @@ from contextlib import asynccontextmanager, suppress
 import trio
 
 from qedfuse.errors import QedfuseError
+from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
-from qedfuse.host.storage import Buffer, Identity, identity
+from qedfuse.host.storage import Buffer
 
 #: So much at a time the host is told to begin writing out: little is left for the sync at the end.
 _WRITEBACK_BYTES = 8 << 20
 
 
-def refuse_sources(path: str, status: os.stat_result, sources: Mapping[Identity, str]) -> None:
+def refuse_sources(path: str, status: os.stat_result, sources: Mapping[FileId, str]) -> None:
     """Raise QedfuseError if the target is one of the files that are read, given with their names."""
-    source = sources.get(identity(status))
+    source = sources.get(FileId.of(status))
     if source is not None:
         raise QedfuseError(path, f"cannot be the target: it is read from (as {source})", errno.EINVAL)
 
@@ -79,7 +80,7 @@ class OutputFile(FileStorage):
 
 @asynccontextmanager
 async def open_output(
-    path: str, *, create: bool, is_image: bool, sources: Mapping[Identity, str]
+    path: str, *, create: bool, is_image: bool, sources: Mapping[FileId, str]
 ) -> AsyncIterator[OutputFile]:
     """The file at `path`, locked; durable when the block has ended, undone if it fails or is cancelled.
 
@@ -133,7 +134,7 @@ def _open(path: str, create: bool, is_image: bool) -> OutputFile:
 
 def _remove(path: str, file: OutputFile | None) -> None:
     """Remove a file that was made here, unless its name is somebody else's by now."""
-    if file is None or identity(os.stat(path)) == identity(file.stat()):
+    if file is None or FileId.at(path) == FileId.of(file.stat()):
         os.unlink(path)
 
 

@@ -20,16 +20,8 @@ from qedfuse.sizes import whole_sectors
 
 Buffer = bytes | bytearray | memoryview
 
-#: What makes two names one file, or one block device.
-Identity = tuple[int, int]
-
 #: Behind every file.
 _END = 1 << 63
-
-
-def identity(status: os.stat_result) -> Identity:
-    """Which file, or which block device, whatever node stands for it."""
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def check_type(path: str, mode: int) -> None:

@@ -18,6 +18,7 @@ import os
 import stat
 from typing import NamedTuple
 
+from qedfuse.host.file_id import FileId
 from qedfuse.host.lookups import enter
 from qedfuse.host.mount_table import find_by_id, mount_id
 
@@ -63,11 +64,10 @@ class Walk:
         self._links = 0
         self._steps = 0
         self._root_fd = -1
-        self._root: tuple[int, int, int] | None = None
+        self._root: tuple[int, FileId] | None = None
         if root is not None:
             self._root_fd = _open_trusted(root)
-            status = os.fstat(self._root_fd)
-            self._root = mount_id(self._root_fd), status.st_dev, status.st_ino
+            self._root = mount_id(self._root_fd), FileId.of(os.fstat(self._root_fd))
 
     def __enter__(self) -> Walk:
         return self
@@ -245,8 +245,7 @@ class Walk:
             enter(mount)
         inside = above is not None and above.inside
         if self._root is not None and not inside and mount == self._root[0] and forbidden is None:
-            status = os.fstat(fd)
-            inside = (mount, status.st_dev, status.st_ino) == self._root
+            inside = (mount, FileId.of(os.fstat(fd))) == self._root
         return _Pin(fd, mount, fstype, inside, forbidden)
 
     def _pop(self) -> None:

@@ -22,8 +22,8 @@ import trio
 from qedfuse.chain.backing import ANY_BACKING, BackingPolicy
 from qedfuse.chain.chain import open_backing, open_layer
 from qedfuse.errors import UsageError
+from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import INLINE_WRITE_LIMIT
-from qedfuse.host.storage import Identity, identity
 from qedfuse.host.waiting import Breather
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.mapping import MapEntry, walk
@@ -85,14 +85,14 @@ async def convert_image(
         top = await open_layer(source, source_format, share=share, policy=policy)
         stack.push_async_callback(_close, top)
         size = top.size
-        names = _identities(top)
+        names = _names(top)
         below: Layer | None = None
         header: Header | None = None
         out: Target
         if backing is not None:
             below = await open_backing(target, backing, backing_format, share=share, policy=policy)
             stack.push_async_callback(_close, below)
-            names |= _identities(below)
+            names |= _names(below)
         if target_format == "raw":
             out = await stack.enter_async_context(raw_target(target, size, create=create, sources=names))
         elif create:
@@ -201,7 +201,7 @@ async def _differences(one: Layer, other: Layer, size: int) -> AsyncGenerator[_R
                 position = stop
 
 
-def _is_same(one: MapEntry, files: dict[str, Identity], other: MapEntry | None, others: dict[str, Identity]) -> bool:
+def _is_same(one: MapEntry, files: dict[str, FileId], other: MapEntry | None, others: dict[str, FileId]) -> bool:
     """Whether two entries are of the same bytes where they overlap, by where those are."""
     if not one.data or other is None or not other.data:
         return not one.data and (other is None or not other.data)
@@ -241,11 +241,11 @@ def _layers(top: Layer | None) -> list[Layer]:
     return found
 
 
-def _files(top: Layer) -> dict[str, Identity]:
-    return {layer.path: identity(layer.storage.stat()) for layer in _layers(top)}
+def _files(top: Layer) -> dict[str, FileId]:
+    return {layer.path: FileId.of(layer.storage.stat()) for layer in _layers(top)}
 
 
-def _identities(top: Layer) -> dict[Identity, str]:
+def _names(top: Layer) -> dict[FileId, str]:
     return {found: path for path, found in _files(top).items()}
 
 

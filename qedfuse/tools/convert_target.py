@@ -13,8 +13,8 @@ import trio
 from qedfuse.chain.backing import BackingPolicy
 from qedfuse.chain.opening import open_image
 from qedfuse.errors import QedfuseError
+from qedfuse.host.file_id import FileId
 from qedfuse.host.output_file import OutputFile, open_output, refuse_sources
-from qedfuse.host.storage import Identity
 from qedfuse.layers.layer import Layer
 from qedfuse.qed.header import Header
 from qedfuse.qed.image import Image
@@ -82,9 +82,7 @@ class QedTarget:
 
 
 @asynccontextmanager
-async def raw_target(
-    path: str, size: int, *, create: bool, sources: Mapping[Identity, str]
-) -> AsyncIterator[RawTarget]:
+async def raw_target(path: str, size: int, *, create: bool, sources: Mapping[FileId, str]) -> AsyncIterator[RawTarget]:
     """A raw file of `size` bytes, or a block device with room for them; see `open_output`.
 
     `create` False: the file must be there, and be large enough; what is behind `size` stays.
@@ -99,7 +97,7 @@ async def raw_target(
 
 @asynccontextmanager
 async def new_qed_target(
-    path: str, header: Header, backing_name: bytes, backing: Layer | None, *, sources: Mapping[Identity, str]
+    path: str, header: Header, backing_name: bytes, backing: Layer | None, *, sources: Mapping[FileId, str]
 ) -> AsyncIterator[QedTarget]:
     """A new image, empty over `backing`, which is the image's from then on; see `open_output`."""
     async with open_output(path, create=True, is_image=True, sources=sources) as file:
@@ -116,7 +114,7 @@ async def new_qed_target(
 
 @asynccontextmanager
 async def old_qed_target(
-    path: str, size: int, *, policy: BackingPolicy, sources: Mapping[Identity, str]
+    path: str, size: int, *, policy: BackingPolicy, sources: Mapping[FileId, str]
 ) -> AsyncIterator[QedTarget]:
     """An image that is there, of `size` bytes or more; see `open_image`. If the block fails, part of it is written."""
     refuse_sources(path, os.stat(path), sources)

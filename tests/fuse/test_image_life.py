@@ -18,12 +18,12 @@ import trio
 
 from qedfuse.chain import opening
 from qedfuse.chain.opening import make_writable, open_image
-from qedfuse.chain.peek import FileKey, FileMark
 from qedfuse.errors import InUseError
 from qedfuse.fuse import tree as tree_module
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.tree import Node, Tree
 from qedfuse.host import lookups as threads
+from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import NoAnswerError
 from qedfuse.qed.image import Image
@@ -270,12 +270,12 @@ class Taken:
     async def make_writable(self) -> None:
         pass
 
-    def key(self) -> FileKey:
-        return 0, 0
+    def key(self) -> FileId:
+        return FileId(0, 0)
 
 
 def test_the_one_in_the_way_may_be_gone_before_it_is_looked_for() -> None:
-    node = Node(99, Taken(1), (0, 0), FileMark(0, 0, 0), 0, fixed=True)  # type: ignore[arg-type]
+    node = Node(99, Taken(1), FileId(0, 0), FileMark(0, 0, 0), 0, fixed=True)  # type: ignore[arg-type]
     trio.run(partial(Tree().acquire, node, to_write=True))
 
 
@@ -288,7 +288,7 @@ def test_one_that_cannot_be_closed_keeps_no_other_one_waiting(tmp_path: Path, mo
         tree.add(mounted, image)
         mounted.release()
 
-        node = Node(99, Taken(2), (0, 0), tree.nodes[0].mark, 0, fixed=True)  # type: ignore[arg-type]
+        node = Node(99, Taken(2), FileId(0, 0), tree.nodes[0].mark, 0, fixed=True)  # type: ignore[arg-type]
         with trio.fail_after(5), pytest.raises(InUseError):
             await tree.acquire(node, to_write=True)
 

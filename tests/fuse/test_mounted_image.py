@@ -13,10 +13,10 @@ import pytest
 import trio
 
 from qedfuse.chain.opening import make_writable, open_image
-from qedfuse.chain.peek import mark_of
 from qedfuse.errors import InUseError, QedfuseError
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.page_cache import TICK
+from qedfuse.host.file_id import FileMark
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.qed.image import Image
 from qedfuse.tools.create import create_image
@@ -311,6 +311,6 @@ def test_the_file_is_left_with_the_time_that_was_set(path: str) -> None:
         await until_closed(mounted)
         status = os.stat(path)
         assert status.st_mtime_ns == 10**18
-        assert mounted.mark == mark_of(status)
+        assert mounted.mark == FileMark.of(status)
 
     run(path, body)
