@@ -32,9 +32,9 @@ from qedfuse.layers.layer import Layer
 from qedfuse.layers.qcow2.header import Qcow2Header
 from qedfuse.layers.qcow2.layer import Qcow2Layer, read_qcow2_header
 from qedfuse.layers.raw import RawLayer
-from qedfuse.qed.header import HEADER_BYTES, Header
+from qedfuse.qed.header import Header
+from qedfuse.qed.header_io import read_backing_name, read_header
 from qedfuse.qed.image import Image
-from qedfuse.text import decode_backing_name
 
 #: Layers in a chain, the top one included. Each costs a descriptor, and a loop that no inode betrays must end, too.
 MAX_DEPTH = 200
@@ -113,22 +113,6 @@ def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
             os.close(storage.fileno())
         layer = below
     return True
-
-
-async def read_header(storage: Storage) -> Header:
-    """The header of a QED image, validated against its file. Raises FormatError, UnsupportedError, CorruptError."""
-    size = storage.size()
-    header = Header.decode(await read(storage, 0, min(HEADER_BYTES, size)), storage.path)
-    header.validate_file_size(size, storage.path)
-    return header
-
-
-async def read_backing_name(storage: Storage, header: Header) -> str | None:
-    """The backing file's name as stored in a QED image, None if it has none."""
-    if not header.has_backing_file:
-        return None
-    raw = await read(storage, header.backing_filename_offset, header.backing_filename_size)
-    return decode_backing_name(raw, storage.path)
 
 
 class _Link(NamedTuple):

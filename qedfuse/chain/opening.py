@@ -11,8 +11,8 @@ from functools import partial
 import trio
 
 from qedfuse.chain.backing import ANY_BACKING, BackingPolicy
-from qedfuse.chain.chain import Chain, open_backing, open_layer, read_backing_name, read_header
-from qedfuse.chain.probe import QED, probe_format
+from qedfuse.chain.chain import Chain
+from qedfuse.chain.probe import QED
 from qedfuse.chain.recovery import recover
 from qedfuse.errors import InUseError, UsageError
 from qedfuse.host.file_storage import FileStorage
@@ -21,17 +21,8 @@ from qedfuse.host.lookups import enter, look
 from qedfuse.host.offload import to_its_end
 from qedfuse.host.remote_file import RemoteFile, isolate
 from qedfuse.qed.header import FEATURE_NEED_CHECK, Header
+from qedfuse.qed.header_io import read_header
 from qedfuse.qed.image import Image
-
-__all__ = [
-    "BackingPolicy",
-    "open_backing",
-    "open_image",
-    "open_layer",
-    "probe_format",
-    "read_backing_name",
-    "read_header",
-]
 
 _log = logging.getLogger("qedfuse")
 

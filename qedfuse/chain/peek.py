@@ -14,11 +14,14 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from qedfuse.errors import QedfuseError
+from qedfuse.errors import FormatError, UnsupportedError
 from qedfuse.host.file_id import FileId, FileMark
+from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import NoAnswerError
+from qedfuse.host.waiting import run_blocking
 from qedfuse.host.walk import Walk
-from qedfuse.qed.header import HEADER_BYTES, MAGIC, Header
+from qedfuse.qed.header import Header, NotQedError
+from qedfuse.qed.header_io import read_fields
 
 
 class Peek(NamedTuple):
@@ -87,7 +90,7 @@ class Peeker:
         key = FileId.of(status)
         known = self._known.get(key)
         if known is None or known.mark != FileMark.of(status):
-            known = self._known[key] = _Known(FileMark.of(status), *_read_header(path))
+            known = self._known[key] = _Known(FileMark.of(status), *run_blocking(_read_header(path)))
         writable = os.access(path, os.W_OK, effective_ids=True)
         return Peek(now, status, known.is_qed, known.header, writable)
 
@@ -96,18 +99,15 @@ class Peeker:
         self._known = {key: self._known[key] for key in keys if key in self._known}
 
 
-def _read_header(path: str) -> tuple[bool, Header | None]:
+async def _read_header(path: str) -> tuple[bool, Header | None]:
+    """Whether there is a QED image, and its header."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        storage = FileStorage.open(path, False)
+        try:
+            return True, await read_fields(storage)
+        finally:
+            await storage.close()
+    except (FormatError, UnsupportedError) as error:
+        return not isinstance(error, NotQedError), None
     except OSError:
         return False, None
-    try:
-        raw = os.pread(fd, HEADER_BYTES, 0)
-    except OSError:
-        return False, None
-    finally:
-        os.close(fd)
-    try:
-        return raw.startswith(MAGIC), Header.decode(raw, path)
-    except QedfuseError:
-        return raw.startswith(MAGIC), None

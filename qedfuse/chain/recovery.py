@@ -37,10 +37,10 @@ from __future__ import annotations
 import logging
 
 from qedfuse.check.check import CheckResult, Repair, check_image
-from qedfuse.check.repair import write_header
 from qedfuse.errors import CorruptError
 from qedfuse.host.storage import Storage, size_in_sectors
 from qedfuse.qed.header import Header
+from qedfuse.qed.header_io import write_header
 
 _log = logging.getLogger("qedfuse")
 

@@ -28,13 +28,14 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from qedfuse.check.release import fill_gaps, punch
-from qedfuse.check.repair import Progress, extend, repair_tables, write_header
+from qedfuse.check.repair import Progress, extend, repair_tables
 from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.host.chunks import TableChunks, unpack_entries
 from qedfuse.host.storage import Storage
 from qedfuse.host.waiting import Breather
 from qedfuse.qed.cluster_map import ClusterMap, Marks
 from qedfuse.qed.header import FEATURE_NEED_CHECK, Header
+from qedfuse.qed.header_io import write_header
 from qedfuse.qed.table_walk import Bounds, L1Entries
 from qedfuse.sizes import ENTRY_SIZE
 from qedfuse.text import describe

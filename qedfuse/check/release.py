@@ -13,13 +13,14 @@ from dataclasses import replace
 from itertools import compress
 
 from qedfuse.check.compaction import Layout, Moves, plan
-from qedfuse.check.repair import Progress, write_header
+from qedfuse.check.repair import Progress
 from qedfuse.errors import CorruptError
 from qedfuse.host.chunks import TableChunks, entry_at, pack_entry, unpack_entries, write_changes
 from qedfuse.host.storage import Storage, fill
 from qedfuse.host.waiting import Breather
 from qedfuse.qed.cluster_map import ClusterMap
 from qedfuse.qed.header import Header
+from qedfuse.qed.header_io import write_header
 from qedfuse.qed.table_walk import Bounds, L1Entries
 
 #: Clusters of one batch: how much is planned at once, 16 bytes each.

@@ -84,13 +84,6 @@ Progress = Callable[[int, int], None]
 _FENCE = 0xFED
 
 
-async def write_header(storage: Storage, header: Header) -> None:
-    """Make everything before durable, then the header."""
-    await storage.sync()
-    await storage.write(0, [header.encode()])
-    await storage.sync()
-
-
 async def extend(storage: Storage, size: int) -> None:
     """Let the file have `size` bytes, durably. What is added reads as zeroes."""
     await storage.truncate(size)

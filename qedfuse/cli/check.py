@@ -78,18 +78,17 @@ async def _check(path: str, repair: str | None, share: bool, bar: Bar) -> CheckR
     from qedfuse.check.check import Repair, check_image
     from qedfuse.host.file_storage import FileStorage
     from qedfuse.host.image_lock import lock
-    from qedfuse.qed.header import HEADER_BYTES, MAGIC, Header
+    from qedfuse.qed.header import NotQedError
+    from qedfuse.qed.header_io import read_header
 
     storage = FileStorage.open(path, repair is not None)
     try:
         if not share:
             lock(storage.fileno(), path, writable=repair is not None)
-        head = bytearray(min(HEADER_BYTES, storage.size()))
-        await storage.read_into(0, memoryview(head))
-        if not head.startswith(MAGIC):
-            return None
-        header = Header.decode(bytes(head), path)
+        header = await read_header(storage)
         return await check_image(storage, header, repair=Repair(repair or "none"), progress=bar)
+    except NotQedError:
+        return None
     finally:
         await storage.close()
 

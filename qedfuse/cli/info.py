@@ -20,7 +20,8 @@ from qedfuse.cli.params import (
 )
 from qedfuse.errors import EXIT_FAILED, EXIT_OK
 from qedfuse.text import printable
-from qedfuse.tools.info import DEFAULT_MAX_SIZE, ImageInfo, read_chain, read_info, read_untrusted
+from qedfuse.tools.info import ImageInfo, read_chain, read_info
+from qedfuse.tools.untrusted import DEFAULT_MAX_SIZE, read_untrusted
 
 
 @click.command(

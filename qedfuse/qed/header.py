@@ -28,6 +28,10 @@ KNOWN_AUTOCLEAR_FEATURES = 0
 MAX_BACKING_NAME = 4095
 
 
+class NotQedError(FormatError):
+    """The file does not even begin as a QED image does."""
+
+
 @dataclass(frozen=True)
 class Header:
     """A QED header's fields; sizes in bytes but table_size and header_size, which count clusters."""
@@ -48,10 +52,10 @@ class Header:
         """The header in the first 64 bytes of a file.
 
         Checks the fields that can be checked without the file: sizes, alignment, feature bits. `path` is for messages.
-        Raises FormatError (not QED, or a field out of range), UnsupportedError (an unknown feature bit).
+        Raises NotQedError, FormatError (a field out of range), UnsupportedError (an unknown feature bit).
         """
         if raw[: len(MAGIC)] != MAGIC:
-            raise FormatError(path, "not a qed image (no qed magic at the start)")
+            raise NotQedError(path, "not a qed image (no qed magic at the start)")
         if len(raw) < HEADER_BYTES:
             raise FormatError(path, f"the header is cut off ({len(raw)} of {HEADER_BYTES} bytes)")
         header = cls(*_STRUCT.unpack_from(raw)[1:])

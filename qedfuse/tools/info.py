@@ -1,41 +1,29 @@
 """What an image is: its header, its backing file's name, its size on the host. Opens nothing else.
 
-It opens the file by itself: a look at a header needs no event loop, and loading one takes longer than the look. What
-needs the engine (a backing chain, a check) is imported where it is used.
+A look at a header needs no event loop, and loading one takes longer than the look. What needs the engine (a backing
+chain) is imported where it is used.
 """
 
 from __future__ import annotations
 
 import os
-import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qedfuse.errors import CorruptError, UnsupportedError
+from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
-from qedfuse.host.storage import check_type
-from qedfuse.qed.header import (
-    FEATURE_BACKING_FILE,
-    FEATURE_BACKING_FORMAT_NO_PROBE,
-    FEATURE_NEED_CHECK,
-    HEADER_BYTES,
-    Header,
-)
+from qedfuse.host.storage import Storage
+from qedfuse.host.waiting import run_blocking
+from qedfuse.qed.header import FEATURE_BACKING_FILE, FEATURE_BACKING_FORMAT_NO_PROBE, FEATURE_NEED_CHECK, Header
+from qedfuse.qed.header_io import read_backing_name, read_header
 from qedfuse.sizes import SECTOR_SIZE, round_up
-from qedfuse.text import decode_backing_name
 
 if TYPE_CHECKING:
     from qedfuse.chain.backing import BackingPolicy
     from qedfuse.layers.layer import Layer
     from qedfuse.layers.qcow2.header import Qcow2Header
-
-#: An untrusted image may declare at most this many bytes: what the default geometry can map.
-DEFAULT_MAX_SIZE = 64 << 40
-#: And its structure must be checked in this many seconds.
-DEFAULT_TIME_LIMIT = 10.0
 
 _FEATURE_NAMES = {
     FEATURE_BACKING_FILE: "backing-file",
@@ -146,109 +134,36 @@ def read_info(path: str, *, share: bool = False) -> ImageInfo:
     Unless `share`, an image that another process has open for writing is refused (InUseError). Raises OSError,
     FormatError, UnsupportedError, CorruptError.
     """
-    with _opened(path, share=share) as fd:
-        return _read_info(fd, path)
-
-
-def read_untrusted(
-    path: str, *, share: bool = False, max_size: int = DEFAULT_MAX_SIZE, time_limit: float = DEFAULT_TIME_LIMIT
-) -> ImageInfo:
-    """As `read_info`, for an image from somebody who may mean harm: it must be consistent and stand alone.
-
-    Opens nothing but the image; memory is bounded by the check, time by `time_limit` (seconds). Raises UnsupportedError
-    for an image that refers to another file, declares more than `max_size` bytes, takes too long to check or is one of
-    another format, too (whose reader would see something else), and CorruptError for one whose tables are not in order
-    (leaked clusters are harmless) or that was not closed cleanly.
-    """
-    from qedfuse.chain.probe import PROBE_BYTES, other_format
-
-    deadline = time.monotonic() + time_limit
-    with _opened(path, share=share) as fd:
-        info = _read_info(fd, path)
-        if info.backing_name is not None:
-            raise UnsupportedError(path, f"not to be trusted: it refers to another file, {info.backing_name!r}")
-        other = other_format(_pread(fd, path, PROBE_BYTES, 0))
-        if other is not None:
-            raise UnsupportedError(path, f"not to be trusted: it looks like a {other} image, too")
-        if info.virtual_size > max_size:
-            raise UnsupportedError(
-                path, f"not to be trusted: it declares {info.virtual_size} bytes, more than {max_size} (--max-size)"
-            )
-        assert info.header is not None
-        if info.header.needs_check:
-            raise CorruptError(path, "not to be trusted: it was not closed cleanly; see qedfuse check -r all")
-        _check(fd, path, info.header, deadline)
-        return info
+    with opened(path, share=share) as storage:
+        return run_blocking(info_of(storage))
 
 
 @contextmanager
-def _opened(path: str, *, share: bool) -> Iterator[int]:
-    """The image's descriptor, open for reading and locked unless `share`. Never blocks on a FIFO."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+def opened(path: str, *, share: bool) -> Iterator[FileStorage]:
+    """The image's file, open for reading and locked unless `share`. Never blocks on a FIFO."""
+    storage = FileStorage.open(path, False)
     try:
-        check_type(path, os.fstat(fd).st_mode)
         if not share:
-            lock(fd, path, writable=False)
-        yield fd
+            lock(storage.fileno(), path, writable=False)
+        yield storage
     finally:
-        os.close(fd)
+        run_blocking(storage.close())
 
 
-def _read_info(fd: int, path: str) -> ImageInfo:
-    size = os.lseek(fd, 0, os.SEEK_END)
-    header = Header.decode(_pread(fd, path, HEADER_BYTES, 0), path)
-    header.validate_file_size(size, path)
-    name = None
-    if header.has_backing_file:
-        raw = _pread(fd, path, header.backing_filename_size, header.backing_filename_offset)
-        name = decode_backing_name(raw, path)
-    return _of_qed(path, header, os.fstat(fd), size, name)
-
-
-def _of_qed(path: str, header: Header, status: os.stat_result, size: int, backing_name: str | None) -> ImageInfo:
-    return ImageInfo(
-        path,
-        "qed",
-        header.image_size,
-        status.st_blocks * 512,
-        size,
-        header,
-        backing_name,
-        "raw" if header.backing_is_raw else None,
-        header.cluster_size,
-        on_device=stat.S_ISBLK(status.st_mode),
+async def info_of(storage: Storage, header: Header | None = None) -> ImageInfo:
+    """What a QED image says of itself. `header`: as it is known to be."""
+    header = header or await read_header(storage)
+    name = await read_backing_name(storage, header)
+    info = _host_info(storage, "qed", header.image_size)
+    backing_format = "raw" if header.backing_is_raw else None
+    return replace(
+        info, header=header, backing_name=name, backing_format=backing_format, cluster_size=header.cluster_size
     )
 
 
-def _pread(fd: int, path: str, size: int, offset: int) -> bytes:
-    try:
-        return os.pread(fd, size, offset)
-    except OSError as error:
-        error.filename = path
-        raise
-
-
-def _check(fd: int, path: str, header: Header, deadline: float) -> None:
-    """The structural check of `read_untrusted`."""
-    import trio
-
-    from qedfuse.check.check import CheckResult, check_image
-    from qedfuse.host.file_storage import FileStorage
-
-    async def run() -> CheckResult:
-        storage = FileStorage(path, os.dup(fd), writable=False)
-        try:
-            with trio.fail_after(max(0.0, deadline - time.monotonic())):
-                return await check_image(storage, header)
-        finally:
-            await storage.close()
-
-    try:
-        result = trio.run(run)
-    except trio.TooSlowError:
-        raise UnsupportedError(path, "not to be trusted: its tables take too long to check") from None
-    if result.corruptions or result.check_errors:
-        raise CorruptError(path, f"not to be trusted: its tables are corrupt ({result.problems[0]})")
+def _host_info(storage: Storage, format: str, size: int) -> ImageInfo:
+    actual = storage.stat().st_blocks * 512
+    return ImageInfo(storage.path, format, size, actual, storage.size(), on_device=storage.fixed)
 
 
 async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy | None = None) -> list[ImageInfo]:
@@ -269,16 +184,12 @@ async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy | 
 
 
 async def _layer_info(layer: Layer) -> ImageInfo:
-    from qedfuse.chain.chain import read_backing_name
     from qedfuse.layers.qcow2.layer import Qcow2Layer
     from qedfuse.qed.image import Image
 
-    status, file_size = layer.storage.stat(), layer.storage.size()
     if isinstance(layer, Image):
-        name = await read_backing_name(layer.storage, layer.header)
-        return _of_qed(layer.path, layer.header, status, file_size, name)
-    on_device = layer.storage.fixed
-    info = ImageInfo(layer.path, layer.format, layer.size, status.st_blocks * 512, file_size, on_device=on_device)
+        return await info_of(layer.storage, layer.header)
+    info = _host_info(layer.storage, layer.format, layer.size)
     if isinstance(layer, Qcow2Layer):
         header = layer.header
         info = replace(

@@ -17,9 +17,9 @@ import pytest
 import trio
 
 import qedfuse
-from qedfuse.chain.chain import read_header
 from qedfuse.check.check import CheckResult, check_image
 from qedfuse.host.file_storage import FileStorage
+from qedfuse.qed.header_io import read_header
 from qedfuse.qed.image import Image
 from tests.helpers.qemu.cli import ROOT, qemu_img
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qedfuse.chain import recovery
-from qedfuse.chain.opening import BackingPolicy, open_image
+from qedfuse.chain.backing import BackingPolicy
+from qedfuse.chain.opening import open_image
 from qedfuse.check.check import CheckResult, Repair
 from qedfuse.errors import CorruptError, FormatError, UnsupportedError
 from qedfuse.host.storage import Storage

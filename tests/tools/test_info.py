@@ -18,8 +18,8 @@ import pytest
 from qedfuse.cli.main import main
 from qedfuse.errors import CorruptError, UnsupportedError
 from qedfuse.qed.geometry import Geometry
-from qedfuse.tools import info as info_module
-from qedfuse.tools.info import ImageInfo, read_info, read_untrusted
+from qedfuse.tools.info import ImageInfo, read_info
+from qedfuse.tools.untrusted import DEFAULT_MAX_SIZE, read_untrusted
 from tests.helpers.qemu.cli import environment, one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 
 FEATURES_AT = 16
@@ -288,5 +288,5 @@ def test_library(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="cut off"):
         read_untrusted(str(path))
     assert len(os.listdir("/proc/self/fd")) == before
-    assert info_module.DEFAULT_MAX_SIZE == Geometry().max_image_size
+    assert DEFAULT_MAX_SIZE == Geometry().max_image_size
     assert ImageInfo("x", "raw", 512, 0, 512).to_json()["dirty-flag"] is False
