@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import TypedDict, Unpack
 
 import trio
 
@@ -27,9 +28,18 @@ from qedfuse.qed.image import Image
 _log = logging.getLogger("qedfuse")
 
 
-@asynccontextmanager
-@trio.lowlevel.enable_ki_protection  # not of the block
-async def open_image(
+class Options(TypedDict, total=False):
+    """Of `open_for_use`, which says what they mean."""
+
+    read_only: bool
+    fixed_size: bool
+    share: bool
+    policy: BackingPolicy
+    in_directory: bool
+    isolated: bool
+
+
+async def open_for_use(
     path: str | os.PathLike[str],
     *,
     read_only: bool = False,
@@ -38,59 +48,17 @@ async def open_image(
     policy: BackingPolicy = ANY_BACKING,
     in_directory: bool = False,
     isolated: bool = False,
-) -> AsyncIterator[Image]:
-    """The engine itself, for this package; see `library.open_image`, which is for other programs, for what is the same.
-
-    `in_directory`: only the directory of `path` can be trusted; its last name was found there, may be a symbolic link,
-    and is followed as a backing file's name is. `isolated`: this process has other tasks, which must go on when a
-    server that has one of the files does not answer.
-
-    Nobody may use the image when the block is left: calls in progress are not waited for.
-    """
-    image = await _open(os.fspath(path), read_only, fixed_size, share, policy, in_directory, isolated)
-    background = _Background(image)  # no nursery: this may be in a generator, whose block is left anywhere
-    trio.lowlevel.spawn_system_task(background.run)
-    try:
-        yield image
-    except BaseException:
-        try:
-            await to_its_end(background.close)
-        except OSError as error:
-            _log.error("%s: closing failed: %s", image.path, error)
-        raise
-    await to_its_end(background.close)
-
-
-class _Background:
-    """An image's timer, which ends when the image is closed."""
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        self._scope = trio.CancelScope()
-        self._ended = trio.Event()
-
-    async def run(self) -> None:
-        try:
-            with self._scope:
-                await self._image.run_background()
-        except Exception as error:
-            _log.critical("%s: the timer has ended, only a flush commits now", self._image.path, exc_info=error)
-        finally:
-            self._ended.set()
-
-    async def close(self) -> None:
-        """Close the image, and end the timer: not before, as closing needs the outcome of a commit that it may have
-        begun."""
-        try:
-            await self._image.close()
-        finally:
-            self._scope.cancel()
-            await self._ended.wait()
-
-
-async def _open(
-    path: str, read_only: bool, fixed_size: bool, share: bool, policy: BackingPolicy, in_directory: bool, isolated: bool
 ) -> Image:
+    """An image that is open until its `close` is awaited, by whatever task, and commits on a timer until then.
+
+    As `library.open_image`, for this package. `in_directory`: only the directory of `path` can be trusted; its last
+    name was found there, may be a symbolic link, and is followed as a backing file's name is. `isolated`: this process
+    has other tasks, which must go on when a server that has one of the files does not answer.
+
+    The timer belongs to the event loop and not to a nursery: what cancels the caller must not end it in the middle of a
+    commit, whose outcome closing needs. Cancelled while it opens, nothing stays open.
+    """
+    path = os.fspath(path)
     if share and not read_only:
         raise UsageError(path, "without locks (-U) an image can only be opened read-only")
     chain = Chain(share, policy, isolated=isolated)
@@ -100,7 +68,36 @@ async def _open(
         assert isinstance(header, Header)
         if not read_only:
             header = await recover(storage, header)
-        return Image(storage, header, chain.build_backing(), writable=not read_only, fixed_size=fixed_size)
+        image = Image(storage, header, chain.build_backing(), writable=not read_only, fixed_size=fixed_size)
+    trio.lowlevel.spawn_system_task(_run_timer, image)
+    return image
+
+
+async def _run_timer(image: Image) -> None:
+    try:
+        await image.run_background()
+    except Exception as error:
+        _log.critical("%s: the timer has ended, only a flush commits now", image.path, exc_info=error)
+
+
+@asynccontextmanager
+@trio.lowlevel.enable_ki_protection  # not of the block
+async def open_image(path: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncIterator[Image]:
+    """An image that is open for the block; see `open_for_use`.
+
+    No call may be in progress when the block is left: none is waited for. An error of closing goes to the log if the
+    block has failed.
+    """
+    image = await open_for_use(path, **options)
+    try:
+        yield image
+    except BaseException:
+        try:
+            await to_its_end(image.close)
+        except OSError as error:
+            _log.error("%s: closing failed: %s", image.path, error)
+        raise
+    await to_its_end(image.close)
 
 
 async def make_writable(image: Image) -> None:

@@ -83,6 +83,7 @@ class Image:
         self._closed = False
         self._committer: Committer | None = None
         self._writing = trio.Event()
+        self._timer = trio.CancelScope()
         if writable:
             self._begin_writing()
 
@@ -96,10 +97,11 @@ class Image:
         self._writing.set()
 
     async def run_background(self) -> None:
-        """Commit on a timer; runs until cancelled. An image without it is safe, but commits only on flush."""
-        await self._writing.wait()
-        assert self._committer is not None
-        await commit_in_time(self._committer, self.path)
+        """Commit on a timer; runs until the image is closed. One without it is safe, but commits only on flush."""
+        with self._timer:
+            await self._writing.wait()
+            assert self._committer is not None
+            await commit_in_time(self._committer, self.path)
 
     async def begin_writing(self, header: Header, exchange: Callable[[], None]) -> None:
         """From an image that is open for reading to one that is open for writing, for all who use it.
@@ -401,7 +403,7 @@ class Image:
             await self._committer.clean()
 
     async def close(self) -> None:
-        """Flush, mark clean, trim the file, close it and the layers below. Idempotent.
+        """Flush, mark clean, trim the file, close it and the layers below, and end the timer. Idempotent.
 
         The files are closed even when the flush fails; its error is raised then, and EIO if a sync had failed before.
         What could not be written is lost: to be able to try again (ENOSPC), call `clean` first.
@@ -413,6 +415,7 @@ class Image:
             if self._committer:
                 await self._committer.close()
         finally:
+            self._timer.cancel()  # not before: closing needs the outcome of a commit that it may have begun
             self._tables.close()
             await self.storage.close()
             if self._backing:

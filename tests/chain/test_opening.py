@@ -12,9 +12,10 @@ import trio
 import trio.testing
 
 import qedfuse
-from qedfuse.chain.opening import open_image
+from qedfuse.chain.opening import open_for_use, open_image
 from qedfuse.errors import InUseError, QedfuseError, UsageError
 from qedfuse.host.file_storage import FileStorage
+from qedfuse.qed.commit import Committer
 from qedfuse.qed.image import Image
 from tests.helpers.images.chains import (
     SIZE,
@@ -43,6 +44,15 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qed"
     qemu_img("create", "-q", "-f", "qed", path, SIZE)
     return path
+
+
+async def until_committed(image: Path, content: bytes) -> None:
+    """Until the file itself says what was written."""
+    while True:
+        async with open_image(image, read_only=True, share=True) as other:
+            if await other.read(0, len(content)) == content:
+                return
+        await trio.sleep(0.1)
 
 
 # -- the ordinary life of an image ------------------------------------------------------------------------------------
@@ -128,11 +138,7 @@ def test_the_timer_commits_by_itself(tmp_path: Path) -> None:
         async with open_image(image) as disk:
             await disk.write(0, b"new")
             with trio.fail_after(30):
-                while True:
-                    async with open_image(image, read_only=True, share=True) as other:
-                        if bytes(await other.read(0, 3)) == b"new":
-                            return
-                    await trio.sleep(0.1)
+                await until_committed(image, b"new")
 
     run(write_and_wait)
 
@@ -198,12 +204,12 @@ def test_a_failing_close(image: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
 def test_the_timer_outlives_the_close(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The block is cancelled, but a commit that the timer has begun is not: closing needs its outcome."""
     events: list[str] = []
-    real_close, real_background = Image.close, Image.run_background
+    real_close, real_background = Committer.close, Image.run_background
 
-    async def close(self: Image) -> None:
+    async def close(self: Committer) -> None:
         await real_close(self)
         await trio.testing.wait_all_tasks_blocked()
-        events.append("closed")
+        events.append("committed")
 
     async def run_background(self: Image) -> None:
         try:
@@ -211,7 +217,7 @@ def test_the_timer_outlives_the_close(image: Path, monkeypatch: pytest.MonkeyPat
         finally:
             events.append("timer ended")
 
-    monkeypatch.setattr(Image, "close", close)
+    monkeypatch.setattr(Committer, "close", close)
     monkeypatch.setattr(Image, "run_background", run_background)
 
     async def cancelled() -> None:
@@ -221,7 +227,30 @@ def test_the_timer_outlives_the_close(image: Path, monkeypatch: pytest.MonkeyPat
                 await trio.sleep_forever()
 
     run(cancelled)
-    assert events == ["closed", "timer ended"]
+    assert events == ["committed", "timer ended"]
+
+
+def test_an_image_outlives_the_nursery_in_which_it_was_opened(image: Path) -> None:
+    """Its timer, too; any task may close it."""
+
+    async def open_and_close() -> None:
+        async with trio.open_nursery() as nursery:
+            disk = await nursery.start(open_it)
+            nursery.cancel_scope.cancel()
+        await disk.write(0, b"written")
+        with trio.fail_after(30):
+            await until_committed(image, b"written")
+        await disk.close()
+        await disk.close()
+
+    async def open_it(task_status: trio.TaskStatus[Image]) -> None:
+        task_status.started(await open_for_use(image))
+        await trio.sleep_forever()
+
+    run(open_and_close)
+    check_is_clean(image)
+    assert not header_of(image).needs_check
+    assert qemu_bytes(image)[:7] == b"written"
 
 
 def test_without_its_timer_it_goes_on(
