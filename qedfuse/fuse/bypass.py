@@ -24,9 +24,8 @@ from qedfuse.fuse.fallocate import fallocate
 from qedfuse.fuse.last_seek import LastSegments
 from qedfuse.fuse.replaced import check_not_replaced, may_be_replaced
 from qedfuse.host.lookups import abandonable
-from qedfuse.host.offload import Worker, idle_worker, offload
+from qedfuse.host.stepping import Stepper
 from qedfuse.host.storage import Buffer
-from qedfuse.host.waiting import Stepper
 from qedfuse.layers.seek import find_segments
 from qedfuse.qed.image import Image
 
@@ -127,35 +126,21 @@ class HandOver:
                 self._begin(self._flush, fd, unique, image)
                 return False
             stepper = Stepper(flush)
-            while stepper.call is not None:
-                worker = idle_worker(stepper.call) if time.monotonic() < end else None
-                if worker is None or not worker.attempt(stepper.call):
-                    self._begin(self._finish_flush, fd, unique, stepper, worker)
-                    return False
-                _advance(stepper, worker)
+            if not stepper.run_inline(end):
+                self._begin(self._finish_flush, fd, unique, stepper)
+                return False
         except Exception as error:
             _send(fd, self._complaints.errno_of(error, "fsync"), unique)
         else:
             _send(fd, 0, unique)
         return True
 
-    async def _finish_flush(self, fd: int, unique: int, stepper: Stepper, worker: Worker | None) -> None:
-        """The rest of it, whoever is cancelled. `worker`: has the call at hand."""
+    async def _finish_flush(self, fd: int, unique: int, stepper: Stepper) -> None:
         code = 0
-        with trio.CancelScope(shield=True):
-            try:
-                if worker is not None:
-                    await worker.wait_long()
-                    _advance(stepper, worker)
-                while stepper.call is not None:
-                    try:
-                        result = await offload(stepper.call)
-                    except Exception as error:
-                        stepper.advance(None, error)
-                    else:
-                        stepper.advance(result)
-            except Exception as error:
-                code = self._complaints.errno_of(error, "fsync")
+        try:
+            await stepper.finish()
+        except Exception as error:
+            code = self._complaints.errno_of(error, "fsync")
         _send(fd, code, unique)
 
     async def _flush(self, fd: int, unique: int, image: Image) -> None:
@@ -244,15 +229,6 @@ class HandOver:
         finally:
             if not limiter.borrowed_tokens:
                 self._write_backs.pop(node, None)
-
-
-def _advance(stepper: Stepper, worker: Worker) -> None:
-    try:
-        result = worker.finish()
-    except Exception as error:
-        stepper.advance(None, error)
-    else:
-        stepper.advance(result)
 
 
 def _errno_of(error: Exception, image: Image) -> int:

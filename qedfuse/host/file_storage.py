@@ -16,10 +16,10 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from qedfuse.errors import QedfuseError
-from qedfuse.host.host_call import Host
+from qedfuse.host.host_call import CallKind, Host, HostCall
 from qedfuse.host.storage import Buffer, HostExtent, check_type, find_extents, size_in_sectors
 from qedfuse.host.waiting import in_background, in_thread
 from qedfuse.sizes import round_down, round_up
@@ -157,7 +157,7 @@ class FileStorage:
         in_background(functools.partial(_libc.sync_file_range, self._fd, offset, size, _SYNC_FILE_RANGE_WRITE))
 
     async def sync(self) -> None:
-        await self._in_thread(os.fdatasync, self._fd)
+        await self._wait_for(HostCall(self._host, os.fdatasync, (self._fd,), CallKind.SYNC))
 
     async def truncate(self, size: int) -> None:
         if size > _MAX_SIZE:  # more than off_t holds: no OSError by itself
@@ -217,8 +217,11 @@ class FileStorage:
             self._write_all(start, [zeroes[: offset + size - start]])
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+        return cast(T, await self._wait_for(HostCall(self._host, function, args)))
+
+    async def _wait_for(self, call: HostCall) -> object:
         try:
-            return await in_thread(self._host, function, *args)
+            return await in_thread(call)
         except OSError as error:
             raise self._named(error) from None
 

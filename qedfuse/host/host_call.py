@@ -1,8 +1,9 @@
-"""What a system call on a host file waits for."""
+"""What a system call on a host file waits for, and which kind of call it is."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 
@@ -14,7 +15,20 @@ class Host(NamedTuple):
     local: bool
 
 
-class HostCall(functools.partial[Any]):
+class CallKind(Enum):
+    """OTHER: any function. SYNC: an fdatasync of the descriptor that is the one argument, which needs no Python."""
+
+    OTHER = auto()
+    SYNC = auto()
+
+
+class HostCall(NamedTuple):
     """A call that waits for `host`."""
 
     host: Host
+    function: Callable[..., Any]
+    args: tuple[object, ...] = ()
+    kind: CallKind = CallKind.OTHER
+
+    def __call__(self) -> Any:
+        return self.function(*self.args)

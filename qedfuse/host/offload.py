@@ -26,7 +26,7 @@ from typing import Protocol
 
 import trio
 
-from qedfuse.host.host_call import HostCall
+from qedfuse.host.host_call import CallKind, HostCall
 
 Call = Callable[[], object]
 
@@ -67,6 +67,22 @@ class Worker(ABC):
             return self._finish()
         finally:
             self._claimed.release()
+
+    async def finish_later(self) -> object:
+        """As `finish`, for a call that is not done yet: the event loop waits, whatever is cancelled. A
+        KeyboardInterrupt, which no scope shields from, is raised at the end."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                await self.wait_long()
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        try:
+            return self.finish()
+        finally:
+            if interrupt is not None:
+                raise interrupt
 
     @abstractmethod
     def _finish(self) -> object: ...
@@ -118,14 +134,16 @@ class Syncer(Protocol):
 
 
 class _SyncThread(Worker):
-    """For fdatasync alone."""
+    """For calls of kind SYNC alone."""
 
     def __init__(self, syncer: Syncer) -> None:
         super().__init__(syncer.fileno())
         self._syncer = syncer
 
     def attempt(self, call: HostCall) -> bool:
-        return self._syncer.attempt(call.args[0], PATIENCE_MS)
+        [fd] = call.args
+        assert isinstance(fd, int)
+        return self._syncer.attempt(fd, PATIENCE_MS)
 
     def _finish(self) -> object:
         code = self._syncer.finish()
@@ -208,9 +226,7 @@ def idle_worker(call: HostCall) -> Worker | None:
         return None
     if _offload.thread is None:
         _offload.make()
-    workers = [_offload.thread]
-    if call.func is os.fdatasync:
-        workers.insert(0, _offload.sync_thread)
+    workers = (_offload.sync_thread, _offload.thread) if call.kind is CallKind.SYNC else (_offload.thread,)
     return next((worker for worker in workers if worker is not None and worker.claim()), None)
 
 
@@ -239,22 +255,10 @@ async def offload(call: HostCall) -> object:
         _offload.due = time.monotonic() + PATIENCE_MS / 1000
     worker = idle_worker(call)
     if worker is not None:
-        interrupt: KeyboardInterrupt | None = None
-        done = worker.attempt(call)
-        while not done:
-            try:
-                await worker.wait_long()
-                done = True
-            except KeyboardInterrupt as error:  # which no scope shields from
-                interrupt = error
-        try:
-            return worker.finish()
-        finally:
-            if interrupt is not None:
-                raise interrupt
+        return worker.finish() if worker.attempt(call) else await worker.finish_later()
     with trio.CancelScope(shield=True):
         try:
-            return await trio.to_thread.run_sync(call, limiter=_limiter(call.host.device))
+            return await trio.to_thread.run_sync(call.function, *call.args, limiter=_limiter(call.host.device))
         except RuntimeError:  # no thread to be had (a system call raises none): late is better than not at all
             return call()
     raise AssertionError("a shielded scope lets no cancellation end it")

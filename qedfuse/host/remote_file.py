@@ -8,19 +8,17 @@ must be known at once is remembered from the last call.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
 import trio
 
 from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.host_call import HostCall
 from qedfuse.host.lookups import enter, look
 from qedfuse.host.mount_table import find_by_id, is_remote, mount_id
 from qedfuse.host.storage import Buffer, HostExtent, find_extents
-
-T = TypeVar("T")
 
 #: Seconds that fresh attributes may take.
 _PATIENCE = 2.0
@@ -66,10 +64,10 @@ class RemoteFile(FileStorage):
         self.writable = other.writable
         self._status, self._size = other.stat(), other.size()
 
-    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+    async def _wait_for(self, call: HostCall) -> object:
         waiting.begin()
         try:
-            return await super()._in_thread(function, *args)
+            return await super()._wait_for(call)
         finally:
             waiting.end()
 

@@ -1,15 +1,13 @@
-"""Where the engine waits: with trio for whoever runs other tasks, on the spot for a command that has none, or not at
-all for whoever takes its system calls one by one.
+"""Where the engine waits: with trio where there are other tasks, inline in a command that has none, or not at all where
+its system calls are taken one by one.
 
 A walk over the tables, and a commit, wait for two things: a system call in a worker thread, and their turn after others
-had theirs. Under `run_blocking` the one is made on the spot and the other is nothing, so no event loop is needed:
-loading trio takes longer than checking most images. A `Stepper` gives the call to its caller and goes on when it is
-made: the event loop's way around costs more than a fast disk's sync.
+had theirs. Under `run_blocking` the one is made inline and the other is nothing, so no event loop is needed:
+loading trio takes longer than checking most images. Under a `Stepper` (`stepping.py`) the call is given to its driver.
 """
 
 from __future__ import annotations
 
-import functools
 import signal
 import threading
 import time
@@ -19,25 +17,27 @@ from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
 from enum import Enum, auto
 from types import FrameType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
-from qedfuse.host.host_call import Host, HostCall
+from qedfuse.host.host_call import HostCall
 
 T = TypeVar("T")
 
 
-class _Way(Enum):
+class Way(Enum):
+    """How what is here waits in this context."""
+
     TRIO = auto()
     BLOCKING = auto()
     STEPPED = auto()
 
 
-_way = ContextVar("_way", default=_Way.TRIO)
+way = ContextVar("way", default=Way.TRIO)
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that waits for nothing but what is here. Returns and raises what it does."""
-    token = _way.set(_Way.BLOCKING)
+    token = way.set(Way.BLOCKING)
     main = threading.current_thread() is threading.main_thread()
     guard = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if guard:
@@ -49,49 +49,16 @@ def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
         return result
     finally:
         coroutine.close()
-        _way.reset(token)
+        way.reset(token)
         if guard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     raise RuntimeError("a coroutine needs an event loop")
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    """As Python's own, but it may come between a coroutine's making and its await: nobody need be told of that."""
+    """As Python's own, but it may come between a coroutine's making and its await: no warning of that."""
     warnings.simplefilter("ignore", RuntimeWarning)
     raise KeyboardInterrupt
-
-
-class Stepper:
-    """A coroutine that waits for nothing but what is here, driven from one system call to the next.
-
-    `call` is what it waits for, None when it has ended; `advance` with what came of the call goes on to the next one
-    and raises what the coroutine raises. It begins at once.
-    """
-
-    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self.call: HostCall | None = None
-        self._coroutine = coroutine
-        self._step(functools.partial(coroutine.send, None))
-
-    def advance(self, result: object, error: BaseException | None = None) -> None:
-        if error is not None:
-            self._step(functools.partial(self._coroutine.throw, error))
-        else:
-            self._step(functools.partial(self._coroutine.send, result))
-
-    def _step(self, go: Callable[[], Any]) -> None:
-        self.call = None
-        token = _way.set(_Way.STEPPED)
-        try:
-            call = go()
-        except StopIteration:
-            return
-        finally:
-            _way.reset(token)
-        if not isinstance(call, HostCall):
-            self._coroutine.close()
-            raise RuntimeError("a coroutine needs an event loop")
-        self.call = call
 
 
 @types.coroutine
@@ -99,23 +66,21 @@ def _give_out(call: HostCall) -> Generator[HostCall, Any, Any]:
     return (yield call)
 
 
-async def in_thread(host: Host, function: Callable[..., T], *args: object) -> T:
+async def in_thread(call: HostCall) -> Any:
     """Make a system call in a worker thread. Not abandoned when cancelled: its buffers are in use until it ends."""
-    way = _way.get()
-    if way is _Way.BLOCKING:
-        return function(*args)
-    call = HostCall(function, *args)
-    call.host = host
-    if way is _Way.STEPPED:
-        return cast(T, await _give_out(call))
+    current = way.get()
+    if current is Way.BLOCKING:
+        return call()
+    if current is Way.STEPPED:
+        return await _give_out(call)
     from qedfuse.host.offload import offload
 
-    return cast(T, await offload(call))
+    return await offload(call)
 
 
 def in_background(call: Callable[[], object]) -> None:
-    """See `offload.in_background`; on the spot, nothing is done that nobody waits for."""
-    if _way.get() is not _Way.BLOCKING:
+    """See `offload.in_background`. Under `run_blocking` nothing is done that is not waited for."""
+    if way.get() is not Way.BLOCKING:
         from qedfuse.host.offload import in_background as put
 
         put(call)
@@ -123,7 +88,7 @@ def in_background(call: Callable[[], object]) -> None:
 
 async def checkpoint() -> None:
     """Let other tasks run, and cancellation in."""
-    if _way.get() is _Way.TRIO:
+    if way.get() is Way.TRIO:
         import trio
 
         await trio.lowlevel.checkpoint()

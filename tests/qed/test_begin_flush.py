@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from qedfuse.chain.opening import open_image
-from qedfuse.host.waiting import Stepper
+from qedfuse.host.stepping import Stepper
 from qedfuse.qed.image import Image
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.injection import injected
@@ -59,7 +59,7 @@ def drive(stepper: Stepper) -> list[str]:
     """Make every call on the spot. Returns what they were."""
     made = []
     while stepper.call is not None:
-        made.append(stepper.call.func.__name__)
+        made.append(stepper.call.function.__name__)
         stepper.advance(stepper.call())
     return made
 

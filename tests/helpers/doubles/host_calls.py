@@ -9,6 +9,4 @@ from qedfuse.host.host_call import Host, HostCall
 
 def local_call(function: Callable[[], object]) -> HostCall:
     """A call that waits for a local disk."""
-    call = HostCall(function)
-    call.host = Host(0, local=True)
-    return call
+    return HostCall(Host(0, local=True), function)
