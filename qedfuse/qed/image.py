@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.host.storage import Buffer, Storage
 from qedfuse.host.waiting import Breather
+from qedfuse.layers.disk import Disk
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.resolve import read_extents, read_extents_nowait, resolve, resolve_nowait
@@ -41,7 +42,7 @@ _STEP_CLUSTERS = 16 * PAGE_ENTRIES
 
 
 class Image:
-    """A QED image; also a `layer.Layer`. Made by `opening.open_image`, which locks, checks and closes it.
+    """A QED image: a `Disk` and a `Layer`. Made by `opening.open_image`, which locks, checks and closes it.
 
     Offsets and sizes are bytes, any alignment, and not checked; no call need be a checkpoint. `library.Image` is what
     other programs see. Errors are OSErrors: what the host said, EROFS on a read-only image, EIO
@@ -442,3 +443,9 @@ class Image:
 
 async def _nothing() -> None:
     """A read-only image has nothing to make durable."""
+
+
+if TYPE_CHECKING:
+
+    def _is_a_disk_and_a_layer(image: Image) -> tuple[Disk, Layer]:
+        return image, image
