@@ -7,6 +7,7 @@ must be known at once is remembered from the last call.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -134,6 +135,8 @@ class RemoteFile(FileStorage):
         return offset if offset < self._size else None
 
     def next_hole(self, offset: int) -> int:
+        if offset >= self._size:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), self.path)
         return self._size
 
     async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:

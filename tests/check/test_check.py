@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from qedfuse.check.check import MAX_PROBLEMS, CheckResult, Repair, check_image
 from qedfuse.errors import CorruptError
 from qedfuse.qed.header import HEADER_BYTES, Header
+from tests.helpers.doubles.image_ram import Ram
 from tests.helpers.images.check_faults import (
     FAULTS,
     Fault,
@@ -36,7 +37,6 @@ from tests.helpers.images.check_images import (
     ENTRIES,
     TABLE,
     Builder,
-    Ram,
     header_of,
     sound,
 )

@@ -16,9 +16,10 @@ from qedfuse.check.check import Repair
 from qedfuse.check.compaction import Moves
 from qedfuse.check.release import _Filling
 from qedfuse.qed.cluster_map import ClusterMap
+from tests.helpers.doubles.image_ram import Ram
 from tests.helpers.images.check_faults import LEAKS, broken, leaks_in_the_middle
 from tests.helpers.images.check_faults import Fault as Damage
-from tests.helpers.images.check_images import Ram, contents, count
+from tests.helpers.images.check_images import contents, count
 from tests.helpers.judges.check_tools import check_ram, expect_no_worse, shared_with_tables
 
 

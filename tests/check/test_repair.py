@@ -13,6 +13,7 @@ from qedfuse.check import repair as repair_module
 from qedfuse.check.check import Repair
 from qedfuse.errors import CorruptError, ReadOnlyError
 from qedfuse.qed.header import FEATURE_BACKING_FILE, FEATURE_NEED_CHECK, Header
+from tests.helpers.doubles.image_ram import Ram
 from tests.helpers.images.check_faults import (
     FAULTS,
     LEAKS,
@@ -32,7 +33,6 @@ from tests.helpers.images.check_images import (
     COVERAGE,
     ENTRIES,
     TABLE,
-    Ram,
     contents,
     header_of,
     mapping,
@@ -184,9 +184,9 @@ def test_need_check_and_autoclear() -> None:
     header = header_of(storage.raw)
     assert header == result.header
     assert (header.features, header.compat_features, header.autoclear_features) == (0, 0xF0, 0)
-    kinds = [kind for kind, _, _ in storage.log]
-    assert kinds[0] == "sync", "what the tables say must be durable before the image counts as clean"
-    assert kinds[-2:] == ["write", "sync"]
+    kinds = [change.kind for change in storage.log]
+    assert kinds[0] == "synced", "what the tables say must be durable before the image counts as clean"
+    assert kinds[-2:] == ["write", "synced"]
     expect_clean(storage)
 
 

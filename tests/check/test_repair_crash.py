@@ -14,7 +14,8 @@ from qedfuse.check import repair as repair_module
 from qedfuse.check.check import CheckResult, Repair, check_image
 from qedfuse.qed.header import FEATURE_NEED_CHECK
 from tests.helpers.doubles.faults import Fault
-from tests.helpers.doubles.faulty_ram import FaultyRam
+from tests.helpers.doubles.image_ram import Ram
+from tests.helpers.doubles.ram import Chaos
 from tests.helpers.images.check_faults import (
     FAULTS,
     broken,
@@ -25,7 +26,6 @@ from tests.helpers.images.check_faults import (
 )
 from tests.helpers.images.check_faults import Fault as Damage
 from tests.helpers.images.check_images import (
-    Ram,
     contents,
     count,
     header_of,
@@ -102,6 +102,7 @@ WAYS = {
     "read": [(errno.EIO, "before")],
     "seek": [(errno.EIO, "before")],
     "write": [(errno.EIO, "before"), (errno.ENOSPC, "before"), (errno.ENOSPC, "half"), (errno.EIO, "after")],
+    "header": [(errno.EIO, "before"), (errno.ENOSPC, "before"), (errno.EIO, "after")],
     "truncate": [(errno.ENOSPC, "before"), (errno.EIO, "after")],
     "punch": [(errno.EIO, "before"), (errno.EIO, "half"), (errno.ENOSPC, "after")],
     "sync": [(errno.EIO, "before"), (errno.ENOSPC, "after")],
@@ -123,17 +124,17 @@ def test_every_call_of_a_repair_fails_once(damage: Damage, repair: Repair) -> No
     """The caller is told, the image is no worse, even if the power fails next, and a second repair finishes."""
     raw = broken(damage)
     before, shared, rng = contents(raw), shared_with_tables(raw), random.Random(5)
-    whole = FaultyRam(raw)
+    whole = Ram(raw)
     finished = check_ram(whole, repair)
     calls = whole.calls
     tried: set[bytes] = set()
     finishes: set[bytes] = set()
     for number, kind in enumerate(calls):
         for code, when in WAYS[kind]:
-            storage = FaultyRam(raw, Fault(number, code, when))
+            storage = Ram(raw, Fault(number, code, when))
             told = outcome(storage, repair)
             if told != code and code == errno.ENOSPC:  # what has been moved until then makes room for the rest
-                assert isinstance(told, CheckResult) and kind in ("write", "punch", "truncate")
+                assert isinstance(told, CheckResult) and kind in ("write", "header", "punch", "truncate")
                 assert (told.corruptions, told.leaks) == (0, 0)
             elif told != code:  # the check counts tables that it cannot read, and then repairs nothing
                 assert kind in ("read", "seek") and isinstance(told, CheckResult) and told.check_errors == 1
@@ -176,7 +177,7 @@ def test_cancelled_anywhere() -> None:
 
     checkpoints, cancelled = 0, True
     while cancelled:
-        storage = Ram(raw)
+        storage = Ram(raw, chaos=Chaos(1, refuse=1, split=0))
         cancelled = trio.run(cancelled_after, storage, checkpoints)
         expect_no_worse(bytes(storage.raw), contents(raw), shared_with_tables(raw))
         checkpoints += 3

@@ -19,7 +19,7 @@ from qedfuse.native._clustermap import Bitmap
 from qedfuse.qed.cluster_map import ClusterMap, Marks
 from qedfuse.qed.header import Header
 from qedfuse.qed.table_walk import Bounds
-from tests.helpers.images.check_images import Ram
+from tests.helpers.doubles.image_ram import Ram
 
 PART = 1 << 26
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tests.helpers.doubles.ram import PAGE, Chaos, RamFile, RamStorage
-from tests.helpers.judges.history import SECTOR, ZEROES, History
+from tests.helpers.judges.history import SECTOR, ZEROES, Clock
 
 #: How many different states to try, all tests together; the knob for millions.
 STATES = int(os.environ.get("QEDFUSE_CRASH_STATES", "50000"))
@@ -27,7 +27,7 @@ _PER_PAGE = PAGE // SECTOR
 
 @dataclass
 class Change:
-    """One operation on the file. `when` is the history's time at which it was done."""
+    """One operation on the file. `when` is the clock's time at which it was done."""
 
     when: int
     kind: str  # write, truncate, punch, synced
@@ -46,36 +46,47 @@ class Change:
 
 
 class CrashStorage(RamStorage):
-    """A RAM storage that keeps a log. `history.now` is the clock."""
+    """A RAM storage that keeps a log. `clock` is the history's, where there is one."""
 
-    def __init__(self, path: str, file: RamFile, history: History, *, chaos: Chaos | None = None) -> None:
-        super().__init__(path, file, chaos=chaos)
-        self.history = history
+    def __init__(
+        self, path: str, file: RamFile, clock: Clock, *, writable: bool = True, chaos: Chaos | None = None
+    ) -> None:
+        super().__init__(path, file, writable=writable, chaos=chaos)
+        self.clock = clock
         self.start = file.fork()
         self.log: list[Change] = []
 
     def apply_write(self, offset: int, data: bytes) -> None:
         super().apply_write(offset, data)
-        self.log.append(Change(self.history.tick(), "write", offset, data))
+        self.log.append(Change(self.clock.tick(), "write", offset, data))
 
     def apply_truncate(self, size: int) -> None:
         super().apply_truncate(size)
-        self.log.append(Change(self.history.tick(), "truncate", size=size))
+        self.log.append(Change(self.clock.tick(), "truncate", size=size))
 
     def apply_punch(self, offset: int, size: int) -> None:
         super().apply_punch(offset, size)
-        self.log.append(Change(self.history.tick(), "punch", offset, size=size))
+        self.log.append(Change(self.clock.tick(), "punch", offset, size=size))
 
     async def sync(self) -> None:
         begun = len(self.log)
         await super().sync()
-        self.log.append(Change(self.history.tick(), "synced", begun=begun))
+        self.log.append(Change(self.clock.tick(), "synced", begun=begun))
 
     def crash_points(self) -> Iterator[CrashPoint]:
         """Every moment, with what was durable then and what was pending."""
+        for when, base, pending in self._stops():
+            yield CrashPoint(when, base.fork(), pending)
+
+    def crash_point_now(self) -> CrashPoint:
+        """The last of them."""
+        *_, (when, base, pending) = self._stops()
+        return CrashPoint(when, base, pending)
+
+    def _stops(self) -> Iterator[tuple[int, RamFile, list[Change]]]:
         base = self.start.fork()
         durable = 0
-        yield CrashPoint(1, base.fork(), [])
+        yield 1, base, []
         for position, change in enumerate(self.log):
             if change.kind == "synced":
                 for done in self.log[durable : change.begun]:
@@ -83,13 +94,13 @@ class CrashStorage(RamStorage):
                 durable = max(durable, change.begun)
             pending = [pending for pending in self.log[durable : position + 1] if pending.kind != "synced"]
             # A guest operation may return, or begin, at any time until the next change: the clock stands there.
-            until = self.log[position + 1].when - 1 if position + 1 < len(self.log) else self.history.now
-            yield CrashPoint(until, base.fork(), pending)
+            until = self.log[position + 1].when - 1 if position + 1 < len(self.log) else self.clock.now
+            yield until, base, pending
 
 
 @dataclass
 class CrashPoint:
-    """One moment of a run: `when` by the history's clock, the durable file, and the changes that are not durable."""
+    """One moment of a run: `when` by the clock, the durable file, and the changes that are not durable."""
 
     when: int
     base: RamFile
@@ -154,6 +165,14 @@ class CrashPoint:
         for choices in self.choices.values():
             total *= len(choices)
         return total
+
+    def least(self) -> RamFile:
+        """The state with nothing but what was durable."""
+        return self._of_operations(set(), None)
+
+    def most(self) -> RamFile:
+        """The state in which everything has reached the disk."""
+        return self._of_operations(set(range(len(self.pending))), None)
 
     def every_state(self) -> Iterator[RamFile]:
         numbers = list(self.choices)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qedfuse.host.storage import Buffer
 from tests.helpers.doubles.crash import CrashStorage
 from tests.helpers.doubles.ram import Chaos, RamFile
-from tests.helpers.judges.history import History
+from tests.helpers.judges.history import Clock
 
 
 @dataclass
@@ -33,9 +33,16 @@ class FaultStorage(CrashStorage):
     """Fails as told, and keeps the crash log, so that what a failed call has left can be judged for the worst."""
 
     def __init__(
-        self, path: str, file: RamFile, history: History, fault: Fault | None, *, chaos: Chaos | None = None
+        self,
+        path: str,
+        file: RamFile,
+        clock: Clock,
+        fault: Fault | None,
+        *,
+        writable: bool = True,
+        chaos: Chaos | None = None,
     ) -> None:
-        super().__init__(path, file, history, chaos=chaos)
+        super().__init__(path, file, clock, writable=writable, chaos=chaos)
         self.fault = fault
         self.calls: list[str] = []
 
@@ -50,11 +57,13 @@ class FaultStorage(CrashStorage):
 
     def read_into_nowait(self, offset: int, target: memoryview) -> bool:
         if fault := self._now("read"):
+            target[: len(target) // 2] = b"\xee" * (len(target) // 2)
             raise fault.error()
         return super().read_into_nowait(offset, target)
 
     async def read_into(self, offset: int, target: memoryview) -> None:
         if fault := self._now("read"):
+            target[: len(target) // 2] = b"\xee" * (len(target) // 2)
             raise fault.error()
         await super().read_into(offset, target)
 

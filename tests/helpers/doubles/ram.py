@@ -34,6 +34,12 @@ class RamFile:
         self.size = size
         self.fixed = fixed
 
+    @classmethod
+    def of(cls, content: bytes | bytearray) -> RamFile:
+        """A file of `content` in which pages of zeroes are holes, as cp(1) makes it."""
+        pages = {at // PAGE: bytes(content[at : at + PAGE]).ljust(PAGE, b"\0") for at in range(0, len(content), PAGE)}
+        return cls({index: page for index, page in pages.items() if page != _ZEROES}, len(content))
+
     def fork(self) -> RamFile:
         return RamFile(self.pages.copy(), self.size, fixed=self.fixed)
 
@@ -67,7 +73,7 @@ class RamFile:
 
     def truncate(self, size: int) -> None:
         if size < self.size:
-            self.punch(size, self.size - size)
+            self.punch(size, -(-self.size // PAGE) * PAGE - size)  # the last page goes whole
         self.size = size
 
     def punch(self, offset: int, size: int) -> None:

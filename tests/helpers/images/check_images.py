@@ -1,30 +1,20 @@
-"""Small QED images with crafted faults, a plain reader and a plain check of them, and a file in RAM that can crash.
+"""Small QED images with crafted faults, a plain reader and a plain check of them.
 
 The reader and the check are written for clarity from the format's rules, not from the code under test.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import random
-import stat
 import struct
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
-
-from qedfuse.host.storage import Buffer, HostExtent, find_extents
 from qedfuse.qed.header import HEADER_BYTES, Header
 
 CLUSTER = 4096
 TABLE = 2
 ENTRIES = TABLE * CLUSTER // 8
 COVERAGE = ENTRIES * CLUSTER
-PAGE = 4096
-_HOLE = bytes(PAGE)
 
 
 class Builder:
@@ -189,136 +179,3 @@ def count(raw: bytes | bytearray) -> Counts:
                         counts.corruptions += 1
     counts.unreferenced = len(set(range(header.header_size, sectors(raw) // size)) - used)
     return counts
-
-
-class Ram:
-    """A file in RAM that logs what is done to it. A page of zeroes is a hole. See `storage.Storage`.
-
-    `fail_at`: the number of the operation (write, truncate, punch, sync) that raises `error` instead.
-    """
-
-    def __init__(self, raw: bytes | bytearray, *, writable: bool = True, fail_at: int | None = None) -> None:
-        self.path = "ram.qed"
-        self.writable = writable
-        self.fixed = False
-        self.start = bytes(raw)
-        self.raw = bytearray(raw)
-        self.log: list[tuple[str, int, bytes]] = []
-        self.fail_at = fail_at
-        self.error = errno.EIO
-        self.unreadable: range = range(0)
-
-    def _do(self, kind: str, number: int = 0, data: bytes = b"") -> None:
-        if len(self.log) == self.fail_at:
-            self.fail_at = None
-            raise OSError(self.error, os.strerror(self.error))
-        self.log.append((kind, number, data))
-        _apply(self.raw, kind, number, data)
-
-    def read_into_nowait(self, offset: int, target: memoryview) -> bool:
-        return False
-
-    async def read_into(self, offset: int, target: memoryview) -> None:
-        await trio.lowlevel.checkpoint()
-        if offset in self.unreadable or offset + len(target) > sectors(self.raw):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        target[:] = self.raw[offset : offset + len(target)].ljust(len(target), b"\0")
-
-    def write_nowait(self, offset: int, data: Buffer) -> bool:
-        return False
-
-    async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        await trio.lowlevel.checkpoint()
-        self._do("write", offset, b"".join(map(bytes, buffers)))
-
-    def write_behind(self, offset: int, size: int) -> None:
-        pass
-
-    async def sync(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self._do("sync")
-
-    async def truncate(self, size: int) -> None:
-        await trio.lowlevel.checkpoint()
-        self._do("truncate", size)
-
-    async def punch(self, offset: int, size: int) -> None:
-        await trio.lowlevel.checkpoint()
-        assert offset + size <= sectors(self.raw)
-        self._do("punch", offset, bytes(size))
-
-    async def deallocate(self, runs: Sequence[tuple[int, int]]) -> bool:
-        for run in runs:
-            await self.punch(*run)
-        return True
-
-    def size(self) -> int:
-        return len(self.raw)
-
-    def stat(self) -> os.stat_result:
-        fields = (stat.S_IFREG | 0o600, 1, 1, 1, 0, 0, len(self.raw), 0, 0, 0)
-        return os.stat_result(fields, {"st_blocks": len(self.raw) // 512})
-
-    def _next(self, offset: int, hole: bool) -> int:
-        at = offset // PAGE * PAGE
-        while at < len(self.raw) and (self.raw[at : at + PAGE] == _HOLE) != hole:
-            at += PAGE
-        return min(max(at, offset), len(self.raw))
-
-    def next_data(self, offset: int) -> int | None:
-        at = self._next(offset, hole=False)
-        return at if at < len(self.raw) else None
-
-    def next_hole(self, offset: int) -> int:
-        return self._next(offset, hole=True)
-
-    async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
-        return find_extents(self, ranges, most)
-
-    async def close(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    def crashes(self, rng: random.Random, samples: int) -> Iterable[bytes]:
-        """What a crash could leave: before each operation and at the end, what was synced and a part of the rest.
-
-        The part is nothing, everything, and `samples` random choices of sectors and of size changes.
-        """
-        durable = bytearray(self.start)
-        pending: list[tuple[str, int, bytes]] = []
-        for step in [*self.log, ("end", 0, b"")]:
-            pieces = [piece for item in pending for piece in torn(item)]
-            yield replay(durable, [])
-            yield replay(durable, pieces)
-            for _ in range(samples if pieces else 0):
-                yield replay(durable, [piece for piece in pieces if rng.random() < 0.5])
-            if step[0] == "sync":
-                durable = bytearray(replay(durable, pieces))
-                pending = []
-            else:
-                pending.append(step)
-
-
-def torn(item: tuple[str, int, bytes]) -> list[tuple[str, int, bytes]]:
-    kind, number, data = item
-    if kind not in ("write", "punch"):
-        return [item]
-    return [(kind, number + at, data[at : at + 512]) for at in range(0, len(data), 512)]
-
-
-def replay(start: bytes | bytearray, pieces: Iterable[tuple[str, int, bytes]]) -> bytes:
-    raw = bytearray(start)
-    for kind, number, data in pieces:
-        _apply(raw, kind, number, data)
-    return bytes(raw)
-
-
-def _apply(raw: bytearray, kind: str, number: int, data: bytes) -> None:
-    if kind == "truncate" and number < len(raw):
-        del raw[number:]
-    elif kind == "truncate":
-        raw.extend(bytes(number - len(raw)))
-    elif kind == "write":
-        raw.extend(bytes(max(0, number + len(data) - len(raw))))
-        raw[number : number + len(data)] = data
-    elif kind == "punch":
-        raw[number : number + len(data)] = data[: max(0, len(raw) - number)]

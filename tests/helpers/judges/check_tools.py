@@ -14,9 +14,9 @@ import trio
 from qedfuse.check.check import CheckResult, Repair, check_image
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.qed.header import HEADER_BYTES, Header
+from tests.helpers.doubles.image_ram import Ram
 from tests.helpers.images.check_images import (
     CLUSTER,
-    Ram,
     contents,
     count,
     header_of,

@@ -64,21 +64,28 @@ def end_of_data(content: bytes) -> int:
     return len(content.rstrip(b"\0"))
 
 
-class History:
+class Clock:
+    """Counts what happens; `now` is the last tick."""
+
+    def __init__(self) -> None:
+        self.now = 1
+
+    def tick(self) -> int:
+        self.now += 1
+        return self.now
+
+
+class History(Clock):
     """Versions of all sectors. `initial` is the content before anything was done; zeroes follow."""
 
     def __init__(self, initial: bytes) -> None:
-        self.now = 1
+        super().__init__()
         self.initial = initial
         self.initial_data = end_of_data(initial)  # nothing but zeroes behind
         self.sectors: dict[int, Register[bytes]] = {}
         self.size = Register([Version(len(initial), -2, -1, -1, 0)])
         self.milestones: list[int] = []  # when something became durable
         self._wide: list[tuple[int, int, Version[bytes]]] = []  # zeroes for many sectors: first, end
-
-    def tick(self) -> int:
-        self.now += 1
-        return self.now
 
     def sector(self, number: int) -> Register[bytes]:
         register = self.sectors.get(number)

@@ -40,7 +40,7 @@ class TracedStorage(CrashStorage):
         self._syncs: dict[Call, set[int]] = {}  # what they cover
 
     def note(self, event: Event) -> None:
-        call, now = event.call, self.history.tick()
+        call, now = event.call, self.clock.tick()
         if call.kind == "synced":
             if event.ended:
                 self._moments.append(_Moment(now, durable=self._syncs.pop(call)))
@@ -58,7 +58,7 @@ class TracedStorage(CrashStorage):
     def crash_points(self) -> Iterator[CrashPoint]:
         base = self.start.fork()
         pending: dict[int, Change] = {}
-        whens = [moment.when - 1 for moment in self._moments] + [self.history.now]
+        whens = [moment.when - 1 for moment in self._moments] + [self.clock.now]
         yield CrashPoint(whens[0], base.fork(), [])
         for moment, until in zip(self._moments, whens[1:], strict=True):
             if moment.change is not None:
