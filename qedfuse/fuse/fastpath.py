@@ -1,6 +1,6 @@
 """The native fast path, seen from Python, its only user.
 
-The essay in `native/filter.c` tells how it works and why it is right.
+The essay in `native/fastpath/filter.c` tells how it works and why it is right.
 
 Importing this module loads the filter, which must happen before pyfuse3 is imported: the dynamic linker takes the first
 definition that it meets. ImportError: the filter was not built.

@@ -1,6 +1,7 @@
 """Crafted images: a clear line or a right result, in bounded time and memory, and nothing opened but the image.
 
-The corpus is in `helpers/corpus.py`; each case is run through the commands and the engine, and some through a mount.
+The corpus is in `helpers/images/corpus.py`; each case is run through the commands and the engine, and some through
+a mount.
 """
 
 from __future__ import annotations
