@@ -76,9 +76,11 @@ class Killable:
         """Kill it while it flushes and closes the image, between the end of the mount and its own."""
         pid = mount.pid()
         with subprocess.Popen(
-            [sys.executable, "-m", "qedfuse", "umount", str(self.point)], env=environment(), stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "qedfuse", "umount", str(self.point)], env=environment(), stderr=subprocess.PIPE
         ) as umount:
-            wait_until(lambda: not is_mounted(self.point))
+            # It makes all durable first, for which a busy disk needs its time.
+            wait_until(lambda: not is_mounted(self.point) or umount.poll() is not None, TIMEOUT)
+            assert not is_mounted(self.point), umount.stderr and umount.stderr.read()
             time.sleep(self.random.uniform(0, 0.02))
             try:
                 kill_process(pid)
