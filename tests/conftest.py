@@ -21,6 +21,10 @@ PREFIX = "figures: "
 _NOHUP = "QEDFUSE_TEST_NOHUP"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="write the output of tests/qed/scripts anew")
+
+
 def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
