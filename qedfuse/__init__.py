@@ -25,7 +25,7 @@ from qedfuse.errors import (
 )
 
 if TYPE_CHECKING:
-    from qedfuse.chain.backing import BackingPolicy
+    from qedfuse.chain.policy import BackingPolicy
     from qedfuse.layers.runs import Kind, Run
     from qedfuse.library import Image, open_image
 
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "BackingPolicy": "qedfuse.chain.backing",
+    "BackingPolicy": "qedfuse.chain.policy",
     "Image": "qedfuse.library",
     "Kind": "qedfuse.layers.runs",
     "Run": "qedfuse.layers.runs",

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, SupportsIndex
 import trio
 from trio.lowlevel import checkpoint, enable_ki_protection
 
-from qedfuse.chain.backing import ANY_BACKING, BackingPolicy
 from qedfuse.chain.opening import open_image as open_engine
+from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.host.offload import to_its_end
 from qedfuse.layers.runs import Run

@@ -14,8 +14,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import FormatError, QedfuseError, UnsupportedError
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import NoAnswerError
@@ -23,22 +23,6 @@ from qedfuse.host.walk import LeadsBackError, Walk
 
 #: Characters of a name that a message shows.
 _SHOWN = 200
-
-
-@dataclass(frozen=True)
-class BackingPolicy:
-    """Which backing files may be opened, at every level of a chain.
-
-    `allowed` False: none (--no-backing). `root`: only regular files inside this directory, symbolic links followed
-    (--backing-root); None: any file or block device. None in a qedfuse mount, whichever: the daemon that opens it might
-    wait for itself.
-    """
-
-    allowed: bool = True
-    root: str | None = None
-
-
-ANY_BACKING = BackingPolicy()
 
 
 def shown(name: str) -> str:

@@ -14,38 +14,25 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import NamedTuple
 
 import trio
 
-from qedfuse.chain.backing import ANY_BACKING, BackingPolicy, open_backing_file, resolve_backing, shown
-from qedfuse.chain.probe import FORMATS, PROBE_BYTES, QCOW2, QED, RAW, probe_format
+from qedfuse.chain.backing import open_backing_file, resolve_backing, shown
+from qedfuse.chain.link import Link, Reference, read_link
+from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
+from qedfuse.chain.probe import PROBE_BYTES, probe_format
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
 from qedfuse.host.lookups import NoAnswerError, look
 from qedfuse.host.remote_file import isolate
-from qedfuse.host.storage import Storage, read
+from qedfuse.host.storage import read
 from qedfuse.host.walk import LeadsBackError, Walk
 from qedfuse.layers.layer import Layer
-from qedfuse.layers.qcow2.header import Qcow2Header
-from qedfuse.layers.qcow2.layer import Qcow2Layer, read_qcow2_header
-from qedfuse.layers.raw import RawLayer
-from qedfuse.qed.header import Header
-from qedfuse.qed.header_io import read_backing_name, read_header
-from qedfuse.qed.image import Image
 
 #: Layers in a chain, the top one included. Each costs a descriptor, and a loop that no inode betrays must end, too.
 MAX_DEPTH = 200
-
-
-class Reference(NamedTuple):
-    """What an image says of its backing file. `format` None: it must be probed."""
-
-    image: str
-    name: str
-    format: str | None
 
 
 async def open_layer(
@@ -90,45 +77,6 @@ async def open_backing(
         return chain.build()
 
 
-async def names_are_current(top: Layer, policy: BackingPolicy = ANY_BACKING) -> bool:
-    """Whether the names of a chain's backing files still lead to the open files; yes if that cannot be told."""
-    try:
-        return await look(partial(_names_are_current, top, policy))
-    except NoAnswerError:
-        return True
-
-
-def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
-    while (below := layer.backing) is not None:
-        try:
-            storage = open_backing_file(layer.path, below.path, policy)
-        except NoAnswerError:
-            raise
-        except OSError:
-            return False
-        try:
-            if FileId.of(storage.stat()) != FileId.of(below.storage.stat()):
-                return False
-        finally:
-            os.close(storage.fileno())
-        layer = below
-    return True
-
-
-class _Link(NamedTuple):
-    """An opened image of a chain; `header` None: raw."""
-
-    storage: FileStorage
-    header: Header | Qcow2Header | None
-
-    def make(self, backing: Layer | None) -> Layer:
-        if isinstance(self.header, Header):
-            return Image(self.storage, self.header, backing, writable=False)
-        if isinstance(self.header, Qcow2Header):
-            return Qcow2Layer(self.storage, self.header, backing)
-        return RawLayer.open(self.storage)
-
-
 class Chain:
     """A chain while it is being opened. `files`: the files that may not occur (again) further down.
 
@@ -136,7 +84,7 @@ class Chain:
     """
 
     def __init__(self, share: bool, policy: BackingPolicy, *, isolated: bool = False) -> None:
-        self.links: list[_Link] = []
+        self.links: list[Link] = []
         self.files: set[FileId] = set()
         self._share = share
         self._policy = policy
@@ -187,8 +135,8 @@ class Chain:
         self.files.add(found)
         if format is None:
             format = probe_format(await read(storage, 0, min(PROBE_BYTES, storage.size())), storage.path)
-        header, reference = await _read_link(storage, format)
-        self.links.append(_Link(storage, header))
+        header, reference = await read_link(storage, format)
+        self.links.append(Link(storage, header))
         return reference
 
     def _claim(self, open_file: Callable[[], FileStorage], image: str | None) -> tuple[FileStorage, FileId]:
@@ -216,32 +164,11 @@ class Chain:
         """The layer below the top one, if there is one."""
         return self._build(self.links[1:]) if len(self.links) > 1 else None
 
-    def _build(self, links: list[_Link]) -> Layer:
+    def _build(self, links: list[Link]) -> Layer:
         layer = links[-1].make(None)
         for link in reversed(links[:-1]):
             layer = link.make(layer)
         return layer
-
-
-async def _read_link(storage: Storage, format: str) -> tuple[Header | Qcow2Header | None, Reference | None]:
-    if format == QED:
-        qed = await read_header(storage)
-        name = await read_backing_name(storage, qed)
-        return qed, None if name is None else Reference(storage.path, name, RAW if qed.backing_is_raw else None)
-    if format == QCOW2:
-        qcow2 = await read_qcow2_header(storage)
-        if qcow2.backing_name is None:
-            return qcow2, None
-        if qcow2.backing_format is not None and qcow2.backing_format not in FORMATS:
-            raise UnsupportedError(
-                storage.path,
-                f"says that its backing file {shown(qcow2.backing_name)} is {shown(qcow2.backing_format)}, "
-                f"which qedfuse does not read (only {', '.join(FORMATS)})",
-            )
-        return qcow2, Reference(storage.path, qcow2.backing_name, qcow2.backing_format)
-    if format == RAW:
-        return None, None
-    raise UnsupportedError(storage.path, f"unknown format {shown(format)} (known are {', '.join(FORMATS)})")
 
 
 def _open_entry(path: str, writable: bool) -> FileStorage:

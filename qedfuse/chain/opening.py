@@ -11,8 +11,8 @@ from typing import TypedDict, Unpack
 
 import trio
 
-from qedfuse.chain.backing import ANY_BACKING, BackingPolicy
 from qedfuse.chain.chain import Chain
+from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.chain.probe import QED
 from qedfuse.chain.recovery import recover
 from qedfuse.errors import InUseError, UsageError

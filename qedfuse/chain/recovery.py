@@ -36,7 +36,8 @@ from __future__ import annotations
 
 import logging
 
-from qedfuse.check.check import CheckResult, Repair, check_image
+from qedfuse.check.check import Repair, check_image
+from qedfuse.check.result import CheckResult
 from qedfuse.errors import CorruptError
 from qedfuse.host.storage import Storage, size_in_sectors
 from qedfuse.qed.header import Header

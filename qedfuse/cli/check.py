@@ -13,7 +13,7 @@ from qedfuse.errors import EXIT_FAILED, EXIT_OK
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from qedfuse.check.check import CheckResult
+    from qedfuse.check.result import CheckResult
 
 EXIT_CORRUPT = 2
 EXIT_LEAKS = 3

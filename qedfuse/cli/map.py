@@ -23,7 +23,7 @@ from qedfuse.cli.params import (
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from qedfuse.chain.backing import BackingPolicy
+    from qedfuse.chain.policy import BackingPolicy
     from qedfuse.layers.layer import Layer
     from qedfuse.layers.mapping import MapEntry
 

@@ -18,7 +18,7 @@ from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geome
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from qedfuse.chain.backing import BackingPolicy
+    from qedfuse.chain.policy import BackingPolicy
     from qedfuse.qed.header import Header
 
 P = ParamSpec("P")
@@ -137,7 +137,7 @@ def check_backing_root(root: str | None) -> None:
 
 def backing_policy(root: str | None, none: bool) -> BackingPolicy:
     """What `backing_options` ask for. Raises UsageError if `root` is no directory."""
-    from qedfuse.chain.backing import BackingPolicy
+    from qedfuse.chain.policy import BackingPolicy
 
     check_backing_root(root)
     return BackingPolicy(allowed=not none, root=root)
@@ -190,7 +190,7 @@ def parse_backing(
 
 def warn_of_objection(file: str, header: Header) -> None:
     """Say so if QEMU cannot open the new image `file`."""
-    from qedfuse.tools.create import qemu_objection
+    from qedfuse.qed.new_image import qemu_objection
 
     objection = qemu_objection(header)
     if objection is not None:

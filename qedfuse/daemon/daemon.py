@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from qedfuse.chain.chain import names_are_current
+from qedfuse.chain.current import names_are_current
 from qedfuse.chain.opening import open_image
 from qedfuse.daemon.background import make_room
 from qedfuse.daemon.config import MountConfig

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from qedfuse.host.file_id import FileId
-from qedfuse.host.mount_table import find_by_id, is_remote, mount_id
+from qedfuse.host.mountinfo import find_by_id, is_remote, mount_id
 
 _ROOT = "/run/qedfuse"
 _USERS = "/run/user"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qedfuse.chain.backing import BackingPolicy
+from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import UsageError
 
 

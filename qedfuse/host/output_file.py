@@ -21,6 +21,7 @@ from qedfuse.errors import QedfuseError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
+from qedfuse.host.new_file import make_file, sync_directory
 from qedfuse.host.storage import Buffer
 
 #: So much at a time the host is told to begin writing out: little is left for the sync at the end.
@@ -136,28 +137,3 @@ def _remove(path: str, file: OutputFile | None) -> None:
     """Remove a file that was made here, unless its name is somebody else's by now."""
     if file is None or FileId.at(path) == FileId.of(file.stat()):
         os.unlink(path)
-
-
-def make_file(path: str) -> str | None:
-    """See to it that there is a file; its real path if it is new. A link that leads nowhere gets its file."""
-    real = os.path.realpath(path)
-    try:
-        os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
-    except FileExistsError:
-        return None
-    except OSError as error:
-        error.filename = path
-        raise
-    return real
-
-
-def sync_directory(path: str) -> None:
-    """Make a new name in a directory durable, where the file system knows how."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-    finally:
-        os.close(fd)

@@ -18,7 +18,7 @@ import trio
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.host_call import HostCall
 from qedfuse.host.lookups import enter, look
-from qedfuse.host.mount_table import find_by_id, is_remote, mount_id
+from qedfuse.host.mountinfo import find_by_id, is_remote, mount_id
 from qedfuse.host.storage import Buffer, HostExtent, find_extents
 
 #: Seconds that fresh attributes may take.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from qedfuse.host.file_id import FileId
 from qedfuse.host.lookups import enter
-from qedfuse.host.mount_table import find_by_id, mount_id
+from qedfuse.host.mountinfo import find_by_id, mount_id
 
 #: As many symbolic links as the kernel follows.
 _MAX_LINKS = 40

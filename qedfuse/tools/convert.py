@@ -19,8 +19,8 @@ from contextlib import AsyncExitStack, aclosing
 
 import trio
 
-from qedfuse.chain.backing import ANY_BACKING, BackingPolicy
 from qedfuse.chain.chain import open_backing, open_layer
+from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.errors import UsageError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import INLINE_WRITE_LIMIT
@@ -30,10 +30,10 @@ from qedfuse.layers.mapping import MapEntry, walk
 from qedfuse.layers.resolve import read_layer_into
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header
+from qedfuse.qed.new_image import new_header
 from qedfuse.sizes import SECTOR_SIZE, round_down, round_up
 from qedfuse.tools.blocks import are_data, differ, runs
 from qedfuse.tools.convert_target import Target, new_qed_target, old_qed_target, raw_target
-from qedfuse.tools.create import new_header
 
 #: So many zeroes in a row become a hole: qemu-img's default.
 SPARSE_SIZE = 4096

@@ -10,15 +10,15 @@ from typing import Protocol
 
 import trio
 
-from qedfuse.chain.backing import BackingPolicy
 from qedfuse.chain.opening import open_image
+from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import QedfuseError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.output_file import OutputFile, open_output, refuse_sources
 from qedfuse.layers.layer import Layer
 from qedfuse.qed.header import Header
 from qedfuse.qed.image import Image
-from qedfuse.tools.create import write_image
+from qedfuse.qed.new_image import write_image
 
 #: Zeroing a device can take long: a step that may be cancelled.
 _ZERO_STEP = 1 << 30

@@ -21,7 +21,7 @@ from qedfuse.qed.header_io import read_backing_name, read_header
 from qedfuse.sizes import SECTOR_SIZE, round_up
 
 if TYPE_CHECKING:
-    from qedfuse.chain.backing import BackingPolicy
+    from qedfuse.chain.policy import BackingPolicy
     from qedfuse.layers.layer import Layer
     from qedfuse.layers.qcow2.header import Qcow2Header
 
@@ -168,8 +168,8 @@ def _host_info(storage: Storage, format: str, size: int) -> ImageInfo:
 
 async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy | None = None) -> list[ImageInfo]:
     """The image and every file below it, top first. Opens the whole chain; see `chain.open_layer` for the errors."""
-    from qedfuse.chain.backing import ANY_BACKING
     from qedfuse.chain.chain import open_layer
+    from qedfuse.chain.policy import ANY_BACKING
 
     top = await open_layer(path, "qed", share=share, policy=policy or ANY_BACKING)
     try:

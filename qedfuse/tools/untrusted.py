@@ -55,7 +55,8 @@ def _check(storage: FileStorage, header: Header, deadline: float) -> None:
     """The structural check, until `deadline` (`time.monotonic`)."""
     import trio
 
-    from qedfuse.check.check import CheckResult, check_image
+    from qedfuse.check.check import check_image
+    from qedfuse.check.result import CheckResult
 
     async def run() -> CheckResult:
         with trio.fail_after(max(0.0, deadline - time.monotonic())):

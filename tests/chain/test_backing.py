@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from qedfuse.chain.backing import BackingPolicy, open_backing_file, resolve_backing
+from qedfuse.chain.backing import open_backing_file, resolve_backing
+from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import FormatError, QedfuseError, UnsupportedError
 from qedfuse.text import describe
 from tests.helpers.images.chains import (

@@ -17,7 +17,8 @@ import pytest
 import trio
 
 import qedfuse
-from qedfuse.check.check import CheckResult, check_image
+from qedfuse.check.check import check_image
+from qedfuse.check.result import CheckResult
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.qed.header_io import read_header
 from qedfuse.qed.image import Image

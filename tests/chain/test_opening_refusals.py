@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from qedfuse.chain import recovery
-from qedfuse.chain.backing import BackingPolicy
 from qedfuse.chain.opening import open_image
-from qedfuse.check.check import CheckResult, Repair
+from qedfuse.chain.policy import BackingPolicy
+from qedfuse.check.check import Repair
+from qedfuse.check.result import CheckResult
 from qedfuse.errors import CorruptError, FormatError, UnsupportedError
 from qedfuse.host.storage import Storage
 from qedfuse.qed.header import HEADER_BYTES, Header

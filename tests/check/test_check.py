@@ -16,7 +16,8 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qedfuse.check.check import MAX_PROBLEMS, CheckResult, Repair, check_image
+from qedfuse.check.check import Repair, check_image
+from qedfuse.check.result import MAX_PROBLEMS, CheckResult
 from qedfuse.errors import CorruptError
 from qedfuse.qed.header import HEADER_BYTES, Header
 from tests.helpers.doubles.image_ram import Ram

@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from qedfuse.check import repair as repair_module
-from qedfuse.check.check import CheckResult, Repair, check_image
+from qedfuse.check.check import Repair, check_image
+from qedfuse.check.result import CheckResult
 from qedfuse.qed.header import FEATURE_NEED_CHECK
 from tests.helpers.doubles.faults import Fault
 from tests.helpers.doubles.image_ram import Ram

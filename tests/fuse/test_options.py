@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qedfuse.chain.backing import BackingPolicy
+from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import EXIT_USAGE, UsageError
 from qedfuse.fuse.options import MountOptions, parse_mount_options
 

@@ -24,7 +24,7 @@ from qedfuse.layers.qcow2.layer import Qcow2Layer
 from qedfuse.layers.raw import RawLayer
 from qedfuse.layers.resolve import read_layer
 from qedfuse.qed.image import Image
-from qedfuse.tools.create import new_header, write_image
+from qedfuse.qed.new_image import new_header, write_image
 from tests.fuzz.running import assert_plain, run
 from tests.helpers.doubles.ram import RamFile, RamStorage
 from tests.helpers.images.images import POOL, TINY, assert_sound, raw_file, read_header

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from qedfuse.host.file_storage import INLINE_WRITE_LIMIT, FileStorage
-from qedfuse.host.mount_table import mount_id
+from qedfuse.host.mountinfo import mount_id
 from qedfuse.host.remote_file import RemoteFile
 from qedfuse.host.storage import Storage, held_bytes, read
 from tests.helpers.doubles.crash import CrashStorage

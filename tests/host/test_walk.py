@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qedfuse.host.mount_table import find_by_id, is_remote, mount_id
-from qedfuse.host.mountinfo import parse_mount
+from qedfuse.host.mountinfo import find_by_id, is_remote, mount_id, parse_mount
 from qedfuse.host.walk import Walk
 from tests.helpers.judges.expect import raises_errno
 

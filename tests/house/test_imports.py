@@ -42,7 +42,7 @@ NATIVE = {
 
 #: No I/O, no event loop; all that these know of the machine is text.
 PURE = ["errors", "sizes", "text", "layers.runs", "qed.geometry", "qed.header", "chain.probe", "tools.blocks"]
-PURE += ["layers.qcow2.header", "layers.qcow2.entries", "check.compaction"]
+PURE += ["layers.qcow2.header", "layers.qcow2.entries", "check.compaction", "check.result", "chain.policy"]
 PURE_OS_NAMES = {"PathLike", "fspath", "fsencode", "fsdecode", "strerror"}
 IMPURE = {"asyncio", "ctypes", "fcntl", "io", "mmap", "pathlib", "pyfuse3", "shutil", "signal", "socket", "subprocess"}
 IMPURE |= {"tempfile", "threading", "trio"}

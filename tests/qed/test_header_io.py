@@ -14,7 +14,7 @@ from qedfuse.host.waiting import run_blocking
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header, NotQedError
 from qedfuse.qed.header_io import read_backing_name, read_fields, read_header
-from qedfuse.tools.create import new_header
+from qedfuse.qed.new_image import new_header
 
 PACKAGE = Path(__file__).parents[2] / "qedfuse"
 HEADER = new_header("x", 1 << 20, Geometry(4096, 1), b"base.raw")

@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.check.check import CheckResult
+from qedfuse.check.result import CheckResult
 from qedfuse.layers.runs import Kind
 from qedfuse.qed.image import Image
 from tests.helpers.doubles.ram import RamFile, RamStorage

@@ -20,8 +20,8 @@ from qedfuse.errors import FormatError
 from qedfuse.host.storage import Buffer, Storage
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header
+from qedfuse.qed.new_image import new_header, write_image
 from qedfuse.sizes import round_up
-from qedfuse.tools.create import new_header, write_image
 from tests.helpers.qemu.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 
 CLUSTER_SIZES = ["4k", "64k", "2M"]

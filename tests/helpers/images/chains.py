@@ -12,10 +12,10 @@ from typing import TypeVar
 import pytest
 import trio
 
-from qedfuse.chain.backing import BackingPolicy
 from qedfuse.chain.chain import open_layer
+from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import QedfuseError
-from qedfuse.host.mount_table import find_by_id
+from qedfuse.host.mountinfo import find_by_id
 from qedfuse.host.offload import offload
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.resolve import read_layer

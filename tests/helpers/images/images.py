@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qedfuse.chain.recovery import recover
-from qedfuse.check.check import CheckResult, Repair, _scan, check_image
+from qedfuse.check.check import Repair, _scan, check_image
 from qedfuse.check.release import _runs_with_data
+from qedfuse.check.result import CheckResult
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.raw import RawLayer
 from qedfuse.layers.resolve import read_layer
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import HEADER_BYTES, Header
 from qedfuse.qed.image import Image
+from qedfuse.qed.new_image import new_header, write_image
 from qedfuse.qed.pages import PagePool
-from qedfuse.tools.create import new_header, write_image
 from tests.helpers.doubles.ram import Chaos, RamFile, RamStorage
 
 TINY = Geometry(4096, 2)  # the smallest that QEMU opens

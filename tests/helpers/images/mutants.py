@@ -12,7 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from qedfuse.chain.recovery import recover
-from qedfuse.check.check import CheckResult, Repair, check_image
+from qedfuse.check.check import Repair, check_image
+from qedfuse.check.result import CheckResult
 from qedfuse.errors import QedfuseError
 from qedfuse.host.storage import Buffer
 from qedfuse.layers.mapping import map_image

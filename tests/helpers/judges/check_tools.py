@@ -11,7 +11,8 @@ from typing import Any
 
 import trio
 
-from qedfuse.check.check import CheckResult, Repair, check_image
+from qedfuse.check.check import Repair, check_image
+from qedfuse.check.result import CheckResult
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.qed.header import HEADER_BYTES, Header
 from tests.helpers.doubles.image_ram import Ram

@@ -12,8 +12,8 @@ import trio
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from qedfuse.chain.backing import BackingPolicy
 from qedfuse.chain.opening import open_image
+from qedfuse.chain.policy import BackingPolicy
 from qedfuse.qed.header import HEADER_BYTES, Header
 from tests.helpers.doubles.ram import RamFile
 from tests.helpers.images.images import dump, qemu

@@ -1,0 +1,37 @@
+"""Whether a chain that is open is still what its names lead to."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from qedfuse.chain.backing import open_backing_file
+from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
+from qedfuse.host.file_id import FileId
+from qedfuse.host.lookups import NoAnswerError, look
+from qedfuse.layers.layer import Layer
+
+
+async def names_are_current(top: Layer, policy: BackingPolicy = ANY_BACKING) -> bool:
+    """Whether the names of a chain's backing files still lead to the open files; yes if that cannot be told."""
+    try:
+        return await look(partial(_names_are_current, top, policy))
+    except NoAnswerError:
+        return True
+
+
+def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
+    while (below := layer.backing) is not None:
+        try:
+            storage = open_backing_file(layer.path, below.path, policy)
+        except NoAnswerError:
+            raise
+        except OSError:
+            return False
+        try:
+            if FileId.of(storage.stat()) != FileId.of(below.storage.stat()):
+                return False
+        finally:
+            os.close(storage.fileno())
+        layer = below
+    return True
