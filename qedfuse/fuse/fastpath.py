@@ -23,6 +23,7 @@ from qedfuse.host.offload import sync_with
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.raw import RawLayer
 from qedfuse.qed.image import Image
+from qedfuse.qed.native_view import NativeView
 
 _flags = sys.getdlopenflags()
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
@@ -130,8 +131,7 @@ class _Attached:
     def __init__(self, image: Image) -> None:
         self.handles = 0
         self.writers: set[int] = set()
-        self._image = image
-        self._watched: list[Image] = []
+        self._views: list[NativeView] = []
         self.top = self._native(image)
 
     def _native(self, image: Image) -> native.Layer:
@@ -141,36 +141,20 @@ class _Attached:
         below: native.Layer | None = None
         for layer in reversed(chain[1:]):
             below = self._layer(layer, below)
-        return self._layer(image, below, top=True)
+        return self._layer(image, below)
 
-    def _layer(self, layer: Layer, below: native.Layer | None, top: bool = False) -> native.Layer:
+    def _layer(self, layer: Layer, below: native.Layer | None) -> native.Layer:
         fd = layer.storage.fileno() if isinstance(layer.storage, FileStorage) and layer.storage.local else -1
         if isinstance(layer, RawLayer):
             return native.Layer(fd, layer.size)
         if not isinstance(layer, Image):
             return native.Layer(-1, layer.size)
-        l1, l2 = native.PageIndex(), native.PageIndex()
-        layer.tables.l1.watch(l1)
-        layer.tables.l2.watch(l2)
-        self._watched.append(layer)
-        size, file_end, *_ = layer.state()
-        return native.Layer(
-            fd,
-            size,
-            file_end=file_end,
-            data_start=layer.header.header_bytes,
-            cluster_bits=layer.geometry.cluster_bits,
-            table_bits=layer.geometry.table_entries.bit_length() - 1,
-            l1=l1,
-            l2=l2,
-            below=below,
-            state=layer.state if top else None,
-            wrote=layer.note_written if top else None,
-            l1_offset=layer.header.l1_table_offset,
-            loaded=layer.tables.take_page,
-        )
+        view = NativeView(layer)
+        seen = native.Layer(fd, layer.size, view=view, below=below)
+        view.watch(seen.l1, seen.l2)
+        self._views.append(view)
+        return seen
 
     def forget(self) -> None:
-        for image in self._watched:
-            image.tables.l1.watch(None)
-            image.tables.l2.watch(None)
+        for view in self._views:
+            view.watch(None, None)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Protocol
 
 class PageIndex:
     def insert(self, number: int, page: memoryview, /) -> None: ...
@@ -6,24 +7,32 @@ class PageIndex:
     def __len__(self) -> int: ...
     def __contains__(self, number: int, /) -> bool: ...
 
+class View(Protocol):
+    """`qed.native_view.NativeView`, which tells what all this means."""
+
+    cluster_bits: int
+    table_bits: int
+    data_start: int
+    l1_offset: int
+    size: int
+    file_end: int
+    writable: bool
+    free: int
+    free_end: int
+
+    def refresh(self) -> None: ...
+    def take_l1_page(self, index: int, host: int, content: bytes, /) -> bool: ...
+    def take_l2_page(self, index: int, host: int, content: bytes, /) -> bool: ...
+    def note_written(self) -> None: ...
+    def note_taken(self, *, first: int, taken: int, lost: int, filled: int, pages: tuple[int, ...]) -> None: ...
+
 class Layer:
-    def __new__(
-        cls,
-        fd: int,
-        size: int,
-        *,
-        file_end: int = 0,
-        data_start: int = 0,
-        cluster_bits: int = 0,
-        table_bits: int = 0,
-        l1: PageIndex | None = None,
-        l2: PageIndex | None = None,
-        below: Layer | None = None,
-        state: Callable[[], tuple[int, int, bool, int, int]] | None = None,
-        wrote: Callable[[int, int, int, int, tuple[int, ...]], None] | None = None,
-        l1_offset: int = 0,
-        loaded: Callable[[bool, int, int, bytes], bool] | None = None,
-    ) -> Layer: ...
+    @property
+    def l1(self) -> PageIndex | None: ...
+    @property
+    def l2(self) -> PageIndex | None: ...
+    def __new__(cls, fd: int, size: int, *, view: View | None = None, below: Layer | None = None) -> Layer: ...
+    def run(self, offset: int, size: int, /) -> tuple[int, int, int]: ...
 
 class Syncer:
     def __new__(cls, watched: int) -> Syncer: ...

@@ -214,12 +214,12 @@ class ClusterWriter:
     # -- for the fast path --------------------------------------------------------------------------------------------
 
     def offer(self) -> tuple[int, int]:
-        """From where to where in the file there are clusters that somebody else may take, from the front, before
-        anything else happens here."""
+        """Start and end, in bytes of the file, of clusters that may be taken from the front, without a call, before
+        anything else happens here. They read as zeroes, durably, and the file covers them."""
         return self._allocator.next_free(self._committer.growth.file_size)
 
     def take_offered(self, offset: int, size: int, lost: int, filled: int, pages: Sequence[int]) -> None:
-        """`size` bytes from the front of the offer were taken. See `Image.note_written`."""
+        """`size` bytes from the front of the offer were taken. See `NativeView.note_taken`."""
         self._allocator.take(offset, size)
         self._tables.file_end = self._allocator.end
         for index in pages:

@@ -10,7 +10,7 @@ The order of writes that makes this safe is not decided here: `commit.py` owns i
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -80,7 +80,6 @@ class Image:
         self._l2_pages = self._tables.l2.pages
         self._data_start = header.header_bytes
         self._locks = RangeLock()
-        self._offered = (0, 0)
         self._closed = False
         self._committer: Committer | None = None
         self._writing = trio.Event()
@@ -158,50 +157,27 @@ class Image:
         committer = self._committer
         return (committer.changes, committer.writes, self._size) if committer else (0, 0, self._size)
 
-    # -- for the fast path --------------------------------------------------------------------------------------------
+    # -- its parts, for `native_view.py` ------------------------------------------------------------------------------
 
     @property
     def tables(self) -> Tables:
         """The mapping. Nobody else changes it."""
         return self._tables
 
-    def state(self) -> tuple[int, int, bool, int, int]:
-        """The image's size, where clusters end in the file, whether they may be overwritten, and from where to where
-        in the file there are clusters that may be taken from the front (see `note_written`); as of now.
+    @property
+    def locks(self) -> RangeLock:
+        """On ranges of guest clusters."""
+        return self._locks
 
-        None may be taken while anybody holds a lock, as he may be about to give a cluster of the range data himself,
-        nor when `_begin_change` would not let a change begin.
-        """
-        committer = self._committer
-        if committer is None or committer.failed:
-            return self._size, self._tables.file_end, False, 0, 0
-        self._offered = (0, 0)
-        if not self._locks and not committer.crowded:
-            self._offered = self._writer.offer()
-        return self._size, self._tables.file_end, True, *self._offered
+    @property
+    def committer(self) -> Committer | None:
+        """None until the image is open for writing."""
+        return self._committer
 
-    def note_written(self, first: int, taken: int, lost: int, filled: int, pages: Sequence[int]) -> None:
-        """Clusters were written, in place or into new ones: `taken` bytes of clusters from `first` on, which is the
-        front of what `state` has offered. Nothing refers to the last `lost` of them; to the others entries of these L2
-        pages do. They hold `filled` bytes of the guest's.
-
-        What was not offered must not be taken, nor anything while a range is locked: somebody else may have it, too.
-        If it happens all the same, the image has failed, and its file stays as it is.
-        """
-        committer = self._committer_of()
-        committer.note_written()
-        if not taken:
-            return
-        start, end = self._offered
-        self._offered = first + taken, end
-        try:
-            if self._locks:
-                raise AssertionError("clusters were taken while a range was locked")
-            if first != start or taken > end - start:
-                raise AssertionError(f"{taken} bytes of clusters at {first:#x} were taken, not offered")
-            self._writer.take_offered(first, taken, lost, filled, pages)
-        except BaseException as error:
-            committer.give_up(error)
+    @property
+    def clusters(self) -> ClusterWriter:
+        """Of an image that is open for writing."""
+        return self._writer
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

@@ -248,13 +248,12 @@ class Tables:
                 del self._loading[level, index]
             done.set()
 
-    def take_page(self, is_l1: bool, index: int, host: int, content: bytes) -> bool:
-        """A page that somebody else has read at `host`, just now and because it is not in memory. Returns whether it is
-        taken: not while it is being read here, by whoever might change it next."""
-        level = self.l1 if is_l1 else self.l2
+    def take_page(self, level: PageMap, index: int, host: int, content: bytes) -> bool:
+        """A page of a level that was read past this module, at `host`, just now and because it is not in memory.
+        Returns whether it is taken: not while it is being read here, for a task that might change it next."""
         if index in level.pages or (level, index) in self._loading:
             return False
-        new = not is_l1 and index >> self.geometry.table_page_bits in self.new_tables
+        new = level is self.l2 and index >> self.geometry.table_page_bits in self.new_tables
         level.insert(index, host, None if new else content)
         return True
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ import trio
 from qedfuse.qed.allocator import Allocator
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.image import Image
+from qedfuse.qed.native_view import NativeView
 from qedfuse.qed.range_lock import FOREVER
 from tests.helpers.images.images import TINY, Chain, assert_sound, contents, new_chain, open_chain
 from tests.helpers.judges.expect import raises_errno
@@ -35,31 +36,36 @@ SIZE = 64 * CLUSTER
 # -- what Python is told ----------------------------------------------------------------------------------------------
 
 
-async def opened() -> tuple[Chain, Image]:
+async def opened() -> tuple[Chain, Image, NativeView]:
     """There is a table, and its page is in memory: as when C writes into new clusters."""
     chain = await new_chain(SIZE, TINY)
     image = await open_chain(chain)
     await image.write(0, b"first")
     await image.flush()
-    return chain, image
+    return chain, image, NativeView(image)
 
 
-def take(image: Image, clusters: int, first: int = 1) -> None:
+def take(image: Image, view: NativeView, clusters: int, first: int = 1) -> None:
     """As C does it: data, entries, and the word of it."""
-    host = image.state()[3]
+    view.refresh()
     page = image.tables.l2.pages[0]
     for number in range(clusters):
-        image.storage.write_nowait(host + number * CLUSTER, b"new" + bytes([number]))
-        page[first + number] = host + number * CLUSTER
-    image.note_written(host, clusters * CLUSTER, 0, clusters * 4, [0])
+        host = view.free + number * CLUSTER
+        image.storage.write_nowait(host, b"new" + bytes([number]))
+        page[first + number] = host
+    note_taken(view, view.free, clusters)
+
+
+def note_taken(view: NativeView, first: int, clusters: int = 1, pages: tuple[int, ...] = (0,)) -> None:
+    view.note_taken(first=first, taken=clusters * CLUSTER, lost=0, filled=clusters * 4, pages=pages)
 
 
 def test_what_was_offered_may_be_taken() -> None:
     async def main() -> None:
-        chain, image = await opened()
-        take(image, 3)
-        take(image, 2, first=4)
-        image.note_written(0, 0, 0, 0, [])
+        chain, image, view = await opened()
+        take(image, view, 3)
+        take(image, view, 2, first=4)
+        view.note_written()
         await image.write(10 * CLUSTER, b"python")
         assert image.failed is None
         await image.close()
@@ -72,48 +78,52 @@ def test_what_was_offered_may_be_taken() -> None:
     trio.run(main)
 
 
-async def what_was_not_offered(image: Image) -> None:
-    image.note_written(image._writer.offer()[0], CLUSTER, 0, 4, [0])
+async def what_was_not_offered(image: Image, view: NativeView) -> None:
+    async with image.locks.hold(0, 1, exclusive=False):
+        view.refresh()
+    note_taken(view, image.clusters.offer()[0])
 
 
-async def what_was_offered_before(image: Image) -> None:
-    start = image.state()[3]
-    async with image._locks.hold(0, 1, exclusive=False):
-        image.state()
-    image.note_written(start, CLUSTER, 0, 4, [0])
+async def what_was_offered_before(image: Image, view: NativeView) -> None:
+    view.refresh()
+    start = view.free
+    async with image.locks.hold(0, 1, exclusive=False):
+        view.refresh()
+    note_taken(view, start)
 
 
-async def not_from_the_front(image: Image) -> None:
-    start = image.state()[3]
-    image.note_written(start + CLUSTER, CLUSTER, 0, 4, [0])
+async def not_from_the_front(image: Image, view: NativeView) -> None:
+    view.refresh()
+    note_taken(view, view.free + CLUSTER)
 
 
-async def more_than_was_offered(image: Image) -> None:
-    *_, start, end = image.state()
-    image.note_written(start, end - start + CLUSTER, 0, 4, [0])
+async def more_than_was_offered(image: Image, view: NativeView) -> None:
+    view.refresh()
+    note_taken(view, view.free, (view.free_end - view.free) // CLUSTER + 1)
 
 
-async def more_in_all_than_was_offered(image: Image) -> None:
-    *_, start, end = image.state()
-    image.note_written(start, CLUSTER, 0, 4, [0])
-    image.note_written(start + CLUSTER, end - start, 0, 4, [0])
+async def more_in_all_than_was_offered(image: Image, view: NativeView) -> None:
+    view.refresh()
+    offered = (view.free_end - view.free) // CLUSTER
+    note_taken(view, view.free)
+    note_taken(view, view.free, offered)
 
 
-async def what_python_has_taken_meanwhile(image: Image) -> None:
-    start = image.state()[3]
+async def what_python_has_taken_meanwhile(image: Image, view: NativeView) -> None:
+    view.refresh()
     await image.write(20 * CLUSTER, b"python")
-    image.note_written(start, CLUSTER, 0, 4, [0])
+    note_taken(view, view.free)
 
 
-async def while_a_range_is_locked(image: Image) -> None:
-    start = image.state()[3]
-    async with image._locks.hold(0, FOREVER, exclusive=False):
-        image.note_written(start, CLUSTER, 0, 4, [0])
+async def while_a_range_is_locked(image: Image, view: NativeView) -> None:
+    view.refresh()
+    async with image.locks.hold(0, FOREVER, exclusive=False):
+        note_taken(view, view.free)
 
 
-async def a_page_that_is_not_there(image: Image) -> None:
-    start = image.state()[3]
-    image.note_written(start, CLUSTER, 0, 4, [0, 5000])
+async def a_page_that_is_not_there(image: Image, view: NativeView) -> None:
+    view.refresh()
+    note_taken(view, view.free, pages=(0, 5000))
 
 
 BROKEN = [
@@ -130,16 +140,15 @@ BROKEN = [
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_where_a_rule_is_broken_nothing_more_goes_to_the_file(
-    broken: Callable[[Image], object], caplog: pytest.LogCaptureFixture
+    broken: Callable[[Image, NativeView], Awaitable[None]], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        chain, image = await opened()
+        chain, image, view = await opened()
         tables = image.storage.file.pages.copy()  # type: ignore[attr-defined]
-        result = broken(image)
-        assert hasattr(result, "__await__")
-        await result
+        await broken(image, view)
         assert image.failed is not None and image.failed.errno == errno.EIO
-        assert image.state()[2:] == (False, 0, 0)
+        view.refresh()
+        assert (view.writable, view.free, view.free_end) == (False, 0, 0)
         for call in (image.flush(), image.write(0, b"x"), image.zero(0, 1), image.resize(SIZE // 2)):
             with raises_errno(errno.EIO):
                 await call
@@ -170,11 +179,11 @@ def test_clusters_are_taken_from_the_front() -> None:
 
 # -- what C asks and tells --------------------------------------------------------------------------------------------
 
-#: An extension of the real layer.c, in which it can be made to break its rule.
+#: An extension of the real view.c, in which a rule can be broken.
 SOURCE = r"""
 #include "layer.c"
-
-PyTypeObject PageIndexType = {PyVarObject_HEAD_INIT(NULL, 0).tp_name = "PageIndex"};
+#include "pages.c"
+#include "view.c"
 
 static PyObject *refresh(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -183,12 +192,13 @@ static PyObject *refresh(PyObject *Py_UNUSED(module), PyObject *args)
     if (!PyArg_ParseTuple(args, "O!p", &LayerType, &layer, &dirty))
         return NULL;
     layer->dirty = dirty;
-    return PyBool_FromLong(layer_refresh(layer));
+    layer->taken = dirty ? 4096 : 0;
+    return PyBool_FromLong(view_refresh(layer));
 }
 
 static PyObject *tell(PyObject *Py_UNUSED(module), PyObject *layer)
 {
-    layer_tell((Layer *)layer);
+    view_tell((Layer *)layer);
     Py_RETURN_NONE;
 }
 
@@ -199,7 +209,7 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "seam",
 PyMODINIT_FUNC PyInit_seam(void);
 PyMODINIT_FUNC PyInit_seam(void)
 {
-    if (PyType_Ready(&PageIndexType) < 0 || PyType_Ready(&LayerType) < 0)
+    if (!view_prepare() || PyType_Ready(&PageIndexType) < 0 || PyType_Ready(&LayerType) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module && PyModule_AddObjectRef(module, "Layer", (PyObject *)&LayerType) < 0)
@@ -233,37 +243,69 @@ def without_a_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+#: What C knows of an image, by name.
+VIEW = """
+class View:
+    cluster_bits, table_bits, data_start, l1_offset = 16, 15, 65536, 65536
+    size, file_end, writable, free, free_end = 512, 0, True, 0, 0
+    def __init__(self): self.calls = []
+    def refresh(self): self.calls.append("refresh")
+    def note_written(self): self.calls.append("written")
+    def note_taken(self, first, taken, lost, filled, pages): self.calls.append((first, taken, lost, filled, pages))
+view = View()
+layer = seam.Layer(-1, 512, view=view)
+"""
+
+
 def test_the_numbers_are_not_asked_for_with_something_untold(seam: Path) -> None:
     done = run_seam(
         seam,
-        """
-asked = []
-layer = seam.Layer(-1, 512, state=lambda: asked.append(1) or (512, 0, True, 0, 0))
-assert seam.refresh(layer, False) and len(asked) == 1
-assert not seam.refresh(layer, True) and len(asked) == 1
-assert seam.refresh(layer, False) and len(asked) == 2
+        VIEW
+        + """
+assert seam.refresh(layer, False) and len(view.calls) == 1
+assert not seam.refresh(layer, True) and len(view.calls) == 1
+seam.tell(layer)
+assert seam.refresh(layer, False)
+assert view.calls == ["refresh", (2**64 - 4096, 4096, 0, 0, ()), "refresh"]
+seam.tell(layer)
+assert view.calls[3:] == ["written"]
 """,
     )
     assert done.returncode == 0, done.stderr
     assert "asked for before all writes were told of" in done.stderr
 
 
-def test_no_process_goes_on_that_could_not_tell_of_writes(seam: Path) -> None:
+@pytest.mark.parametrize("broken", ["del View.free", "View.free = -1", "View.size = None", "View.refresh = None"])
+def test_numbers_that_are_none_are_not_known(seam: Path, broken: str) -> None:
+    done = run_seam(seam, f"{VIEW}\n{broken}\nassert not seam.refresh(layer, False)")
+    assert done.returncode == 0, done.stderr
+    assert "Exception ignored in" in done.stderr
+
+
+@pytest.mark.parametrize("shape", ["cluster_bits = 27", "table_bits = 28", "l1_offset = -1", "data_start = 'x'"])
+def test_a_shape_that_no_image_has_is_refused(seam: Path, shape: str) -> None:
+    program = f"{VIEW}\nView.{shape}\ntry: seam.Layer(-1, 512, view=view)\nexcept Exception as error: print(error)"
+    done = run_seam(seam, program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_no_process_goes_on_that_could_not_tell_of_writes(seam: Path, taken: bool) -> None:
     done = run_seam(
         seam,
-        """
-def wrote(first, taken, lost, filled, pages):
-    if taken == 0 and not told.append(pages) and len(told) == 2:
-        raise MemoryError("no memory")
-told = []
-layer = seam.Layer(-1, 512, state=lambda: (512, 0, True, 0, 0), wrote=wrote)
+        f"""{VIEW}
+def fail(self, **numbers):
+    raise MemoryError("no memory")
+View.note_{"taken" if taken else "written"} = fail
+seam.refresh(layer, {taken})
+print("still here", flush=True)
 seam.tell(layer)
-print(told, flush=True)
-seam.tell(layer)
+print("not here", flush=True)
 """,
     )
     assert done.returncode == -signal.SIGABRT
-    assert done.stdout == "[()]\n"
+    assert done.stdout == "still here\n"
     assert "Python could not be told of writes" in done.stderr
 
 
@@ -273,25 +315,28 @@ seam.tell(layer)
 PROGRAM = """
 import sys
 import qedfuse.fuse.fastpath
-from qedfuse.qed.image import Image
+from qedfuse.qed.native_view import NativeView
 from qedfuse.cli.main import main
 
-state, note_written = Image.state, Image.note_written
+refresh, note_taken = NativeView.refresh, NativeView.note_taken
 
 def shifted(self):
-    size, end, writable, free, free_end = state(self)
-    return size, end, writable, free + self.geometry.cluster_size if free else 0, free_end
+    refresh(self)
+    if self.free:
+        self.free += 1 << self.cluster_bits
 
-def untold(self, first, taken, lost, filled, pages):
-    if taken:
-        raise MemoryError("no memory")
-    note_written(self, first, taken, lost, filled, pages)
+def shifted_and_told(self, first, **told):
+    self.free -= 1 << self.cluster_bits
+    note_taken(self, first=first, **told)
+
+def untold(self, **told):
+    raise MemoryError("no memory")
 
 name = sys.argv.pop(1)
 if name == "shifted":
-    Image.state = shifted
+    NativeView.refresh, NativeView.note_taken = shifted, shifted_and_told
 elif name == "untold":
-    Image.note_written = untold
+    NativeView.note_taken = untold
 sys.exit(main())
 """
 

@@ -24,12 +24,12 @@
  * done in less time than it takes to wake a thread. A READ that meets this is parked and tried again, between other
  * requests, until it is answered or its moment is over and Python gets it. If that happens often, the disk is slow, and
  * fewer are parked. No burst ends with one parked. A table page that is not in memory is read the same way and put into
- * Python's pool if Python agrees (`Tables.take_page`), which it does not while it is reading that page itself.
+ * Python's pool if Python agrees (`NativeView.take_l2_page`), which it does not while it is reading that page itself.
  *
- * New clusters. Python offers a run of them, all of which read as zeroes and lie inside the file, whenever nobody
- * holds a lock on a range (image.py, `state`). They are taken from the front: data first, with what the layers below
+ * New clusters. Python offers a run of them, all of which read as zeroes and lie inside the file, whenever no range is
+ * locked (native_view.py, `refresh`). They are taken from the front: data first, with what the layers below
  * have around it, then the entries in the page in memory. Python is told how many were taken and which pages have
- * changed, before it runs again (`note_written`), so for allocator.py and commit.py it is as if Python had done it. A
+ * changed, before it runs again (`note_taken`), so for allocator.py and commit.py it is as if Python had done it. A
  * cluster whose write failed is told of as lost: what is in it must not show up in anything else. Both sides check: the
  * numbers are not asked for while there is something to tell, and what is told must be what was offered.
  *

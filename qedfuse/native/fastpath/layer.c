@@ -1,25 +1,21 @@
 /* Layer as a Python object, and the look-up in the tables' pages. */
 
-#include "layer.h"
+#include "view.h"
 
-#include <assert.h>
+#include <stddef.h>
+#include <structmember.h>
+
+/* -- the object --------------------------------------------------------------------------------------------------------- */
 
 static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"fd", "size", "file_end", "data_start", "cluster_bits", "table_bits", "l1",
-                            "l2", "below", "state", "wrote", "l1_offset", "loaded", NULL};
+    static char *names[] = {"fd", "size", "view", "below", NULL};
     int fd;
-    unsigned long long size, file_end = 0, data_start = 0, l1_offset = 0;
-    unsigned cluster_bits = 0, table_bits = 0;
-    PyObject *l1 = Py_None, *l2 = Py_None, *below = Py_None, *state = Py_None, *wrote = Py_None;
-    PyObject *loaded = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iK|$KKIIOOOOOKO:Layer", names, &fd, &size, &file_end, &data_start,
-                                     &cluster_bits, &table_bits, &l1, &l2, &below, &state, &wrote, &l1_offset,
-                                     &loaded))
+    unsigned long long size;
+    PyObject *view = Py_None, *below = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iK|$OO:Layer", names, &fd, &size, &view, &below))
         return NULL;
-    bool raw = l1 == Py_None && l2 == Py_None;
-    if ((!raw && (!PyObject_TypeCheck(l1, &PageIndexType) || !PyObject_TypeCheck(l2, &PageIndexType))) ||
-        (below != Py_None && !PyObject_TypeCheck(below, &LayerType)) || cluster_bits > 26 || table_bits > 27) {
+    if (below != Py_None && !PyObject_TypeCheck(below, &LayerType)) {
         PyErr_SetString(PyExc_TypeError, "not a layer");
         return NULL;
     }
@@ -28,19 +24,14 @@ static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         return NULL;
     self->fd = fd;
     self->size = size;
-    self->file_end = file_end;
-    self->data_start = data_start;
-    self->l1_offset = l1_offset;
-    self->cluster_bits = cluster_bits;
-    self->table_bits = table_bits;
-    if (!raw) {
-        self->l1 = (PageIndex *)Py_NewRef(l1);
-        self->l2 = (PageIndex *)Py_NewRef(l2);
-    }
     self->below = below == Py_None ? NULL : (Layer *)Py_NewRef(below);
-    self->state = state == Py_None ? NULL : Py_NewRef(state);
-    self->wrote = wrote == Py_None ? NULL : Py_NewRef(wrote);
-    self->loaded = loaded == Py_None ? NULL : Py_NewRef(loaded);
+    if (view != Py_None) {
+        self->view = Py_NewRef(view);
+        self->l1 = (PageIndex *)PyObject_CallNoArgs((PyObject *)&PageIndexType);
+        self->l2 = (PageIndex *)PyObject_CallNoArgs((PyObject *)&PageIndexType);
+        if (!self->l1 || !self->l2 || !view_fetch(self))
+            Py_CLEAR(self);
+    }
     return (PyObject *)self;
 }
 
@@ -50,9 +41,7 @@ static void layer_dealloc(PyObject *object)
     Layer *self = (Layer *)object, *below = self->below;
     Py_XDECREF(self->l1);
     Py_XDECREF(self->l2);
-    Py_XDECREF(self->state);
-    Py_XDECREF(self->wrote);
-    Py_XDECREF(self->loaded);
+    Py_XDECREF(self->view);
     Py_TYPE(object)->tp_free(object);
     while (below && Py_REFCNT(below) == 1) {
         Layer *next = below->below;
@@ -63,66 +52,45 @@ static void layer_dealloc(PyObject *object)
     Py_XDECREF(below);
 }
 
+static PyObject *layer_run_of(PyObject *object, PyObject *args)
+{
+    const Layer *self = (const Layer *)object;
+    unsigned long long offset, size;
+    if (!PyArg_ParseTuple(args, "KK:run", &offset, &size))
+        return NULL;
+    if (!size || offset >= self->size || size > self->size - offset) {
+        PyErr_SetString(PyExc_ValueError, "not inside the layer");
+        return NULL;
+    }
+    uint64_t length = size, host = 0;
+    enum kind kind = layer_run(self, offset, &length, &host);
+    return Py_BuildValue("iKK", (int)kind, (unsigned long long)length, (unsigned long long)host);
+}
+
+static PyMethodDef layer_methods[] = {
+    {"run", layer_run_of, METH_VARARGS,
+     "run(offset, size) -> (kind, bytes, offset in the file): what the pages in memory say of a range inside the layer, "
+     "from its start on. For tests."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef layer_members[] = {
+    {"l1", T_OBJECT, offsetof(Layer, l1), READONLY, "To be told where the pages of the L1 table are in memory."},
+    {"l2", T_OBJECT, offsetof(Layer, l2), READONLY, "The same for the L2 tables."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 PyTypeObject LayerType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qedfuse.native._fastpath.Layer",
-    .tp_doc = "Layer(fd, size, *, file_end, data_start, cluster_bits, table_bits, l1, l2, below, state, wrote, "
-              "l1_offset, loaded)",
+    .tp_doc = "Layer(fd, size, *, view=None, below=None): an image of a chain. fd: -1 is opaque. size: bytes, of what has "
+              "no view. view: a NativeView. below: a Layer, where this one has nothing.",
     .tp_basicsize = sizeof(Layer),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = layer_new,
     .tp_dealloc = layer_dealloc,
+    .tp_methods = layer_methods,
+    .tp_members = layer_members,
 };
-
-bool layer_refresh(Layer *layer)
-{
-    unsigned long long size, file_end, free, free_end;
-    int writable;
-    assert(!layer->dirty); /* in a build for tests */
-    if (layer->dirty) {    /* clusters that are taken already would be offered once more */
-        PyErr_SetString(PyExc_AssertionError, "the numbers were asked for before all writes were told of");
-        PyErr_WriteUnraisable(layer->state);
-        return false;
-    }
-    PyObject *state = PyObject_CallNoArgs(layer->state);
-    if (!state || !PyArg_ParseTuple(state, "KKpKK", &size, &file_end, &writable, &free, &free_end)) {
-        Py_XDECREF(state);
-        PyErr_WriteUnraisable(layer->state);
-        return false;
-    }
-    Py_DECREF(state);
-    layer->size = size;
-    layer->file_end = file_end;
-    layer->writable = writable;
-    layer->free = free;
-    layer->free_end = free_end;
-    return true;
-}
-
-void layer_tell(Layer *layer)
-{
-    PyObject *pages = PyTuple_New(layer->pages), *told = NULL;
-    for (unsigned i = 0; pages && i < layer->pages; i++) {
-        PyObject *number = PyLong_FromUnsignedLongLong(layer->page[i]);
-        if (!number)
-            Py_CLEAR(pages);
-        else
-            PyTuple_SET_ITEM(pages, i, number);
-    }
-    if (pages && layer->wrote)
-        told = PyObject_CallFunction(layer->wrote, "KKKKO", (unsigned long long)(layer->free - layer->taken),
-                                     (unsigned long long)layer->taken, (unsigned long long)layer->lost,
-                                     (unsigned long long)layer->filled, pages);
-    if (layer->wrote && !told) {
-        /* Python would hand out the same clusters again. A crash loses nothing that was synced: better that. */
-        PyErr_WriteUnraisable(layer->wrote);
-        Py_FatalError("Python could not be told of writes");
-    }
-    Py_XDECREF(told);
-    Py_XDECREF(pages);
-    layer->dirty = false;
-    layer->taken = layer->lost = layer->filled = 0;
-    layer->pages = 0;
-}
 
 /* -- the mapping ------------------------------------------------------------------------------------------------------- */
 

@@ -9,7 +9,9 @@
 
 enum {
     BURST_REQUESTS = 64, /* that are answered before Python has its turn */
+    MAX_CLUSTER_BITS = 26,
     MAX_DEPTH = 200, /* layers in a chain */
+    MAX_TABLE_BITS = 27,
     PAGE = 4096,
     PAGE_BITS = 9, /* table entries in a page, as a power of two */
     PAGE_ENTRIES = 1 << PAGE_BITS,
@@ -23,39 +25,34 @@ typedef struct {
 
 extern PyTypeObject PageIndexType;
 
-/* One image of a chain. */
+/* One image of a chain: what `view.h` has fetched of it, and what it has not told yet. */
 typedef struct Layer {
     PyObject_HEAD
-    int fd;                         /* -1: opaque, all that it has is Python's business */
-    uint64_t size;                  /* bytes that the guest sees */
-    uint64_t file_end, data_start;  /* where clusters may lie in the file */
-    uint64_t l1_offset;             /* of the L1 table in the file */
-    unsigned cluster_bits;          /* log2 of bytes */
-    unsigned table_bits;            /* log2 of entries */
-    PageIndex *l1, *l2;             /* NULL: a raw file */
-    struct Layer *below;            /* NULL: zeroes */
-    PyObject *state;                /* callable() -> (size, file_end, writable, free, free_end), or NULL: as above */
-    PyObject *loaded;               /* callable(is_l1, number, host, page): a table page was read; whether it is taken */
-    PyObject *wrote;                /* callable(first, taken, lost, filled, pages): something was written */
-    uint64_t free, free_end;        /* bytes of the file: clusters that may be taken, from the first on */
-    bool writable;
-    uint64_t burst; /* the one that has fetched `state` */
-    /* what Python has not been told yet */
-    bool dirty;
-    uint64_t taken, lost;            /* bytes of clusters; `lost`, the last of them, hold what was left of a write */
-    uint64_t filled;                 /* bytes that the guest has written into the clusters taken */
-    unsigned pages;                  /* L2 pages in which entries were set */
+    /* what stays */
+    PyObject *view;          /* qed.native_view.NativeView; NULL: a raw file, or opaque */
+    PageIndex *l1, *l2;      /* if there is a view */
+    struct Layer *below;     /* NULL: zeroes */
+    int fd;                  /* -1: opaque, all that it has is Python's business */
+    uint64_t data_start;     /* bytes: no cluster lies before it in the file */
+    uint64_t l1_offset;      /* bytes: of the L1 table in the file */
+    unsigned cluster_bits;   /* log2 of bytes */
+    unsigned table_bits;     /* log2 of entries */
+    /* what `view_refresh` fetches */
+    uint64_t burst;          /* when it did last */
+    uint64_t size;           /* bytes that the guest sees */
+    uint64_t file_end;       /* bytes: every cluster ends before it in the file */
+    bool writable;           /* clusters may be overwritten */
+    uint64_t free, free_end; /* bytes of the file: clusters that may be taken, from the first on */
+    /* what `view_tell` tells */
+    bool dirty;              /* something was written */
+    uint64_t taken, lost;    /* bytes of clusters; `lost`, the last of them, hold what was left of a write */
+    uint64_t filled;         /* bytes that the guest has written into the clusters taken */
+    unsigned pages;          /* L2 pages in which entries were set */
     uint64_t page[BURST_REQUESTS];
 } Layer;
 
 extern PyTypeObject LayerType;
 extern PyTypeObject SyncerType;
-
-/* Asks Python for the numbers that change, which must know of all writes. False: they are not known. Needs the GIL. */
-bool layer_refresh(Layer *layer);
-
-/* Tells Python what was done to an image. Needs the GIL. */
-void layer_tell(Layer *layer);
 
 enum kind {
     UNALLOCATED = 0, /* as in the tables */

@@ -1,6 +1,7 @@
 /* The Python module. */
 
 #include "filter.h"
+#include "view.h"
 
 static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -53,8 +54,8 @@ static PyObject *attach_handle(PyObject *Py_UNUSED(module), PyObject *args)
     int writable;
     if (!PyArg_ParseTuple(args, "KO!p:attach", &fh, &LayerType, &layer, &writable))
         return NULL;
-    if (!layer->state) {
-        PyErr_SetString(PyExc_TypeError, "the layer of a handle needs a state");
+    if (!layer->view) {
+        PyErr_SetString(PyExc_TypeError, "the layer of a handle needs a view");
         return NULL;
     }
     if (!attach(fh, layer, writable))
@@ -105,7 +106,7 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__fastpath(void)
 {
-    if (PyType_Ready(&PageIndexType) < 0 || PyType_Ready(&LayerType) < 0 || PyType_Ready(&SyncerType) < 0)
+    if (!view_prepare() || PyType_Ready(&PageIndexType) < 0 || PyType_Ready(&LayerType) < 0 || PyType_Ready(&SyncerType) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (!module)

@@ -1,6 +1,7 @@
 /* READ and WRITE answered, others handed over: request by request. filter.c tells why all this is right. */
 
 #include "requests.h"
+#include "view.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -62,8 +63,8 @@ static Layer *current_layer(struct burst *burst, const struct handle *handle)
 {
     Layer *layer = handle->layer;
     if (layer->burst != burst->number) {
-        take_gil(burst); /* `state` computes numbers and does nothing else */
-        bool known = layer_refresh(layer);
+        take_gil(burst); /* `refresh` computes numbers and does nothing else */
+        bool known = view_refresh(layer);
         release_gil(burst);
         if (!known)
             return NULL;

@@ -1,6 +1,7 @@
 /* Reads and writes of an image's ranges, in as few system calls as there are runs in its file. */
 
 #include "transfer.h"
+#include "view.h"
 
 #include <errno.h>
 #include <sys/mman.h>
@@ -109,7 +110,7 @@ void release_gil(struct burst *burst)
 void tell_writes(struct burst *burst)
 {
     while (burst->writes)
-        layer_tell(burst->wrote[--burst->writes]);
+        view_tell(burst->wrote[--burst->writes]);
 }
 
 /* -- ranges of an image ------------------------------------------------------------------------------------------------- */
@@ -122,7 +123,7 @@ static enum outcome load_page(struct burst *burst, const Layer *layer, uint64_t 
 {
     bool is_l1;
     uint64_t number, host, page[PAGE_ENTRIES];
-    if (!layer->loaded || !layer_missing(layer, offset, &is_l1, &number, &host))
+    if (!layer_missing(layer, offset, &is_l1, &number, &host))
         return PASS;
     struct batch batch = {.write = false};
     batch_add(&batch, layer->fd, host, (char *)page, PAGE);
@@ -131,13 +132,7 @@ static enum outcome load_page(struct burst *burst, const Layer *layer, uint64_t 
         return outcome;
     take_gil(burst);
     tell_writes(burst);
-    PyObject *taken = PyObject_CallFunction(layer->loaded, "OKKy#", is_l1 ? Py_True : Py_False,
-                                            (unsigned long long)number, (unsigned long long)host, (char *)page,
-                                            (Py_ssize_t)PAGE);
-    if (!taken)
-        PyErr_WriteUnraisable(layer->loaded);
-    outcome = taken == Py_True ? DONE : PASS;
-    Py_XDECREF(taken);
+    outcome = view_take_page(layer, is_l1, number, host, (const char *)page) ? DONE : PASS;
     release_gil(burst);
     return outcome;
 }
