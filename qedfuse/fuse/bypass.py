@@ -1,9 +1,7 @@
-"""Requests that the fast path hands over to Python past pyfuse3.
+"""Requests that the fast path hands over to Python past pyfuse3: one method for each kind.
 
 FALLOCATE and LSEEK, for which pyfuse3 has no handlers, and what is quicker this way: FSYNC, whose commit is carried out
-on the spot if the disk is fast and nobody else wants anything, READs for which C has waited in vain for the disk.
-
-Source: linux/fuse.h.
+inline if the disk is fast and no other task wants anything, READs for which C has waited in vain for the disk.
 """
 
 from __future__ import annotations
@@ -11,11 +9,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TypeVarTuple, Unpack
+from typing import Protocol, TypeVarTuple, Unpack
 
 import trio
 
@@ -31,28 +28,43 @@ from qedfuse.qed.image import Image
 
 Ts = TypeVarTuple("Ts")
 
-_READ = 15
-_FSYNC = 20
-_FALLOCATE = 43
-_LSEEK = 46
-_NOTIFY_INVAL_INODE = 2
-
-_OUT_HEADER = struct.Struct("=IiQ")  # length, negative errno or notification, unique
-_LSEEK_OUT = struct.Struct("=Q")
-_INVAL_INODE_OUT = struct.Struct("=Qqq")  # inode, offset, length (0: to the end)
-
 #: Seconds that a commit may keep the event loop from its other tasks.
-_ON_THE_SPOT = 0.004
+_INLINE = 0.004
 #: Seconds for which a search for a hole goes on to find what will be asked for next.
 _AHEAD = 0.001
 
 _log = logging.getLogger("qedfuse")
 
 
+class Request(Protocol):
+    """A request of the kernel, which waits for one of the replies, once. A reply that the kernel no longer wants (its
+    process is gone, or the mount) is none the worse; else they raise OSError."""
+
+    @property
+    def node(self) -> int:
+        """The file's number."""
+
+    def reply(self, error: int = 0, /) -> None:
+        """It is done, or has failed with this errno."""
+
+    def reply_data(self, data: Buffer, /) -> None:
+        """To a READ: the bytes, fewer than asked for at the end of the file."""
+
+    def reply_offset(self, offset: int, /) -> None:
+        """To an LSEEK: bytes."""
+
+    def invalidate(self, offset: int, size: int, /) -> None:
+        """No reply: let the kernel write what it has for a range (size 0: to the end) of the file, and forget it.
+        Returns when these writes have been answered, so not on the thread that answers them. Raises OSError."""
+
+
 class HandOver:
-    """The handlers. `nursery`: where they run that cannot answer on the spot; what must not be left half done there is
+    """The handlers. `nursery`: where they run that cannot answer inline; what must not be left half done there is
     shielded from its cancellation. `images`: the open ones, by handle. `has_writers`: whether the kernel may have data
     of an image that it has not written yet; None: it never has. `in_python`: see `FastPath.in_python`.
+
+    C calls `read`, `fsync`, `fallocate` and `seek` for handles that are among `images`, in the middle of a system call
+    of pyfuse3's. They return whether the request has been answered; if not, a task will do it. Offsets, sizes: bytes.
     """
 
     def __init__(
@@ -62,8 +74,6 @@ class HandOver:
         has_writers: Callable[[Image], bool] | None,
         in_python: tuple[Callable[[], None], Callable[[], None]],
     ) -> None:
-        self.reads = 0
-        self.syncs = 0
         self._nursery = nursery
         self._images = images
         self._has_writers = has_writers
@@ -72,24 +82,6 @@ class HandOver:
         self._last = LastSegments()
         # Threads of their own, by inode: what they wait for may need one of trio's, and may never come.
         self._write_backs: dict[int, trio.CapacityLimiter] = {}
-
-    def answer(
-        self, fd: int, opcode: int, unique: int, node: int, fh: int, offset: int, length: int, mode: int
-    ) -> bool:
-        """A request, from C, in the middle of a system call of pyfuse3's. Returns whether it has been answered; if not,
-        a task will do it."""
-        image = self._images[fh]
-        if opcode == _FSYNC:
-            return self._sync(fd, unique, image)
-        if opcode == _LSEEK and self._seek_known(fd, unique, image, offset, mode):
-            return True
-        if opcode == _READ:
-            self._begin(self._read, fd, unique, image, offset, length)
-        elif opcode == _FALLOCATE:
-            self._begin(self._fallocate, fd, unique, image, mode, offset, length)
-        else:
-            self._begin(self._answer_seek, fd, unique, image, node, offset, mode)
-        return False
 
     def _begin(self, handler: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> None:
         """As a task. It runs to its first wait even when all are cancelled."""
@@ -104,65 +96,81 @@ class HandOver:
 
     # -- READ ---------------------------------------------------------------------------------------------------------
 
-    async def _read(self, fd: int, unique: int, image: Image, offset: int, size: int) -> None:
+    def read(self, request: Request, fh: int, offset: int, size: int, /) -> bool:
+        self._begin(self._read, request, self._images[fh], offset, size)
+        return False
+
+    async def _read(self, request: Request, image: Image, offset: int, size: int) -> None:
         try:
             data = await image.read(offset, size)
         except Exception as error:
-            _send(fd, self._complaints.errno_of(error, "read"), unique)
+            _send(request.reply, self._complaints.errno_of(error, "read"))
         else:
-            self.reads += 1
-            _send(fd, 0, unique, data)
+            _send(request.reply_data, data)
 
     # -- FSYNC --------------------------------------------------------------------------------------------------------
 
-    def _sync(self, fd: int, unique: int, image: Image) -> bool:
+    def fsync(self, request: Request, fh: int, /) -> bool:
         """The commit, a system call at a time, for as long as each is done in a moment (see `offload.py`), and all of
         them in a few: after writes that failed there may be thousands of clusters to punch."""
-        self.syncs += 1
-        end = time.monotonic() + _ON_THE_SPOT
+        image = self._images[fh]
+        end = time.monotonic() + _INLINE
         try:
             flush = None if may_be_replaced(image) else image.begin_flush()
             if flush is None:
-                self._begin(self._flush, fd, unique, image)
+                self._begin(self._flush, request, image)
                 return False
             stepper = Stepper(flush)
             if not stepper.run_inline(end):
-                self._begin(self._finish_flush, fd, unique, stepper)
+                self._begin(self._finish_flush, request, stepper)
                 return False
         except Exception as error:
-            _send(fd, self._complaints.errno_of(error, "fsync"), unique)
+            _send(request.reply, self._complaints.errno_of(error, "fsync"))
         else:
-            _send(fd, 0, unique)
+            _send(request.reply)
         return True
 
-    async def _finish_flush(self, fd: int, unique: int, stepper: Stepper) -> None:
+    async def _finish_flush(self, request: Request, stepper: Stepper) -> None:
         code = 0
         try:
             await stepper.finish()
         except Exception as error:
             code = self._complaints.errno_of(error, "fsync")
-        _send(fd, code, unique)
+        _send(request.reply, code)
 
-    async def _flush(self, fd: int, unique: int, image: Image) -> None:
+    async def _flush(self, request: Request, image: Image) -> None:
         code = 0
         try:
             await image.flush()
             await check_not_replaced(image)
         except Exception as error:
             code = self._complaints.errno_of(error, "fsync")
-        _send(fd, code, unique)
+        _send(request.reply, code)
 
     # -- FALLOCATE, LSEEK ---------------------------------------------------------------------------------------------
 
-    async def _fallocate(self, fd: int, unique: int, image: Image, mode: int, offset: int, length: int) -> None:
+    def fallocate(self, request: Request, fh: int, offset: int, size: int, mode: int, /) -> bool:
+        """`mode`: as in fallocate(2)."""
+        self._begin(self._fallocate, request, self._images[fh], mode, offset, size)
+        return False
+
+    async def _fallocate(self, request: Request, image: Image, mode: int, offset: int, size: int) -> None:
         code = 0
         try:
-            await fallocate(image, mode, offset, length)
+            await fallocate(image, mode, offset, size)
         except Exception as error:
             code = _errno_of(error, image)
-        _send(fd, code, unique)
+        _send(request.reply, code)
 
-    def _seek_known(self, fd: int, unique: int, image: Image, offset: int, whence: int) -> bool:
+    def seek(self, request: Request, fh: int, offset: int, whence: int, /) -> bool:
+        """`whence`: SEEK_DATA or SEEK_HOLE; the kernel does the others itself."""
+        image = self._images[fh]
+        if self._seek_known(request, image, offset, whence):
+            return True
+        self._begin(self._answer_seek, request, image, offset, whence)
+        return False
+
+    def _seek_known(self, request: Request, image: Image, offset: int, whence: int) -> bool:
         """Answer an LSEEK from what the one before has found."""
         if self._is_cached(image):
             return False
@@ -170,20 +178,20 @@ class HandOver:
         if found is None:
             return False
         if found == image.size and whence == os.SEEK_DATA:
-            _send(fd, errno.ENXIO, unique)
+            _send(request.reply, errno.ENXIO)
         else:
-            _send(fd, 0, unique, _LSEEK_OUT.pack(found))
+            _send(request.reply_offset, found)
         return True
 
-    async def _answer_seek(self, fd: int, unique: int, image: Image, node: int, offset: int, whence: int) -> None:
+    async def _answer_seek(self, request: Request, image: Image, offset: int, whence: int) -> None:
         try:
-            found = await self._seek(fd, image, node, offset, whence)
+            found = await self._seek(request, image, offset, whence)
         except Exception as error:
-            _send(fd, _errno_of(error, image), unique)
+            _send(request.reply, _errno_of(error, image))
         else:
-            _send(fd, 0, unique, _LSEEK_OUT.pack(found))
+            _send(request.reply_offset, found)
 
-    async def _seek(self, fd: int, image: Image, node: int, offset: int, whence: int) -> int:
+    async def _seek(self, request: Request, image: Image, offset: int, whence: int) -> int:
         """Where the data or the hole is, once the kernel has handed out the data that it may still have for a hole.
 
         The kernel does not do that itself before it asks. Nothing can be written meanwhile but through mmap: it holds
@@ -203,7 +211,7 @@ class HandOver:
             if self._is_cached(image):
                 hole, *rest = (offset, *segments.ends)[segments.is_data :]
                 if hole != written_back:
-                    await self._write_back(fd, node, hole, rest[0] - hole if rest and rest[0] < image.size else 0)
+                    await self._write_back(request, hole, rest[0] - hole if rest and rest[0] < image.size else 0)
                     written_back = hole
                     continue
             found = segments.seek(offset, data=to_data)
@@ -215,20 +223,15 @@ class HandOver:
         """Whether the kernel may have data of it that we have not."""
         return self._has_writers is not None and self._has_writers(image)
 
-    async def _write_back(self, fd: int, node: int, offset: int, length: int) -> None:
-        """Let the kernel write what it has for a range of a file, and forget it. The writes are served meanwhile; when
-        nobody serves them any more, a cancellation does not wait."""
-        data = _INVAL_INODE_OUT.pack(node, offset, length)
-        message = _OUT_HEADER.pack(_OUT_HEADER.size + len(data), _NOTIFY_INVAL_INODE, 0) + data
-        limiter = self._write_backs.setdefault(node, trio.CapacityLimiter(1))
+    async def _write_back(self, request: Request, offset: int, size: int) -> None:
+        """`Request.invalidate`, in a thread: the writes are served meanwhile, and when nothing serves them any more, a
+        cancellation does not wait."""
+        limiter = self._write_backs.setdefault(request.node, trio.CapacityLimiter(1))
         try:
-            await abandonable(partial(os.write, fd, message), limiter)
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # the kernel has forgotten the file: it has nothing
-                raise
+            await abandonable(partial(request.invalidate, offset, size), limiter)
         finally:
             if not limiter.borrowed_tokens:
-                self._write_backs.pop(node, None)
+                self._write_backs.pop(request.node, None)
 
 
 def _errno_of(error: Exception, image: Image) -> int:
@@ -238,10 +241,8 @@ def _errno_of(error: Exception, image: Image) -> int:
     return errno.EIO
 
 
-def _send(fd: int, code: int, unique: int, data: Buffer = b"") -> None:
-    """Reply to the kernel."""
+def _send(reply: Callable[[Unpack[Ts]], None], *args: *Ts) -> None:
     try:
-        os.writev(fd, [_OUT_HEADER.pack(_OUT_HEADER.size + len(data), -code, unique), data])
+        reply(*args)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits any more; unmounted
-            _log.error("cannot reply to the kernel: %s", error.strerror)
+        _log.error("cannot reply to the kernel: %s", error.strerror)

@@ -1,5 +1,12 @@
-from typing import Self
+from typing import Final, Self
 
+from typing_extensions import disjoint_base
+
+ENTRY_SIZE: Final[int]
+ZERO_CLUSTER: Final[int]
+PART_CLUSTERS: Final[int]
+
+@disjoint_base
 class Bitmap:
     clusters: int
     marked: int

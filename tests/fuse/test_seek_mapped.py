@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import struct
 from pathlib import Path
 
 import pytest
 import trio
 
 from qedfuse.chain.opening import open_image
+from tests.helpers.doubles.request import NotedRequest
 from tests.helpers.mounts.modes import NEEDS_NATIVE
 from tests.helpers.mounts.mounts import mounted
 from tests.helpers.qemu.cli import qemu_img
@@ -49,16 +49,14 @@ def test_a_seek_for_which_there_is_no_thread(tmp_path: Path, monkeypatch: pytest
         raise RuntimeError("can't start new thread")
 
     async def main() -> None:
-        reply_to, fd = os.pipe()
         async with open_image(image) as engine, trio.open_nursery() as nursery:
             monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
             hand_over = HandOver(nursery, {1: engine}, lambda _image: True, (lambda: None, lambda: None))
-            assert not hand_over.answer(fd, 46, 7, 1, 1, 0, 0, os.SEEK_DATA)
+            request = NotedRequest()
+            assert not hand_over.seek(request, 1, 0, os.SEEK_DATA)
             with trio.fail_after(20):
-                await trio.lowlevel.wait_readable(reply_to)
-            assert struct.unpack("=IiQ", os.read(reply_to, 100)) == (16, -errno.EAGAIN, 7)
-        os.close(reply_to)
-        os.close(fd)
+                assert await request.replied() == errno.EAGAIN
+            assert request.invalidated == []
 
     image = tmp_path / "disk.qed"
     qemu_img("create", "-q", "-f", "qed", image, "16M")

@@ -18,6 +18,7 @@ import trio.testing
 from qedfuse.chain.opening import open_image
 from qedfuse.host.stepping import Stepper
 from qedfuse.qed.image import Image
+from tests.helpers.doubles.request import NotedRequest
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.injection import injected
 from tests.helpers.mounts.modes import NEEDS_NATIVE
@@ -254,7 +255,6 @@ class TestNative:
                 await trio.sleep(0.001)
 
         async def main() -> None:
-            reply_to, fd = os.pipe()
             async with open_image(path) as image, trio.open_nursery() as nursery:
                 await image.write(0, b"x" * 1024 * KIB)
                 await image.flush()
@@ -265,12 +265,10 @@ class TestNative:
                 nursery.start_soon(take_turns)
                 await trio.sleep(0.01)
                 hand_over = HandOver(nursery, {1: image}, None, (lambda: None, lambda: None))
-                assert not hand_over.answer(fd, 20, 1, 1, 1, 0, 0, 0)
-                await trio.lowlevel.wait_readable(reply_to)
-                assert os.read(reply_to, 16)[4:8] == bytes(4)
+                request = NotedRequest()
+                assert not hand_over.fsync(request, 1)
+                assert await request.replied() == 0
                 nursery.cancel_scope.cancel()
-            os.close(reply_to)
-            os.close(fd)
 
         trio.run(main)
         longest = max(later - turn for turn, later in pairwise(turns))

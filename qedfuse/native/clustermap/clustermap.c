@@ -444,7 +444,10 @@ PyMODINIT_FUNC PyInit__clustermap(void)
     if (PyType_Ready(&BitmapType) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddObjectRef(module, "Bitmap", (PyObject *)&BitmapType) < 0)
+    if (module && (PyModule_AddObjectRef(module, "Bitmap", (PyObject *)&BitmapType) < 0 ||
+                   PyModule_AddIntConstant(module, "ENTRY_SIZE", sizeof(uint64_t)) < 0 ||
+                   PyModule_AddIntConstant(module, "ZERO_CLUSTER", ZERO) < 0 ||
+                   PyModule_AddIntConstant(module, "PART_CLUSTERS", 1L << PART_BITS) < 0))
         Py_CLEAR(module);
     return module;
 }

@@ -1,6 +1,8 @@
 /*
- * The fast path: a request filter in front of pyfuse3. requests.c has the requests, layer.c knows where an image's
- * bytes are, transfer.c reads and writes them, receive.c takes requests from the kernel, module.c is what Python sees.
+ * The fast path: a request filter in front of pyfuse3. receive.c takes requests from the kernel; requests.c tells them
+ * apart; handles.c knows their images; layer.c where an image's bytes are; transfer.c and allocate.c read and write them,
+ * by batch.c; reply.c answers, parked.c later, hand.c by way of Python; view.c is what C knows of Python, module.c what
+ * Python knows of C.
  *
  * How it gets there. This module defines `fuse_session_receive_buf`, the libfuse function by which pyfuse3 takes a
  * request from the kernel. It is loaded with RTLD_GLOBAL before pyfuse3, so the dynamic linker binds pyfuse3's call to
@@ -10,7 +12,7 @@
  *
  * What it does. It reads requests from the session's descriptor. READs, WRITEs that overwrite allocated clusters, and
  * most WRITEs into new ones it answers at once and goes on to the next request (a *burst*). FALLOCATE and LSEEK, for
- * which pyfuse3 has no handlers, and FSYNC, which is quicker this way, it hands to a Python callable (handover.py).
+ * which pyfuse3 has no handlers, and FSYNC, which is quicker this way, it hands to Python (bypass.py).
  * The first request that is anything else ends the burst and is returned to pyfuse3 untouched. At the end of a burst
  * without such a request it returns -EINTR, upon which pyfuse3 waits for the descriptor as it always does. The GIL is
  * released but for the moments when Python is asked or told something.
@@ -47,7 +49,7 @@
  *
  * How long it stays: at most BURST_REQUESTS requests or BURST_NS, a fraction of that while Python is known to have
  * requests of its own to work on; then trio's other tasks have their turn. When the queue becomes empty the next
- * request is awaited (receive.c) by polling for SPIN_NS: a lone reader, who asks again when it is answered, is served
+ * request is awaited (await.c) by polling for SPIN_NS: a lone reader, who asks again when it is answered, is served
  * without a trip through the event loop. After a spin in vain ever more chances to spin are let pass, so that it costs
  * little where it does not pay off. Then it sleeps for WAIT_NS at most, which costs nothing and is still quicker than
  * the event loop. Neither happens while Python has requests to work on; an idle mount does neither, as there is nothing
@@ -57,11 +59,14 @@
  */
 
 #include "filter.h"
+#include "await.h"
+#include "counts.h"
+#include "parked.h"
+#include "requests.h"
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/fuse.h>
 
 #define EXPORTED __attribute__((visibility("default")))
 
@@ -134,7 +139,8 @@ EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_
     if (!libfuse.receive_buf)
         return -ENOSYS;
     count.calls++;
-    struct burst burst = {.number = ++bursts, .fd = libfuse.session_fd(session)};
+    struct burst burst;
+    burst_begin(&burst, libfuse.session_fd(session));
     if (burst.fd != prepared) {
         /* A request may be withdrawn between poll and read: the read must not wait for the next one. */
         int flags = fcntl(burst.fd, F_GETFL);

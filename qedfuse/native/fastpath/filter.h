@@ -2,7 +2,10 @@
 #ifndef QEDFUSE_FILTER_H
 #define QEDFUSE_FILTER_H
 
-#include "requests.h"
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdbool.h>
 
 extern bool enabled;    /* false: every request is passed */
 extern bool sync_asked; /* the request that was passed last is a WRITE to be durable when it is answered */

@@ -1,7 +1,16 @@
 /* The Python module. */
 
 #include "filter.h"
+#include "await.h"
+#include "counts.h"
+#include "hand.h"
+#include "handles.h"
+#include "memory.h"
+#include "parked.h"
+#include "reply.h"
 #include "view.h"
+
+#include <linux/falloc.h>
 
 static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -19,14 +28,14 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
 
 static PyObject *configure(PyObject *Py_UNUSED(module), PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"enabled", "spin", "hand_over", NULL};
+    static char *names[] = {"enabled", "spin", "handlers", NULL};
     int on, may_spin = 1;
-    PyObject *callable = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "p|pO:configure", names, &on, &may_spin, &callable))
+    PyObject *handlers = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "p|$pO:configure", names, &on, &may_spin, &handlers))
         return NULL;
     enabled = on;
     spinning = may_spin;
-    Py_XSETREF(hand_over, callable == Py_None ? NULL : Py_NewRef(callable));
+    hand_to(handlers == Py_None ? NULL : handlers);
     Py_RETURN_NONE;
 }
 
@@ -74,18 +83,28 @@ static PyObject *detach_handle(PyObject *Py_UNUSED(module), PyObject *number)
 
 static PyObject *counters(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsK}", "calls", (unsigned long long)count.calls, "reads",
-                         (unsigned long long)count.reads, "writes", (unsigned long long)count.writes, "passed",
-                         (unsigned long long)count.passed, "missed", (unsigned long long)count.missed, "handed",
-                         (unsigned long long)count.handed, "spins", (unsigned long long)spins.tries, "spun",
-                         (unsigned long long)spins.met, "waits", (unsigned long long)disk.tries, "waited",
-                         (unsigned long long)disk.met);
+    const struct {
+        const char *name;
+        uint64_t number;
+    } all[] = {
+        {"calls", count.calls},   {"reads", count.reads},   {"writes", count.writes}, {"syncs", count.syncs},
+        {"passed", count.passed}, {"missed", count.missed}, {"handed", count.handed}, {"spins", spins.tries},
+        {"spun", spins.met},      {"waits", disk.tries},    {"waited", disk.met},
+    };
+    PyObject *result = PyDict_New();
+    for (size_t i = 0; result && i < sizeof all / sizeof *all; i++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(all[i].number);
+        if (!number || PyDict_SetItemString(result, all[i].name, number))
+            Py_CLEAR(result);
+        Py_XDECREF(number);
+    }
+    return result;
 }
 
 static PyMethodDef methods[] = {
     {"bind", bind_library, METH_VARARGS, "bind(path): find libfuse's functions behind pyfuse3's library."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
-     "configure(enabled, spin=True, hand_over=None)"},
+     "configure(enabled, *, spin=True, handlers=None): handlers has a method for each kind of request that is handed over."},
     {"attach", attach_handle, METH_VARARGS, "attach(fh, layer, writable): answer requests for this handle."},
     {"detach", detach_handle, METH_O, "detach(fh): no longer."},
     {"enter", enter, METH_NOARGS, "enter(): Python begins to work on a request."},
@@ -104,18 +123,43 @@ static struct PyModuleDef definition = {
     .m_methods = methods,
 };
 
+/* What Python knows, too, and compares; and what tests want to know. */
+static bool add_constants(PyObject *module)
+{
+    static const struct {
+        const char *name;
+        long value;
+    } all[] = {
+        {"PAGE_SIZE", PAGE},
+        {"PAGE_BITS", PAGE_BITS},
+        {"PAGE_ENTRIES", PAGE_ENTRIES},
+        {"MAX_CLUSTER_SIZE", 1L << MAX_CLUSTER_BITS},
+        {"MAX_TABLE_ENTRIES", 1L << MAX_TABLE_BITS},
+        {"MAX_DEPTH", MAX_DEPTH},
+        {"MAX_IO", MAX_IO},
+        {"UNALLOCATED", UNALLOCATED},
+        {"ZERO", ZERO},
+        {"DATA", DATA},
+        {"ABSENT", ABSENT},
+        {"UNKNOWN", UNKNOWN},
+        {"FALLOC_FL_KEEP_SIZE", FALLOC_FL_KEEP_SIZE},
+        {"FALLOC_FL_PUNCH_HOLE", FALLOC_FL_PUNCH_HOLE},
+        {"FALLOC_FL_ZERO_RANGE", FALLOC_FL_ZERO_RANGE},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (PyModule_AddIntConstant(module, all[i].name, all[i].value))
+            return false;
+    return true;
+}
+
 PyMODINIT_FUNC PyInit__fastpath(void)
 {
-    if (!view_prepare() || PyType_Ready(&PageIndexType) < 0 || PyType_Ready(&LayerType) < 0 || PyType_Ready(&SyncerType) < 0)
-        return NULL;
-    PyObject *module = PyModule_Create(&definition);
-    if (!module)
-        return NULL;
-    if (PyModule_AddObjectRef(module, "PageIndex", (PyObject *)&PageIndexType) < 0 ||
-        PyModule_AddObjectRef(module, "Layer", (PyObject *)&LayerType) < 0 ||
-        PyModule_AddObjectRef(module, "Syncer", (PyObject *)&SyncerType) < 0) {
-        Py_DECREF(module);
-        return NULL;
-    }
+    PyTypeObject *const types[] = {&PageIndexType, &LayerType, &RequestType, &SyncerType};
+    PyObject *module = view_prepare() && hand_prepare() ? PyModule_Create(&definition) : NULL;
+    for (size_t i = 0; module && i < sizeof types / sizeof *types; i++)
+        if (PyModule_AddType(module, types[i]))
+            Py_CLEAR(module);
+    if (module && !add_constants(module))
+        Py_CLEAR(module);
     return module;
 }

@@ -1,35 +1,20 @@
-/* Taking requests from the kernel: by ourselves, or as libfuse does it; at once, or after a wait. */
+/* A request is taken by ourselves, or as libfuse does it. */
 
 #include "receive.h"
+#include "memory.h"
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <linux/fuse.h>
 #include <malloc.h>
-#include <poll.h>
-#include <time.h>
 #include <unistd.h>
 
 #define BUF_IS_FD 2
 
-enum {
-    SPIN_NS = 200 * 1000, /* a client on a virtual processor that sleeps needs 100 to ask again */
-    WAIT_NS = 500 * 1000,
-    PAUSE_MAX = 63,
-};
-
 struct libfuse libfuse;
-struct pace spins;
 
 /* Where a request goes in our memory: a WRITE's data then begins a page, and is copied page by page. */
 #define REQUEST (request_memory + PAGE - sizeof(struct fuse_in_header) - sizeof(struct fuse_write_in))
-
-int64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
 
 void find_libfuse(const char *path)
 {
@@ -81,45 +66,4 @@ void pass(const struct burst *burst, struct fuse_buf *buf, size_t size)
         buf->size = size;
         buf->flags = 0;
     }
-}
-
-bool pace_try(struct pace *pace)
-{
-    return pace->waited++ >= pace->pause;
-}
-
-void pace_note(struct pace *pace, bool met)
-{
-    pace->tries++;
-    pace->met += met;
-    if (met) {
-        pace->pause /= 2;
-    } else {
-        pace->pause = pace->pause < PAUSE_MAX / 2 ? pace->pause * 2 + 1 : PAUSE_MAX;
-        pace->waited = 0;
-    }
-}
-
-/* Receives for a moment, until there is a request. No sched_yield: the scheduler makes a task that yields often wait. */
-static int spin(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
-{
-    int64_t end = now() + SPIN_NS;
-    int result;
-    do
-        result = receive(burst, session, buf);
-    while (result == -EINTR && now() < end);
-    pace_note(&spins, result != -EINTR);
-    return result;
-}
-
-int await_and_receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
-{
-    int result = receive(burst, session, buf);
-    if (result == -EINTR && pace_try(&spins))
-        result = spin(burst, session, buf);
-    if (result != -EINTR)
-        return result;
-    /* Sleeping is still quicker than the way through the event loop. */
-    struct pollfd ready = {.fd = burst->fd, .events = POLLIN};
-    return ppoll(&ready, 1, &(struct timespec){.tv_nsec = WAIT_NS}, NULL) > 0 ? receive(burst, session, buf) : -EINTR;
 }

@@ -2,7 +2,7 @@
 #ifndef QEDFUSE_RECEIVE_H
 #define QEDFUSE_RECEIVE_H
 
-#include "transfer.h"
+#include "burst.h"
 
 struct fuse_session; /* libfuse's; opaque */
 
@@ -29,25 +29,7 @@ void find_libfuse(const char *path);
 int receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf);
 int receive_by_libfuse(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf);
 
-/* The same, and waits for a moment if it seems worth it. */
-int await_and_receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf);
-
 /* Puts the request of `size` bytes where pyfuse3 expects it. */
 void pass(const struct burst *burst, struct fuse_buf *buf, size_t size);
-
-/* Whether it pays to wait for something, as far as is known. */
-struct pace {
-    unsigned pause;  /* chances that are let pass after a wait in vain: more with each one, up to a limit */
-    unsigned waited; /* of these, so many are over */
-    uint64_t tries;
-    uint64_t met; /* of these, so many were not in vain */
-};
-
-extern struct pace spins; /* for the next request */
-
-bool pace_try(struct pace *pace);
-void pace_note(struct pace *pace, bool met);
-
-int64_t now(void); /* nanoseconds */
 
 #endif
