@@ -29,7 +29,7 @@ from qedfuse.daemon.control_server import ControlServer
 from qedfuse.daemon.dirty_limit import become_flusher, fit_options, set_dirty_limit
 from qedfuse.daemon.launch import Link
 from qedfuse.daemon.memory_limit import memory_limit
-from qedfuse.daemon.report import report, requests
+from qedfuse.daemon.report import report
 from qedfuse.daemon.root_times import RootClock
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, leaves
 from qedfuse.fuse import session
@@ -218,7 +218,7 @@ class Daemon:
             # In a thread: its place may be locked by an early reader.
             await trio.to_thread.run_sync(session.tell_root_size, image.size)
             if self._options.writeback:
-                clock = RootClock(mount, lambda: requests(operations, self._fastpath)["write"])
+                clock = RootClock(mount, lambda: operations.counts.totals()["write"])
                 await clock.start(image)
                 operations.on_close = clock.update
         operations.settling = False

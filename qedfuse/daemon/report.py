@@ -36,15 +36,5 @@ def report(
         "hidden-images": [
             {"filename": path, "hidden-by": by} for path, by in islice(tree.sources.hidden.items(), _LISTED)
         ],
-        "requests": requests(operations, fastpath),
-    }
-
-
-def requests(operations: Operations, fastpath: FastPath | None) -> dict[str, int]:
-    """How many requests of the kernel were answered, in Python or not."""
-    native = fastpath.counters if fastpath else {}
-    return {
-        "read": operations.reads + native.get("reads", 0),
-        "write": operations.writes + native.get("writes", 0),
-        "fsync": operations.syncs + native.get("syncs", 0),
+        "requests": operations.counts.totals(),
     }

@@ -24,6 +24,7 @@ from qedfuse.fuse.complaints import Complaints, Unopened
 from qedfuse.fuse.options import MountOptions
 from qedfuse.fuse.oversize import Oversize
 from qedfuse.fuse.replaced import check_not_replaced
+from qedfuse.fuse.request_counts import RequestCounts
 from qedfuse.fuse.setattr import change_owner, change_times
 from qedfuse.fuse.tree import ROOT, Entry, Node, Tree
 from qedfuse.host.file_storage import FileStorage
@@ -90,9 +91,7 @@ class Operations(pyfuse3.Operations):
         self.enable_writeback_cache = options.writeback
         self.initialized = trio.Event()
         self.settling = True
-        self.reads = 0
-        self.writes = 0
-        self.syncs = 0
+        self.counts = RequestCounts(fastpath)
         self.on_close: Callable[[Image], Awaitable[None]] | None = None
         self.oversize: Oversize | None = None
         self.complaints = Complaints()
@@ -126,7 +125,7 @@ class Operations(pyfuse3.Operations):
             data = image.read_nowait(off, size)
             if data is None:
                 data = await image.read(off, size)
-            self.reads += 1
+            self.counts.reads += 1
             return data  # type: ignore[return-value]  # pyfuse3 takes any buffer
         except Exception as error:
             raise FUSEError(self.complaints.errno_of(error, "read")) from None
@@ -143,7 +142,7 @@ class Operations(pyfuse3.Operations):
             if durable:
                 await image.flush()
                 await check_not_replaced(image)
-            self.writes += 1
+            self.counts.writes += 1
             return len(buf)
         except Exception as error:
             code = self.complaints.errno_of(error, "write")
@@ -155,7 +154,7 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:
-        self.syncs += 1
+        self.counts.syncs += 1
         image = self._images[fh]
         await image.flush()
         await check_not_replaced(image)
