@@ -17,13 +17,17 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from qedfuse.chain.chain import MAX_DEPTH
 from qedfuse.fuse.bypass import HandOver
-from qedfuse.host.file_storage import FileStorage
+from qedfuse.host.file_storage import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, FileStorage
 from qedfuse.host.offload import sync_with
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.raw import RawLayer
+from qedfuse.layers.runs import Kind
+from qedfuse.qed.geometry import MAX_CLUSTER_SIZE, MAX_TABLE_SIZE, UNALLOCATED, ZERO_CLUSTER
 from qedfuse.qed.image import Image
 from qedfuse.qed.native_view import NativeView
+from qedfuse.sizes import ENTRY_SIZE, PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE
 
 _flags = sys.getdlopenflags()
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
@@ -31,6 +35,26 @@ try:
     from qedfuse.native import _fastpath as native
 finally:
     sys.setdlopenflags(_flags)
+
+#: What both sides know.
+_SHARED = {
+    "PAGE_SIZE": PAGE_SIZE,
+    "PAGE_BITS": PAGE_BITS,
+    "PAGE_ENTRIES": PAGE_ENTRIES,
+    "MAX_CLUSTER_SIZE": MAX_CLUSTER_SIZE,
+    "MAX_TABLE_ENTRIES": MAX_TABLE_SIZE * MAX_CLUSTER_SIZE // ENTRY_SIZE,
+    "MAX_DEPTH": MAX_DEPTH,
+    "UNALLOCATED": Kind.UNALLOCATED,
+    "ZERO": Kind.ZERO,
+    "DATA": Kind.DATA,
+    "FALLOC_FL_KEEP_SIZE": FALLOC_FL_KEEP_SIZE,
+    "FALLOC_FL_PUNCH_HOLE": FALLOC_FL_PUNCH_HOLE,
+    "FALLOC_FL_ZERO_RANGE": FALLOC_FL_ZERO_RANGE,
+}
+for _name, _value in _SHARED.items():
+    if getattr(native, _name, None) != _value:
+        raise ImportError(f"{_name} is another one in C")
+assert (Kind.UNALLOCATED, Kind.ZERO) == (UNALLOCATED, ZERO_CLUSTER)
 
 #: For tests, in the environment: "pass" lets every request through, "nospin" never polls for the next one.
 MODE_VARIABLE = "QEDFUSE_FASTPATH"
@@ -50,7 +74,6 @@ class FastPath:
         self._cached = cached
         self._images: dict[int, _Attached] = {}
         self._handles: dict[int, Image] = {}
-        self._answering: HandOver | None = None
         native.bind(pyfuse3_file)
         if self.answers:
             sync_with(native.Syncer)
@@ -65,11 +88,7 @@ class FastPath:
         """Since the process began: `calls` of the filter, `reads`, `writes` and `syncs` answered, requests `passed` to
         pyfuse3 and `handed` over (`missed` of all these because they needed a disk), `spins` for the next request and
         those `spun` successfully, reads that `waits` counts as having waited for the disk, `waited` successfully."""
-        counters = native.counters()
-        answering = self._answering
-        counters["reads"] += answering.reads if answering else 0
-        counters["syncs"] = answering.syncs if answering else 0
-        return counters
+        return native.counters()
 
     @property
     def in_python(self) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -112,8 +131,8 @@ class FastPath:
         """Filter requests, and answer those that are handed over, during the block, in which pyfuse3.main runs."""
         async with trio.open_nursery() as nursery:
             has_writers = self._has_writers if self._cached else None
-            self._answering = HandOver(nursery, self._handles, has_writers, self.in_python)
-            native.configure(self.answers, spin=self._spin, hand_over=self._answering.answer)
+            handlers = HandOver(nursery, self._handles, has_writers, self.in_python)
+            native.configure(self.answers, spin=self._spin, handlers=handlers)
             try:
                 yield
             finally:

@@ -8,9 +8,13 @@ from qedfuse.errors import CorruptError
 from qedfuse.host.chunks import TableChunks
 from qedfuse.host.storage import Storage, held_bytes
 from qedfuse.host.waiting import Breather
+from qedfuse.native import _clustermap as native
 from qedfuse.native._clustermap import Bitmap
+from qedfuse.qed.geometry import ZERO_CLUSTER
 from qedfuse.qed.table_walk import Bounds, L1Entries
 from qedfuse.sizes import ENTRY_SIZE
+
+assert (native.ENTRY_SIZE, native.ZERO_CLUSTER) == (ENTRY_SIZE, ZERO_CLUSTER)
 
 
 class Marks(NamedTuple):
@@ -35,7 +39,6 @@ class ClusterMap(Bitmap):
     that scatters a few references over exabytes raises CorruptError instead of eating the memory.
     """
 
-    _PART_CLUSTERS = 1 << 26
     _MAX_PARTS = 20
 
     def __new__(cls, storage: Storage, bounds: Bounds) -> ClusterMap:
@@ -46,7 +49,7 @@ class ClusterMap(Bitmap):
             clusters=bounds.end // header.cluster_size,
             start=header.header_size,
             cluster_bits=header.geometry.cluster_bits,
-            parts=cls._MAX_PARTS + held // cls._PART_CLUSTERS,
+            parts=cls._MAX_PARTS + held // native.PART_CLUSTERS,
         )
 
     def __init__(self, storage: Storage, bounds: Bounds) -> None:
