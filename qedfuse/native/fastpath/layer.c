@@ -67,10 +67,30 @@ static PyObject *layer_run_of(PyObject *object, PyObject *args)
     return Py_BuildValue("iKK", (int)kind, (unsigned long long)length, (unsigned long long)host);
 }
 
+static PyObject *layer_missing_of(PyObject *object, PyObject *argument)
+{
+    const Layer *self = (const Layer *)object;
+    unsigned long long offset = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    if (!self->view || offset >= self->size) {
+        PyErr_SetString(PyExc_ValueError, "not inside a layer with tables");
+        return NULL;
+    }
+    bool is_l1;
+    uint64_t number, host;
+    if (!layer_missing(self, offset, &is_l1, &number, &host))
+        Py_RETURN_NONE;
+    return Py_BuildValue("OKK", is_l1 ? Py_True : Py_False, (unsigned long long)number, (unsigned long long)host);
+}
+
 static PyMethodDef layer_methods[] = {
     {"run", layer_run_of, METH_VARARGS,
      "run(offset, size) -> (kind, bytes, offset in the file): what the pages in memory say of a range inside the layer, "
      "from its start on. For tests."},
+    {"missing", layer_missing_of, METH_O,
+     "missing(offset) -> (of the L1 table?, index, offset in the file): the page that is to be read where `run` says "
+     "ABSENT, or None if it can be nowhere. For tests."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -93,6 +113,13 @@ PyTypeObject LayerType = {
 };
 
 /* -- the mapping ------------------------------------------------------------------------------------------------------- */
+
+/* Whether clusters or a table of `size` bytes can lie here in the file: aligned, behind the header, inside. */
+static inline bool inside(const Layer *layer, uint64_t host, uint64_t size)
+{
+    return !(host & ((UINT64_C(1) << layer->cluster_bits) - 1)) && host >= layer->data_start &&
+           host <= layer->file_end && size <= layer->file_end - host;
+}
 
 enum kind layer_run(const Layer *layer, uint64_t offset, uint64_t *length, uint64_t *host)
 {
@@ -117,9 +144,7 @@ enum kind layer_run(const Layer *layer, uint64_t offset, uint64_t *length, uint6
         end_cluster = cluster + (here - first);
         kind = entry > ZERO ? DATA : (enum kind)entry;
         if (kind == DATA) {
-            uint64_t run = (uint64_t)(here - first) << bits;
-            if (entry & (step - 1) || entry < layer->data_start || entry > layer->file_end ||
-                run > layer->file_end - entry)
+            if (!inside(layer, entry, (uint64_t)(here - first) << bits))
                 return UNKNOWN;
             *host = entry + skip;
         }
@@ -167,6 +192,5 @@ bool layer_missing(const Layer *layer, uint64_t offset, bool *is_l1, uint64_t *n
     uint64_t start = l1_page[table & (PAGE_ENTRIES - 1)], size = UINT64_C(8) << layer->table_bits;
     *number = cluster >> PAGE_BITS;
     *host = start + *number * PAGE % size;
-    return !(start & ((UINT64_C(1) << layer->cluster_bits) - 1)) && start >= layer->data_start &&
-           start <= layer->file_end && size <= layer->file_end - start;
+    return inside(layer, start, size);
 }
