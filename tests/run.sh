@@ -15,7 +15,7 @@ shellcheck examples/*.sh tests/*.sh .ci/run
 ruff check
 ruff format --check
 mypy
-python -m mypy.stubtest qedfuse.native._fastpath qedfuse.native._clustermap qedfuse.native._outside
+python -m mypy.stubtest qedfuse.native._fastpath qedfuse.native._clustermap qedfuse.native._sidecar
 if [ $# = 0 ]; then
     processors=$(nproc)
     # Some tests make mount namespaces, in which the mounts of the others would live on. (In a chroot, whose root is no

@@ -21,7 +21,7 @@ build() { # module source...
 }
 build _fastpath qedfuse/native/fastpath/*.c
 build _clustermap qedfuse/native/clustermap/clustermap.c
-build _outside qedfuse/native/outside/outside.c
+build _sidecar qedfuse/native/sidecar/sidecar.c
 
 # Python itself is not instrumented, so the runtime must be in the process first; what Python never frees is no leak of
 # ours. Only Python is started that way, not the other programs that the tests run.

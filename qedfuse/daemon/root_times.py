@@ -19,7 +19,7 @@ import trio
 from qedfuse.errors import QedfuseError
 from qedfuse.host.lookups import abandonable
 from qedfuse.host.mountinfo import Mount
-from qedfuse.native import _outside
+from qedfuse.native import _sidecar
 from qedfuse.qed.image import Image
 from qedfuse.text import describe
 
@@ -82,7 +82,7 @@ class RootClock:
         status = image.storage.stat()
         arguments = (self._mountpoint, self._device, status.st_atime_ns, status.st_mtime_ns)
         with trio.move_on_after(seconds):
-            return await abandonable(partial(_outside.set_times, *arguments), self._one)
+            return await abandonable(partial(_sidecar.set_times, *arguments), self._one)
         return None
 
     def _complain(self, error: OSError) -> None:

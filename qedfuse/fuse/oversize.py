@@ -21,7 +21,7 @@ import trio
 
 from qedfuse.fuse.tree import Node
 from qedfuse.host.lookups import abandonable
-from qedfuse.native import _outside
+from qedfuse.native import _sidecar
 from qedfuse.qed.image import Image
 from qedfuse.text import describe
 
@@ -75,4 +75,4 @@ class Oversize:
 
     async def _truncate(self, node: Node, limit: int) -> None:
         await abandonable(partial(self._hand_out, node.id), self._threads)
-        await abandonable(partial(_outside.cut, self._path_of(node), self._device, limit), self._threads)
+        await abandonable(partial(_sidecar.cut, self._path_of(node), self._device, limit), self._threads)

@@ -18,7 +18,7 @@ import trio
 from qedfuse.daemon import root_times as rootclock
 from qedfuse.daemon.root_times import RootClock
 from qedfuse.host.mountinfo import FSTYPE, Mount
-from qedfuse.native import _outside
+from qedfuse.native import _sidecar
 from qedfuse.qed.image import Image
 from tests.helpers.mounts.mounts import find_daemon, mounted, mountpoint, need_fuse, wait_for_exit, wait_until
 from tests.helpers.qemu.cli import environment, qemu_img
@@ -47,7 +47,7 @@ def test_times_are_set_and_the_size_is_told(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"x" * 12345)
     for atime, mtime in ((1_000_000_001, 2_999_999_999), (0, 0), (-1, -1_500_000_000)):
-        assert _outside.set_times(str(file), device(file), atime, mtime) == 12345
+        assert _sidecar.set_times(str(file), device(file), atime, mtime) == 12345
         status = file.stat()
         assert (status.st_atime_ns, status.st_mtime_ns) == (atime, mtime)
 
@@ -61,12 +61,12 @@ def test_nothing_else_is_touched(tmp_path: Path) -> None:
     cases = {str(file): errno.ENODEV, str(tmp_path / "no"): errno.ENOENT, "/proc/self/no/x": errno.ENOENT}
     for path, code in cases.items():
         with pytest.raises(OSError) as raised:
-            _outside.set_times(path, device(file) + 1, 5, 5)
+            _sidecar.set_times(path, device(file) + 1, 5, 5)
         assert raised.value.errno == code
-    _outside.set_times(str(link), device(file), 5, 5)
+    _sidecar.set_times(str(link), device(file), 5, 5)
     assert file.stat().st_mtime_ns == before.st_mtime_ns
     with pytest.raises(ValueError, match="null"):
-        _outside.set_times("a\0b", 0, 5, 5)
+        _sidecar.set_times("a\0b", 0, 5, 5)
 
 
 def test_the_process_keeps_descriptors_and_signals(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_process_keeps_descriptors_and_signals(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # there is nothing to wait for then
     try:
         with file.open("w") as opened:
-            _outside.set_times(str(file), device(file), 5, 5)
+            _sidecar.set_times(str(file), device(file), 5, 5)
             assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {*mask, signal.SIGUSR1}
             opened.write("x")
         assert file.read_text() == "x"
@@ -117,7 +117,7 @@ def test_a_slow_call_is_not_waited_for_for_ever(
         assert free.wait(20)
         return 0
 
-    monkeypatch.setattr(_outside, "set_times", set_times)
+    monkeypatch.setattr(_sidecar, "set_times", set_times)
     monkeypatch.setattr(rootclock, "_PATIENCE", 0.1)
     writes = 0
     clock = RootClock(NOWHERE, lambda: writes)
@@ -159,7 +159,7 @@ def test_a_slow_call_is_not_waited_for_for_ever(
 
 
 def test_the_wrong_size_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_outside, "set_times", lambda *args: 7)
+    monkeypatch.setattr(_sidecar, "set_times", lambda *args: 7)
     with pytest.raises(OSError, match="not usable: the kernel shows 7 bytes instead of 0"):
         trio.run(RootClock(NOWHERE, lambda: 0).start, cast(Image, _Image()))
 
@@ -229,7 +229,7 @@ def test_killing_all_of_its_children_is_not_seen(image: Path, tmp_path: Path) ->
 _STUCK = """
 import stat, sys
 import pyfuse3, trio
-from qedfuse.native import _outside
+from qedfuse.native import _sidecar
 
 class Operations(pyfuse3.Operations):
     async def getattr(self, inode, ctx):
@@ -245,7 +245,7 @@ async def main():
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pyfuse3.main)
         device = await trio.to_thread.run_sync(sys.stdin.readline)
-        await trio.to_thread.run_sync(_outside.set_times, sys.argv[1], int(device), 5, 5)
+        await trio.to_thread.run_sync(_sidecar.set_times, sys.argv[1], int(device), 5, 5)
 
 pyfuse3.init(Operations(), sys.argv[1], {"fsname=stuck"})
 print("mounted", flush=True)

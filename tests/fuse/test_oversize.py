@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse.native import _outside
+from qedfuse.native import _sidecar
 from tests.helpers.images.chains import check_is_clean, qemu_bytes, qemu_img
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.mounts import mounted, mountpoint, wait_until
@@ -73,10 +73,10 @@ def test_only_what_is_over_the_limit_is_cut_and_nothing_else_is_touched(tmp_path
     device = file.stat().st_dev
     for path, number, code in ((file, device + 1, errno.ENODEV), (tmp_path / "no", device, errno.ENOENT)):
         with raises_errno(code):
-            _outside.cut(os.fsencode(path), number, 100)
+            _sidecar.cut(os.fsencode(path), number, 100)
     with raises_errno(errno.EINVAL):  # truncate(2) of a link itself
-        _outside.cut(os.fsencode(link), device, 0)
-    assert _outside.cut(os.fsencode(file), device, 5000) == 5000
+        _sidecar.cut(os.fsencode(link), device, 0)
+    assert _sidecar.cut(os.fsencode(file), device, 5000) == 5000
     assert file.read_bytes() == b"x" * 5000
-    assert _outside.cut(os.fsencode(file), device, 100) == 5000
+    assert _sidecar.cut(os.fsencode(file), device, 100) == 5000
     assert file.read_bytes() == b"x" * 101

@@ -1,8 +1,8 @@
 /*
- * Setting the times or the size of a mount's file from outside the daemon that serves it. Used by rootclock.py and
- * oversize.py, which tell why.
+ * The sidecar: a process that lives for one call, and sets the times or the size of a mount's file from outside the
+ * daemon that serves it. Used by root_times.py and oversize.py, which tell why.
  *
- * A thread of the daemon must not do it: once the request has been taken, the kernel lets nobody interrupt a thread that
+ * A thread of the daemon must not do it: once the request has been taken, not even SIGKILL interrupts a thread that
  * waits for the answer. If the daemon is killed meanwhile, its threads share the descriptor of /dev/fuse, which is what
  * the kernel waits for to be closed before it gives that thread an error: neither ever comes.
  *
@@ -85,7 +85,7 @@ static __attribute__((noinline)) int send_out(struct errand *errand)
 }
 
 /* Have it done, for the file at `path`, a bytes object, which is given up. */
-static PyObject *do_outside(struct errand *errand, PyObject *path)
+static PyObject *do_errand(struct errand *errand, PyObject *path)
 {
     int error;
     errand->path = PyBytes_AS_STRING(path);
@@ -114,7 +114,7 @@ static PyObject *set_times(PyObject *Py_UNUSED(module), PyObject *args)
         errand.times[i].tv_sec = times[i] / 1000000000 - (times[i] % 1000000000 < 0);
         errand.times[i].tv_nsec = (times[i] % 1000000000 + 1000000000) % 1000000000;
     }
-    return do_outside(&errand, path);
+    return do_errand(&errand, path);
 }
 
 static PyObject *cut(PyObject *Py_UNUSED(module), PyObject *args)
@@ -123,7 +123,7 @@ static PyObject *cut(PyObject *Py_UNUSED(module), PyObject *args)
     PyObject *path;
     if (!PyArg_ParseTuple(args, "O&KK:cut", PyUnicode_FSConverter, &path, &errand.device, &errand.limit))
         return NULL;
-    return do_outside(&errand, path);
+    return do_errand(&errand, path);
 }
 
 static PyMethodDef methods[] = {
@@ -136,13 +136,13 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "qedfuse.native._outside",
+    .m_name = "qedfuse.native._sidecar",
     .m_doc = "Setting times and sizes in a mount from outside its daemon.",
     .m_size = -1,
     .m_methods = methods,
 };
 
-PyMODINIT_FUNC PyInit__outside(void)
+PyMODINIT_FUNC PyInit__sidecar(void)
 {
     return PyModule_Create(&definition);
 }
