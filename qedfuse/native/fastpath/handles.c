@@ -9,23 +9,25 @@ void detach(uint64_t fh)
 {
     struct handle *handle = index_drop(&handles, fh);
     if (handle) {
-        Py_DECREF(handle->layer);
+        Py_XDECREF(handle->layer);
         free(handle);
     }
 }
 
 bool attach(uint64_t fh, Layer *layer, bool writable)
 {
-    struct handle *handle = malloc(sizeof *handle);
-    if (!handle)
-        return false;
-    detach(fh);
-    *handle = (struct handle){(Layer *)Py_NewRef(layer), writable};
-    if (index_set(&handles, fh, handle))
-        return true;
-    Py_DECREF(layer);
-    free(handle);
-    return false;
+    struct handle *handle = index_get(&handles, fh);
+    if (!handle) {
+        handle = calloc(1, sizeof *handle);
+        if (!handle || !index_set(&handles, fh, handle)) {
+            free(handle);
+            return false;
+        }
+    }
+    Layer *before = handle->layer;
+    *handle = (struct handle){(Layer *)Py_XNewRef(layer), writable};
+    Py_XDECREF(before);
+    return true;
 }
 
 const struct handle *handle_find(uint64_t fh)
@@ -36,7 +38,7 @@ const struct handle *handle_find(uint64_t fh)
 Layer *current_layer(struct burst *burst, const struct handle *handle)
 {
     Layer *layer = handle->layer;
-    if (layer->burst != burst->number) {
+    if (layer && layer->burst != burst->number) {
         take_gil(burst); /* `refresh` computes numbers and does nothing else */
         bool known = view_refresh(layer);
         release_gil(burst);

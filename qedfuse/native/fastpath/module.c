@@ -72,6 +72,16 @@ static PyObject *attach_handle(PyObject *Py_UNUSED(module), PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *suspend_handle(PyObject *Py_UNUSED(module), PyObject *number)
+{
+    unsigned long long fh = PyLong_AsUnsignedLongLong(number);
+    if (PyErr_Occurred())
+        return NULL;
+    if (!attach(fh, NULL, false))
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 static PyObject *detach_handle(PyObject *Py_UNUSED(module), PyObject *number)
 {
     unsigned long long fh = PyLong_AsUnsignedLongLong(number);
@@ -106,6 +116,7 @@ static PyMethodDef methods[] = {
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
      "configure(enabled, *, spin=True, handlers=None): handlers has a method for each kind of request that is handed over."},
     {"attach", attach_handle, METH_VARARGS, "attach(fh, layer, writable): answer requests for this handle."},
+    {"suspend", suspend_handle, METH_O, "suspend(fh): pass its READs and WRITEs to pyfuse3, until attach."},
     {"detach", detach_handle, METH_O, "detach(fh): no longer."},
     {"enter", enter, METH_NOARGS, "enter(): Python begins to work on a request."},
     {"leave", leave, METH_NOARGS, "leave(): it has replied, or will in a moment."},
