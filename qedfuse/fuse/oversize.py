@@ -4,7 +4,7 @@ With the writeback cache the kernel is the master of a file's size. It takes any
 the file is longer from then on; that the image cannot be (EFBIG) the kernel hears when it hands the data out. The data
 is lost, which the next fsync says, once. But the size stays, and nothing but truncate(2) makes a file shorter.
 
-So a child truncates it (`outside.c`). Before that the kernel is made to hand out what it still has (a notification).
+So a child truncates it (`sidecar.c`). Before that the kernel is made to hand out what it still has (a notification).
 The child asks for a size that no image can have, one byte more than the limit: by this `setattr` knows it, and answers
 with the size that the image has then, so that nothing is cut off that has reached us. What another process writes
 between the two, behind the image's end and inside the limit, would be: it is a moment of microseconds after a program
