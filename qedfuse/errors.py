@@ -1,8 +1,8 @@
 """The one exception family of qedfuse.
 
 Every error that a user can cause is a `QedfuseError`: a plain lower-case line that names the file and what is wrong,
-an errno for the file system edge, and an exit code for the command line. It is an `OSError`, so that whoever handles
-host I/O errors handles these in the same place.
+an errno for the file system edge, and an exit code for the command line. It is an `OSError`, so that code that
+handles host I/O errors handles these, too.
 """
 
 from __future__ import annotations

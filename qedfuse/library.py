@@ -81,7 +81,7 @@ class Image:
 
     Every call is a checkpoint of trio's, before its work and again between the steps of a large one (a few MiB). Calls
     of other tasks may come in between two steps. A change that was cancelled may have happened in part, as after a
-    crash, and the image stays consistent; one that has done its work returns, whoever is cancelled. So it is with a
+    crash, and the image stays consistent; one that has done its work returns, whatever is cancelled. So it is with a
     KeyboardInterrupt.
 
     Any number of tasks may call at the same time, but only in the `trio.run` in which the image was opened
@@ -178,7 +178,7 @@ class Image:
 
     @enable_ki_protection
     async def zero(self, offset: SupportsIndex, size: SupportsIndex) -> None:
-        """Make a range read as zeroes, as far as it lies inside the image; whole clusters give their space back."""
+        """Make a range read as zeroes, as far as it lies inside the image; whole clusters are deallocated."""
         start, wanted = _number("offset", offset), _number("size", size)
         await checkpoint()
         with self._writing():
@@ -186,7 +186,7 @@ class Image:
 
     @enable_ki_protection
     async def discard(self, offset: SupportsIndex, size: SupportsIndex) -> None:
-        """Give the clusters that lie wholly inside the range back; they read as zeroes. The edges stay as they are."""
+        """Deallocate the clusters that lie wholly inside the range; they read as zeroes. The edges stay as they are."""
         start, wanted = _number("offset", offset), _number("size", size)
         await checkpoint()
         with self._writing():
@@ -209,7 +209,7 @@ class Image:
     async def flush(self) -> None:
         """Everything completed before this call is durable when it returns. Nothing to do on a read-only image.
 
-        Raises OSError, EIO ever after a failed sync. Once its commit has begun it is carried out, whoever is cancelled.
+        Raises OSError, EIO ever after a failed sync. Its commit, once begun, is carried out, whatever is cancelled.
         """
         await checkpoint()
         with self._gate:

@@ -1,4 +1,4 @@
-"""Names and errors as text. Names come from images and directories: bytes that nobody has vouched for. Pure."""
+"""Names and errors as text. Names come from images and directories: bytes without a guarantee. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qedfuse.errors import FormatError, QedfuseError
 
 
 def printable(text: str) -> str:
-    """`text` on one line and harmless to a terminal: names in images are whatever somebody put there.
+    """`text` on one line and harmless to a terminal: names in images may be anything.
 
     A byte that is no character in this locale stays as it is (as `os.fsdecode` has it): the name can be used again.
     """

@@ -101,7 +101,7 @@ async def open_image(path: str | os.PathLike[str], **options: Unpack[Options]) -
 
 
 async def make_writable(image: Image) -> None:
-    """Open for writing what `open_image` has opened for reading only, for all who use it; they go on meanwhile.
+    """Open for writing what `open_image` has opened for reading only, for all its users, which go on meanwhile.
 
     From a reader's locks to a writer's, a check if the image was not closed cleanly. Not to be called twice at a time.
     Raises as `open_image` does, InUseError if another process reads the image, too; the image is then as it was.

@@ -1,6 +1,6 @@
 """Which format a file is, from its first bytes. Pure.
 
-Only for files whose format nobody states: a guest can write any magic at the start of a raw disk.
+Only for files whose format is not stated: a guest can write any magic at the start of a raw disk.
 
 Source: each format's specification; QEMU's block drivers (`*_probe`) for what counts as a match.
 """

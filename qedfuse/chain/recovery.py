@@ -25,8 +25,8 @@ Only what is inside can be read: QEMU says EINVAL to the rest, and we EIO. On th
   would show: such an image is refused, and `check -r all` decides. So it is on a block device, whose end is where it
   was before the crash.
 
-Double references keep their data each, by a copy (repair.py). What nothing refers to is given back. Autoclear bits that
-we do not know are cleared: what they vouch for is about to change.
+Double references keep their data each, by a copy (repair.py). What nothing refers to is deallocated. Autoclear bits
+that we do not know are cleared: what they vouch for is about to change.
 
 Read-only, nothing is written, and the same rule says what is seen: without a backing file, what is outside or wrong in
 an unclean image reads as zeroes; everything else that is not inside is an error.

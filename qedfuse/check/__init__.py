@@ -1,1 +1,1 @@
-"""Consistency and repair of an image that nobody has open."""
+"""Consistency and repair of an image that is closed."""

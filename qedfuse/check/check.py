@@ -58,7 +58,7 @@ class Repair(Enum):
 async def check_image(
     storage: Storage, header: Header, *, repair: Repair = Repair.NONE, progress: Progress | None = None
 ) -> CheckResult:
-    """Check an image, and repair it as far as `repair` says. The caller sees to it that nobody writes it meanwhile.
+    """Check an image, and repair it as far as `repair` says. The caller sees to it that nothing else writes it.
 
     `progress(done, total)` is called with L1 entries, for each walk over the tables (a repair takes several) from 0,
     and with clusters while they are moved. Memory is one bit for each cluster of the file, and 170 MiB at most if the

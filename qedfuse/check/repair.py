@@ -6,7 +6,7 @@ The rulebook
     1 autoclear   unknown autoclear bits are cleared; sync
       extend      after a crash: the file grows, so that what it cuts off keeps what is there; sync
     2 fence       if the file must grow: entries that point where it is going to grow become misaligned; sync. (Not in
-                  a table that is going to be copied: its place may be somebody's data.) A block device does not grow:
+                  a table that is going to be copied: its place may be other data.) A block device does not grow:
                   what lies behind the last cluster that is referred to becomes zeroes; sync
     3 copies      the file grows, and what is referenced a second time is copied to its end (on a device, to where the
                   zeroes are); sync

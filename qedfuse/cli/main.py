@@ -172,7 +172,7 @@ def _explain(error: BaseException) -> int:
 
 def _explain_os_error(error: OSError) -> int:
     if error.errno == errno.EPIPE and _reader_is_gone():
-        return EXIT_FAILED  # `qedfuse map ... | head`: nobody is interested in more
+        return EXIT_FAILED  # `qedfuse map ... | head`: its reader wants no more
     _say(describe(error))
     return error.exit_code if isinstance(error, QedfuseError) else EXIT_FAILED
 
@@ -198,14 +198,14 @@ def _say(message: str, command: str = "qedfuse") -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Whether stdout is a pipe that is not read any more."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _drop_output() -> None:
-    """Print what the command has written so far; if nobody takes it, keep Python from complaining when it exits."""
+    """Print what the command has written so far; if it is not read, keep Python from complaining when it exits."""
     try:
         sys.stdout.flush()
     except OSError:

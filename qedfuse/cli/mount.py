@@ -154,7 +154,7 @@ def _check_image(source: str, path: str, mountpoint: str) -> None:
     try:
         same = FileId.at(path) == FileId.at(mountpoint)
     except OSError:
-        return  # for whoever opens it
+        return  # opening it tells why
     if same:
         raise UsageError(source, "is the mountpoint itself; the raw file needs an empty file, or a directory")
 

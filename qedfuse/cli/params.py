@@ -199,7 +199,7 @@ def warn_of_objection(file: str, header: Header) -> None:
 
 @contextmanager
 def share_hint(*, target: str | None = None) -> Iterator[None]:
-    """Tell who only wants to look at an image in use how; not of `target`, which is to be written."""
+    """Say how to look at an image in use; not of `target`, which is to be written."""
     try:
         yield
     except InUseError as error:

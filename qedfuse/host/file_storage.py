@@ -1,6 +1,6 @@
 """A regular file or a block device of the host; see `storage.Storage`.
 
-What is in the page cache is read on the spot (`RWF_NOWAIT`), what could block the event loop goes to a thread
+What is in the page cache is read inline (`RWF_NOWAIT`), what could block the event loop goes to a thread
 (`offload.py`). EINTR is retried by Python (PEP 475), short reads and writes are continued here.
 
 Source: preadv2(2), fallocate(2), fdatasync(2), sync_file_range(2), linux/fs.h.
@@ -45,7 +45,7 @@ _MAX_SIZE = (1 << 63) - 1
 class FileStorage:
     """A regular file or a block device of the host. See `Storage`.
 
-    `local`: calls that do not wait for a disk are made on the spot.
+    `local`: calls that do not wait for a disk are made inline.
     """
 
     local = True
@@ -191,7 +191,7 @@ class FileStorage:
                     continue
                 if not self.fixed:
                     return False
-                self._write_zeroes(start, length)  # it has no space to give back
+                self._write_zeroes(start, length)  # it has nothing to deallocate
         return True
 
     def _deallocate(self, offset: int, size: int) -> bool:
@@ -269,7 +269,7 @@ class FileStorage:
 
     async def close(self) -> None:
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1  # whoever comes late gets EBADF, not somebody else's file
+            fd, self._fd = self._fd, -1  # a late call gets EBADF, not another file
             await self._in_thread(os.close, fd)
 
 

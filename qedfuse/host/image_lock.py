@@ -1,9 +1,9 @@
 """QEMU's image locks: what keeps QEMU and qedfuse from writing one image at the same time.
 
 The locks are advisory, on single bytes of the image file, shared (read) locks of the open file description. Byte 100+p
-locked: somebody holds permission p. Byte 200+p locked: somebody does not let others have p. Whoever opens an image
-first locks its own bytes, then asks for each permission it holds whether anybody locked 200+p, and for each that it
-does not share whether anybody locked 100+p. Because the locks come before the tests, of two that open at the same time
+locked: a process holds permission p. Byte 200+p locked: a process does not let others have p. A process that opens an
+image first locks its own bytes, then asks for each permission it holds whether 200+p is locked, and for each that it
+does not share whether 100+p is. Because the locks come before the tests, of two that open at the same time
 at least one sees the other (both may fail). The kernel drops the locks with the descriptor's last close, so a killed
 process leaves none.
 
@@ -114,7 +114,7 @@ def share_writers_locks(fd: int) -> None:
 
 
 def _apply(fd: int, held: tuple[int, ...]) -> int | None:
-    """Lock our bytes. Returns a byte that somebody has locked exclusively, which QEMU never does, or None."""
+    """Lock our bytes. Returns a byte that is locked exclusively, which QEMU never does, or None."""
     for byte in [_HELD_BASE + p for p in held] + [_UNSHARED_BASE + p for p in _UNSHARED]:
         try:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))

@@ -9,7 +9,7 @@ import errno
 import mmap
 import resource
 
-#: More than ever wait in practice: whoever waits for one image must not keep others from theirs.
+#: More than ever wait in practice: requests that wait for one image must not keep others from theirs.
 _MOST_REQUESTS = 10_000
 _LEAST_REQUESTS = 99
 _REQUEST_SPACE = (1 << 20) + (64 << 10)

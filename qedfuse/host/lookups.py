@@ -27,7 +27,7 @@ T = TypeVar("T")
 #: Seconds that a look may take. A disk that spins up, and a network mount that is made on demand, need some.
 PATIENCE = 30.0
 
-#: Seconds for which one waits that is cancelled.
+#: Seconds for which a cancelled look is waited for.
 _MOMENT = 1.0
 
 #: Looks at a time, in one event loop.
@@ -90,7 +90,7 @@ class _Look(Generic[T]):
         return self._result.pop()
 
     def leave(self, *, stuck: bool) -> None:
-        """There is nobody any more who wants the outcome. `stuck`: it takes too long."""
+        """The outcome is wanted no longer. `stuck`: it takes too long."""
         with _lock:
             self.left = True
             if stuck and self.running and self.place is not None:

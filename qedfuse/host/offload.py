@@ -1,15 +1,15 @@
 """System calls that may wait, in a thread: what the event loop does not know of the host's disk.
 
-trio's way to a thread and back costs 140 µs, and an fdatasync of a fast disk hardly more. So a thread of our own takes
-one call at a time, and the loop waits for it, on the spot, for as long as a fast disk may take: 40 µs instead. With the
-fast path there is another one, for fdatasync alone, which does not need the GIL.
+trio's way to a thread and back costs 140 µs, and an fdatasync of a fast disk hardly more. So a worker, a thread of our
+own, takes one call at a time, and the event loop waits for it inline, in poll(2), for as long as a fast disk may take:
+40 µs instead. With the fast path there is a second worker, for calls of kind SYNC alone, which does not need the GIL.
+
+The inline wait ends after `PATIENCE_MS` (milliseconds), and at once when a request of the kernel arrives (`watch`): the
+loop is never away for longer than for a burst of the fast path. A call that takes longer goes on in its worker, and a
+task waits for it. One that comes while the workers are busy is made in one of trio's threads.
 
 A server that does not answer keeps the threads that wait for it, perhaps for ever. So each file system has a number of
-trio's threads of its own, and where there is a server, no other thread is used.
-
-The loop waits for no longer than `PATIENCE_MS`, and not when a request of the kernel arrives (`watch`): it is never
-away for longer than for a burst of the fast path. A call that takes longer, or comes while these are busy, costs what
-it costs with trio.
+trio's threads of its own (`_THREADS`), and a file behind a server never gets a worker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qedfuse.host.host_call import CallKind, HostCall
 
 Call = Callable[[], object]
 
-#: How long the loop waits on the spot.
+#: How long the loop waits inline.
 PATIENCE_MS = 1
 
 #: Threads of trio's that may wait for one file system.
@@ -38,7 +38,7 @@ _THREADS = 40
 
 
 class Worker(ABC):
-    """What does one call at a time. `done` becomes readable when it has.
+    """A thread that makes one call at a time. `done`: a descriptor that is readable from a call's end to its `finish`.
 
     There may be event loops in several threads: the worker is one loop's from `claim` to `finish`.
     """
@@ -53,11 +53,11 @@ class Worker(ABC):
 
     @abstractmethod
     def attempt(self, call: HostCall) -> bool:
-        """Begin a call, and wait for it on the spot, for a moment. Returns whether it is done; in any case it must be
-        finished."""
+        """Begin a call, and wait for it inline, for `PATIENCE_MS`. Returns whether it is done; in any case `finish` or
+        `finish_later` must come next."""
 
     async def wait_long(self) -> None:
-        """Wait with the event loop until the call is done, whoever is cancelled."""
+        """Wait with the event loop until the call is done, whatever is cancelled."""
         with trio.CancelScope(shield=True):
             await trio.lowlevel.wait_readable(self.done)
 
@@ -153,7 +153,7 @@ class _SyncThread(Worker):
 
 
 class _Background:
-    """A thread for calls that nobody waits for."""
+    """A thread for calls that are not waited for."""
 
     _MOST = 16
 
@@ -201,7 +201,7 @@ _offload = _Offload()
 
 
 def watch(fd: int) -> None:
-    """A descriptor whose becoming readable ends the waiting on the spot: somebody wants the loop."""
+    """A descriptor that becomes readable when a request arrives, which ends the inline wait."""
     _offload.watched = fd
     _offload.forget()
     _offload.make()  # while there are descriptors
@@ -265,7 +265,7 @@ async def offload(call: HostCall) -> object:
 
 
 async def to_its_end(function: Callable[[], Awaitable[None]]) -> None:
-    """Await `function()`, whoever is cancelled. A KeyboardInterrupt, which finds trio's main task behind every shield,
+    """Await `function()`, whatever is cancelled. A KeyboardInterrupt, which finds trio's main task behind every shield,
     is raised when it has ended."""
     failed: list[BaseException] = []
     interrupt: KeyboardInterrupt | None = None

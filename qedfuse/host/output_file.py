@@ -86,7 +86,7 @@ async def open_output(
     """The file at `path`, locked; durable when the block has ended, undone if it fails or is cancelled.
 
     With `create`, a file that is not there is made and one that is there is emptied. A raw disk may be a block device
-    that nobody has mounted. `sources` are not to be written.
+    that is not mounted. `sources` are not to be written.
 
     Raises InUseError, QedfuseError (a directory, a FIFO, one of `sources`, ...), OSError; nothing is touched then.
     """
@@ -134,6 +134,6 @@ def _open(path: str, create: bool, is_image: bool) -> OutputFile:
 
 
 def _remove(path: str, file: OutputFile | None) -> None:
-    """Remove a file that was made here, unless its name is somebody else's by now."""
+    """Remove a file that was made here, unless its name is another file's by now."""
     if file is None or FileId.at(path) == FileId.of(file.stat()):
         os.unlink(path)

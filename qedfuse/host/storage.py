@@ -1,6 +1,6 @@
 """The only way to a host file, as everything above sees it: an asynchronous protocol.
 
-The real file is in `file_storage.py`; tests plug in RAM, faults and a crash log. What is at hand is done on the spot
+The real file is in `file_storage.py`; tests plug in RAM, faults and a crash log. What is cached is done inline
 (`*_nowait`), what could block the event loop goes to a thread. Callers see all of a transfer or an OSError.
 
 A file counts as long as its sectors of 512 bytes, as it does for QEMU (`geometry.whole_sectors`): what the last one
@@ -45,7 +45,7 @@ class Storage(Protocol):
 
     Offsets and sizes are bytes. Errors are OSErrors with the host's errno. A call that was cancelled has either
     happened whole or, for a write, may have happened in part. `fixed`: a block device. Its size cannot be changed, all
-    of it counts as data, and where nobody has written it may hold anything.
+    of it counts as data, and what was never written may be anything.
     """
 
     path: str
@@ -65,7 +65,7 @@ class Storage(Protocol):
         ...
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
-        """Write all of `data` at `offset` on the spot (into the page cache). False: not done at all, use `write`."""
+        """Write all of `data` at `offset` inline (into the page cache). False: not done at all, use `write`."""
         ...
 
     async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -85,12 +85,12 @@ class Storage(Protocol):
         ...
 
     async def punch(self, offset: int, size: int) -> None:
-        """Make a range inside the file read as zeroes and give its space back where the file system can."""
+        """Make a range inside the file read as zeroes and deallocate it where the file system can."""
         ...
 
     async def deallocate(self, runs: Sequence[tuple[int, int]]) -> bool:
-        """Make runs (offset, size) inside the file read as zeroes by giving their space back. False: that cannot be
-        done, and some of them may be as they were. A device has no space to give back: zeroes are written there."""
+        """Make runs (offset, size) inside the file read as zeroes by deallocating them. False: that cannot be
+        done, and some of them may be as they were. A device has nothing to deallocate: zeroes are written there."""
         ...
 
     def stat(self) -> os.stat_result:
@@ -117,7 +117,7 @@ class Storage(Protocol):
 
 
 async def fill(storage: Storage, offset: int, target: memoryview) -> None:
-    """As `Storage.read_into`, on the spot if that needs no waiting."""
+    """As `Storage.read_into`, inline if that needs no waiting."""
     if not storage.read_into_nowait(offset, target):
         await storage.read_into(offset, target)
 
@@ -131,7 +131,7 @@ async def read(storage: Storage, offset: int, size: int) -> bytes:
 
 
 def find_extents(storage: Storage, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
-    """See `Storage.find_extents`; with one call for an extent, as a rule, on the spot. All is data where the file
+    """See `Storage.find_extents`; with one call for an extent, as a rule, inline. All is data where the file
     system does not tell."""
     found: list[HostExtent] = []
     position = -1  # up to where all is known since the start of the range before

@@ -28,7 +28,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount what is on top at `mountpoint`; blocks while the kernel writes back what it still has.
 
     `lazy`: detach it now, even if it is in use; the kernel lets go of it after its last use. Raises QedfuseError: EBUSY
-    if it is in use, EPERM if it is somebody else's.
+    if it is in use, EPERM if it is another user's.
     """
     if os.geteuid() == 0:
         code = umount2(mountpoint, _MNT_DETACH if lazy else 0)
@@ -56,7 +56,7 @@ def _failure(mountpoint: str, code: int, text: str) -> QedfuseError:
 
 
 def _name_loop_devices(mountpoint: str) -> str:
-    """Who holds a mount most often, and is in no list of processes."""
+    """What holds a mount most often, and is in no list of processes."""
     devices = []
     for name in sorted(os.listdir("/sys/block")) if os.path.isdir("/sys/block") else []:
         try:

@@ -1,9 +1,9 @@
 """From an untrusted name to an open file, a component at a time, and never into a mount of ours.
 
-Whoever looks a name up in a FUSE mount waits for the daemon behind it: for itself, or for one that waits for it in
-turn. No signal ends that. The kernel follows a whole path at once, so here each component is pinned by itself (O_PATH,
-which asks a mount's daemon nothing), judged by the mount that it lies on, and only then entered. Symbolic links are
-read and followed by hand.
+A process that looks a name up in a FUSE mount waits for the daemon behind it: for itself, or for one that waits for it
+in turn. No signal ends that. The kernel follows a whole path at once, so here each component is pinned by itself
+(O_PATH, which asks a mount's daemon nothing), judged by the mount that it lies on, and only then entered. Symbolic
+links are read and followed by hand.
 
 What the walk has come through stays pinned until it ends. ".." goes back to where it came from, so that a walk that is
 confined to a directory has never left it, whatever is renamed meanwhile.
@@ -55,8 +55,8 @@ class _Pin(NamedTuple):
 class Walk:
     """One walk; a context manager that lets go of all it has pinned.
 
-    `root`: the directory that confines it, if any. `inside` tells whether the walk is in there now: whoever opens what
-    was found must ask, also when the walk has failed.
+    `root`: the directory that confines it, if any. `inside` tells whether the walk is in there now: to be
+    asked before what was found is opened, also when the walk has failed.
     """
 
     def __init__(self, root: str | None = None) -> None:

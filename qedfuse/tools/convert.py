@@ -38,7 +38,7 @@ from qedfuse.tools.convert_target import Target, new_qed_target, old_qed_target,
 #: So many zeroes in a row become a hole: qemu-img's default.
 SPARSE_SIZE = 4096
 MAX_SPARSE_SIZE = 16 << 20
-#: Bytes of one step: no more than what is written on the spot. Threads to read and to write at once gain nothing.
+#: Bytes of one step: no more than what is written inline. Threads to read and to write at once gain nothing.
 _STEP = INLINE_WRITE_LIMIT
 #: Bytes of a range to copy after which it is begun with, before more of the map is read.
 _RANGE = 64 << 20
@@ -214,7 +214,7 @@ def _is_same(one: MapEntry, files: dict[str, FileId], other: MapEntry | None, ot
 
 async def _widened(ranges: AsyncGenerator[_Range, None], block: int, size: int) -> AsyncGenerator[_Range, None]:
     """The ranges to copy as whole blocks, merged, and what is between them, up to `size`."""
-    start = end = 0  # what is known to be copied, and not told yet
+    start = end = 0  # what is to be copied, and not yielded yet
     async with aclosing(ranges):
         async for first, last, copy in ranges:
             if not copy:

@@ -31,14 +31,14 @@ async def create_image(
     backing: str | None = None,
     backing_format: str | None = None,
 ) -> tuple[Header, str | None]:
-    """Create an image at `path`, over whatever file is there unless somebody uses it; durable on return.
+    """Create an image at `path`, over whatever file is there unless it is in use; durable on return.
 
     `size` in bytes is rounded up to 512; without it, it is the backing file's. `backing` is stored as it is, and a
     relative name is relative to the new image's directory. `backing_format` is raw, qed or qcow2; without it, it is
     probed, once: a raw file is marked so, and never probed again.
 
     Returns the new header and the backing file's format. Raises UsageError, InUseError (a process has the file open),
-    QedfuseError, OSError; nothing is touched before the arguments are known to be good.
+    QedfuseError, OSError; nothing is touched before the arguments have been checked.
     """
     geometry = geometry or Geometry()
     if backing is None:

@@ -151,7 +151,7 @@ def opened(path: str, *, share: bool) -> Iterator[FileStorage]:
 
 
 async def info_of(storage: Storage, header: Header | None = None) -> ImageInfo:
-    """What a QED image says of itself. `header`: as it is known to be."""
+    """What a QED image says of itself. `header`: if it has been read already."""
     header = header or await read_header(storage)
     name = await read_backing_name(storage, header)
     info = _host_info(storage, "qed", header.image_size)

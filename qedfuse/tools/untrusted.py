@@ -23,7 +23,7 @@ DEFAULT_TIME_LIMIT = 10.0
 def read_untrusted(
     path: str, *, share: bool = False, max_size: int = DEFAULT_MAX_SIZE, time_limit: float = DEFAULT_TIME_LIMIT
 ) -> ImageInfo:
-    """As `read_info`, for an image from somebody who may mean harm.
+    """As `read_info`, for an image whose maker may mean harm.
 
     Opens nothing but the image; memory is bounded by the check, time by `time_limit` (seconds). Raises UnsupportedError
     for an image that refers to another file, declares more than `max_size` bytes, takes too long to check or is one of
