@@ -134,6 +134,13 @@ def test_the_package_itself_offers_the_library_and_not_the_edge() -> None:
     assert not [name for name in own if RANK[room_of(name)] > RANK["library"]]
 
 
+def test_the_architecture_shows_the_rooms_in_this_order() -> None:
+    text = (PACKAGE / "ARCHITECTURE.md").read_text()
+    drawing = text.partition("## Rooms")[2].partition("\n## ")[0]
+    shown = re.findall(r"^    (\w+)/ ", drawing, re.MULTILINE)
+    assert shown == [*[room for room in RANK if (PACKAGE / room).is_dir()], "native"]
+
+
 @pytest.mark.parametrize("module", PURE)
 def test_the_pure_layer_does_no_io(module: str) -> None:
     outside = {name.partition(".")[0] for name in imports_of(module)}
