@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from qedfuse.host.storage import Buffer, Storage
 from qedfuse.layers.layer import Layer
@@ -30,6 +31,13 @@ _MAX_PUNCHES = 256
 _BEHIND_MIN = 512 << 10
 
 
+class Overlay(Protocol):
+    """What lies below an image; see `Image.backing`."""
+
+    @property
+    def backing(self) -> Layer | None: ...
+
+
 class ClusterWriter:
     """Changes to the clusters of one image that is open for writing. Offsets and sizes are bytes of the guest, `host`
     those of the file. `image_end`, where a function takes it, is the image's size: what the backing file has past it
@@ -37,20 +45,23 @@ class ClusterWriter:
     """
 
     def __init__(
-        self, storage: Storage, tables: Tables, allocator: Allocator, committer: Committer, backing: Layer | None
+        self, storage: Storage, tables: Tables, allocator: Allocator, committer: Committer, image: Overlay
     ) -> None:
         self._storage = storage
         self._tables = tables
         self._allocator = allocator
         self._committer = committer
-        self._backing = backing
+        self._image = image
         self._cluster_size = tables.geometry.cluster_size
         self._bits = tables.geometry.cluster_bits
         self._mask = self._cluster_size - 1
         #: Zeroes that are written to unallocated clusters are stored, too.
         self.keep_zeroes = False
-        #: The entry of a cluster that reads as zeroes, and has no data.
-        self._zero_entry = UNALLOCATED if backing is None else ZERO_CLUSTER
+
+    @property
+    def _zero_entry(self) -> int:
+        """The entry of a cluster that reads as zeroes, and has no data."""
+        return UNALLOCATED if self._image.backing is None else ZERO_CLUSTER
 
     async def write(self, offset: int, data: memoryview, image_end: int) -> None:
         """Write `data`, in place where clusters have data of their own, else into new ones."""
@@ -100,7 +111,7 @@ class ClusterWriter:
         inside = max(0, min(size, image_end - offset))
         if not self._below(offset, inside):
             return b""
-        data = await read_layer(self._backing, offset, inside)
+        data = await read_layer(self._image.backing, offset, inside)
         return b"" if _is_zero(memoryview(data)) else data
 
     async def zero(self, offset: int, size: int, image_end: int) -> int:
@@ -202,7 +213,7 @@ class ClusterWriter:
 
     async def _own(self, start: int, size: int) -> None:
         """Give the cluster at `start` data of its own: the first `size` bytes that the backing file has there."""
-        data = await read_layer(self._backing, start, size)
+        data = await read_layer(self._image.backing, start, size)
         host, room = await self._allocate(1)
         try:
             await self._put(host, [data])
@@ -221,7 +232,6 @@ class ClusterWriter:
     def take_offered(self, offset: int, size: int, lost: int, filled: int, pages: Sequence[int]) -> None:
         """`size` bytes from the front of the offer were taken. See `NativeView.note_taken`."""
         self._allocator.take(offset, size)
-        self._tables.file_end = self._allocator.end
         for index in pages:
             if index not in self._tables.l2.pages:
                 raise AssertionError(f"l2 page {index} was changed, but is not in memory")
@@ -260,14 +270,14 @@ class ClusterWriter:
 
     def _below(self, offset: int, size: int) -> bool:
         """Whether the backing file has anything in a range."""
-        return self._backing is not None and size > 0 and offset < self._backing.size
+        backing = self._image.backing
+        return backing is not None and size > 0 and offset < backing.size
 
     async def _allocate(self, clusters: int) -> tuple[int, int]:
         """(offset, bytes) of new clusters that the file covers, at most `clusters`. Raises OSError."""
         while self._storage.fixed and not self._allocator.has_free(self._cluster_size):
             await self._committer.growth.extend(self._cluster_size)
         run = self._allocator.allocate(clusters)
-        self._tables.file_end = self._allocator.end
         try:
             await self._committer.growth.extend()
         except BaseException:  # nothing was handed out, or every later commit would fail to cover it, too
@@ -278,7 +288,6 @@ class ClusterWriter:
     def _take_back(self, host: int, size: int) -> None:
         """New clusters to which nothing was written."""
         self._allocator.take_back(host, size)
-        self._tables.file_end = self._allocator.end
 
     def _lose(self, host: int, size: int) -> None:
         self._allocator.lose(host, size)

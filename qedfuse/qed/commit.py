@@ -102,16 +102,13 @@ _Group = list[tuple[PageMap, int, int, bytes]]
 class Committer:
     """The write order of one image that is open for writing. See the module's rulebook."""
 
-    def __init__(
-        self, storage: Storage, header: Header, tables: Tables, allocator: Allocator, *, barrier: bool
-    ) -> None:
+    def __init__(self, storage: Storage, header: Header, tables: Tables, allocator: Allocator) -> None:
         self.header = header  # as in the file, or on its way there
         self.failed: OSError | None = None
         self.unsynced = False  # something was written since the last sync began
         self._storage = storage
         self._tables = tables
         self._allocator = allocator
-        self._barrier = barrier
         self._unsynced_tables = False
         self._trusted = True
         self._closed = False
@@ -121,7 +118,7 @@ class Committer:
             if storage.fixed
             else FileGrowth(storage, allocator, self, header.cluster_size)
         )
-        self._size = header.image_size  # what the header shall say after the next commit with sync
+        self.size = header.image_size  # the guest's; a grown one the header has after the next commit with sync
         self._running = trio.Semaphore(1, max_value=1)  # a lock that belongs to no task
         self._started = 0
         self._results: dict[int, OSError | None] = {}
@@ -129,6 +126,11 @@ class Committer:
         self.dirty = trio.Event()  # tables have changed since `commit_timer.py` has looked
         self.changes = 0  # counts them
         self.writes = 0  # counts those of guest data and of pages, or bursts of them
+
+    @property
+    def _barrier(self) -> bool:
+        """Whether data must be durable before an entry leads to it: the file says that it has a backing file."""
+        return self.header.has_backing_file
 
     # -- what the engine tells --------------------------------------------------------------------------------------
 
@@ -143,9 +145,9 @@ class Committer:
         self.unsynced = True
         self.writes += 1
 
-    def note_size(self, size: int) -> None:
-        """The image has grown; the header follows with the next commit."""
-        self._size = size
+    def grow(self, size: int) -> None:
+        """The image has a larger size; the header follows with the next commit."""
+        self.size = size
         self.note_change()
 
     # -- durability -------------------------------------------------------------------------------------------------
@@ -216,13 +218,18 @@ class Committer:
                 await self._commit(durable=False)
 
     async def shrink(self, size: int) -> None:
-        """Make a smaller image size durable, before the engine drops what lies behind it. Raises OSError."""
-        await self.flush()
-        async with self._running:
-            self.check()
-            with trio.CancelScope(shield=True):
-                await self._write_header(self.header.with_image_size(size))
-                self._size = size
+        """Make a smaller image size durable, before the engine drops what lies behind it. It holds at once, and not if
+        this fails. Raises OSError."""
+        old, self.size = self.size, size
+        try:
+            await self.flush()
+            async with self._running:
+                self.check()
+                with trio.CancelScope(shield=True):
+                    await self._write_header(self.header.with_image_size(size))
+        except BaseException:
+            self.size = old
+            raise
 
     async def give_up_tail(self, end: int) -> None:
         """Cut the file at `end`: no entry refers to what lies behind. Raises OSError."""
@@ -231,7 +238,6 @@ class Committer:
             self.check()
             with trio.CancelScope(shield=True):
                 await self.growth.give_up(end)
-                self._tables.file_end = self._allocator.end
                 await self._sync()
 
     @property
@@ -246,7 +252,7 @@ class Committer:
             tables.dirty_l1
             or tables.dirty_l2
             or self._allocator.has_lost
-            or self._size != self.header.image_size
+            or self.size > self.header.image_size
             or not self._header_known
         )
 
@@ -269,7 +275,7 @@ class Committer:
     async def _commit(self, durable: bool) -> None:
         self.check()
         tables, allocator = self._tables, self._allocator
-        size = self._size
+        size = self.size
         new_tables = dict(tables.new_tables)
         group = self._take(tables.l2, tables.dirty_l2) + self._take(tables.l1, tables.dirty_l1)
         lost = allocator.take_lost()
@@ -292,7 +298,7 @@ class Committer:
                     del tables.new_tables[index]
                 await self._write_pages(old)
             punched = await self._punch(lost)
-            if durable or lost or size != self.header.image_size:
+            if durable or lost or size > self.header.image_size:
                 await self._sync()
             if size > self.header.image_size:
                 await self._write_header(self.header.with_image_size(size))

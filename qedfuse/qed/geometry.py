@@ -82,5 +82,11 @@ class Geometry:
         """Clusters that `size` bytes need."""
         return -(-size >> self.cluster_bits)
 
+    def is_place(self, offset: int, size: int, start: int, end: int) -> bool:
+        """Whether a run of clusters or a table, `size` bytes, can lie at `offset` of a file whose header ends at
+        `start` and whose clusters end at `end`. This is what makes an entry valid; C has the same in layer.c and
+        clustermap.c."""
+        return start <= offset <= end - size and not offset & (self.cluster_size - 1)
+
     def start_of_cluster(self, offset: int) -> int:
         return offset & -self.cluster_size

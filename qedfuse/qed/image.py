@@ -49,8 +49,9 @@ class Image:
     for a corrupt table and ever after a failed sync. A cancelled write may have happened in part, as after a crash; the
     image stays consistent.
 
-    `backing` is the layer below, owned and closed with the image. `fixed_size`: writing past the end is ENOSPC and
-    resizing EPERM. `pool` bounds the memory for tables (by default shared by all images of the thread).
+    `backing` is the layer below, owned and closed with the image; None if the header names none. `fixed_size`: writing
+    past the end is ENOSPC and resizing EPERM. `pool` bounds the memory for tables (by default shared by all images of
+    the thread).
     """
 
     format = "qed"
@@ -65,6 +66,8 @@ class Image:
         fixed_size: bool = False,
         pool: PagePool | None = None,
     ) -> None:
+        if header.has_backing_file is not (backing is not None):
+            raise ValueError(f"{storage.path}: the header and the layer below disagree on a backing file")
         self.path = storage.path
         self.storage = storage
         self.geometry: Geometry = header.geometry
@@ -72,7 +75,6 @@ class Image:
         self.fixed_size = fixed_size
         self._backing = backing
         self._header = header
-        self._size = header.image_size
         self._bits = self.geometry.cluster_bits
         self._mask = self.geometry.cluster_size - 1
         lenient = header.needs_check and not writable and backing is None
@@ -88,11 +90,11 @@ class Image:
             self._begin_writing()
 
     def _begin_writing(self) -> None:
-        storage, tables, backing = self.storage, self._tables, self._backing
+        storage, tables = self.storage, self._tables
         allocator = Allocator(self.geometry, storage.size(), fixed=storage.fixed)
-        tables.file_end = allocator.end
-        self._committer = Committer(storage, self._header, tables, allocator, barrier=backing is not None)
-        self._writer = ClusterWriter(storage, tables, allocator, self._committer, backing)
+        tables.begin_writing(allocator)
+        self._committer = Committer(storage, self._header, tables, allocator)
+        self._writer = ClusterWriter(storage, tables, allocator, self._committer, self)
         self.writable = True
         self._writing.set()
 
@@ -113,7 +115,6 @@ class Image:
         async with self._locks.hold(0, FOREVER, exclusive=True):  # no read is half done
             exchange()
             self._header = header
-            self._tables.start_anew()
             self._begin_writing()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class Image:
     @property
     def size(self) -> int:
         """Bytes that the guest sees."""
-        return self._size
+        return self._committer.size if self._committer else self._header.image_size
 
     @property
     def backing(self) -> Layer | None:
@@ -155,7 +156,7 @@ class Image:
         """Another one whenever what is a hole, or the size, may have changed. A write in place may fill a hole, of a
         table, too."""
         committer = self._committer
-        return (committer.changes, committer.writes, self._size) if committer else (0, 0, self._size)
+        return (committer.changes, committer.writes, committer.size) if committer else (0, 0, self.size)
 
     # -- its parts, for `native_view.py` ------------------------------------------------------------------------------
 
@@ -183,16 +184,16 @@ class Image:
 
     def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
         """As `read`, if it can be done on the spot; None if it can't."""
-        if offset + size > self._size:
-            size = max(0, self._size - offset)
+        end = self.size
+        if offset + size > end:
+            size = max(0, end - offset)
         if (offset ^ (offset + size - 1)) >> self._bits == 0:  # one cluster, the common case
             cluster = offset >> self._bits
             page = self._l2_pages.get(cluster >> PAGE_BITS)
             if page is None:
                 return self._read_mapped_nowait(offset, size)
             entry = page[cluster & _ENTRY_MASK]
-            inside = self._data_start <= entry < self._tables.file_end - self._mask
-            if entry > ZERO_CLUSTER and inside and not entry & self._mask:
+            if entry > ZERO_CLUSTER and self._tables.holds(entry, self._mask + 1):
                 buffer = bytearray(size)
                 host = entry + (offset & self._mask)
                 return buffer if self.storage.read_into_nowait(host, memoryview(buffer)) else None
@@ -210,7 +211,7 @@ class Image:
         if data is not None:
             return data
         async with self._locks.hold(*self._clusters(offset, size), exclusive=False):
-            size = max(0, min(size, self._size - offset))
+            size = max(0, min(size, self.size - offset))
             return await read_extents(await resolve(self, offset, size), offset, size) if size else b""
 
     def map_nowait(self, offset: int, size: int) -> list[Run] | None:
@@ -233,13 +234,13 @@ class Image:
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """As `write`, if it overwrites allocated clusters and can be done on the spot. False: not done, use `write`."""
-        size = len(data)
-        if not size or offset + size > self._size or self._committer is None or self._committer.failed:
+        size, committer = len(data), self._committer
+        if not size or committer is None or offset + size > committer.size or committer.failed:
             return False
         runs = self._tables.map_prefix(offset, size)
         if len(runs) != 1 or runs[0].kind is not Kind.DATA or runs[0].length != size:
             return False
-        self._committer.note_written()
+        committer.note_written()
         return self.storage.write_nowait(runs[0].host, data)
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -253,15 +254,15 @@ class Image:
         clusters = await self._begin_change()
         end = offset + len(data)
         while True:
-            if end > self._size:
+            if end > self.size:
                 if self.fixed_size:
                     raise QedfuseError(self.path, "no space: the image's size is fixed", errno.ENOSPC)
                 async with self._locks.hold(0, FOREVER, exclusive=True):
-                    if end > self._size:
+                    if end > self.size:
                         await self._grow(round_up(end, SECTOR_SIZE))
             async with self._locks.hold(*self._clusters(offset, len(data)), exclusive=True):
-                if end <= self._size:  # nobody shrank it meanwhile
-                    return await clusters.write(offset, data, self._size)
+                if end <= self.size:  # nobody shrank it meanwhile
+                    return await clusters.write(offset, data, self.size)
 
     def keep_zeroes(self) -> None:
         """From now on zeroes that are written take space as other data does: for who wants an image allocated."""
@@ -270,7 +271,7 @@ class Image:
 
     async def zero(self, offset: int, size: int) -> None:
         """Make a range read as zeroes, as far as it lies inside the image; whole clusters give their space back."""
-        end = min(offset + size, self._size)
+        end = min(offset + size, self.size)
         most = max(_STEP_CLUSTERS << self._bits, self.geometry.l2_coverage)  # exabytes without tables take no time
         breathe = Breather()
         extents, version = HostExtents(self.storage), self.version
@@ -279,20 +280,20 @@ class Image:
             clusters = await self._begin_change()
             step = min(end, self.geometry.start_of_cluster(offset) + most) - offset
             async with self._locks.hold(*self._clusters(offset, step), exclusive=True):
-                step = min(step, self._size - offset)
+                step = min(step, self.size - offset)
                 if step <= 0:  # somebody shrank it meanwhile
                     return
                 if version != self.version:
                     extents, version = HostExtents(self.storage), self.version
                 blank = 0 if self._backing else await self._tables.measure_blank(offset, step, extents)
                 if not blank or version != self.version:  # a page may have been written since, and left memory
-                    blank = await clusters.zero(offset, step, self._size)
+                    blank = await clusters.zero(offset, step, self.size)
                 offset += blank
 
     async def discard(self, offset: int, size: int) -> None:
         """Give the clusters that lie wholly inside the range back; they read as zeroes. The edges stay as they are."""
-        end = min(offset + size, self._size)
-        last = end if end == self._size else self.geometry.start_of_cluster(end)
+        end = min(offset + size, self.size)
+        last = end if end == self.size else self.geometry.start_of_cluster(end)
         first = round_up(offset, self.geometry.cluster_size)
         await self.zero(first, last - first)
 
@@ -304,14 +305,14 @@ class Image:
         a larger one after `flush`. Raises EFBIG past the geometry's maximum, EPERM if the size is fixed.
         """
         await self._begin_change()
-        if size == self._size:
+        if size == self.size:
             return
         if self.fixed_size:
             raise QedfuseError(self.path, "the image's size is fixed", errno.EPERM)
         async with self._locks.hold(0, FOREVER, exclusive=True):
-            if size < self._size:
+            if size < self.size:
                 await self._shrink(size)
-            elif size > self._size:
+            elif size > self.size:
                 await self._grow(round_up(size, SECTOR_SIZE))
 
     async def _grow(self, size: int) -> None:
@@ -320,15 +321,14 @@ class Image:
             limit = self.geometry.max_image_size
             raise QedfuseError(self.path, f"file too large: this geometry maps at most {limit} bytes", errno.EFBIG)
         clusters = await self._begin_change()
-        await clusters.clear_tail(self._size, growing=True)
-        offset = round_up(self._size, self.geometry.cluster_size)
+        await clusters.clear_tail(self.size, growing=True)
+        offset = round_up(self.size, self.geometry.cluster_size)
         breathe = Breather()
         while offset < size:
             clusters = await self._begin_change()
             offset += await clusters.zero(offset, size - offset, size)
             await breathe()
-        self._size = size
-        self._committer_of().note_size(size)
+        self._committer_of().grow(size)
 
     async def _shrink(self, end: int) -> None:
         """The header first: a crash must not leave a large image that has lost its end. Then all behind `end` goes,
@@ -336,16 +336,11 @@ class Image:
         all that: no error must leave an image that is smaller but for that."""
         clusters = await self._begin_change()
         committer = self._committer_of()
-        old, size = self._size, round_up(end, SECTOR_SIZE)
+        old, size = self.size, round_up(end, SECTOR_SIZE)
         if end < size:
             await clusters.own(end, old)
         if size < old:
-            self._size = size
-            try:
-                await committer.shrink(size)
-            except BaseException:
-                self._size = old
-                raise
+            await committer.shrink(size)
         clusters = await self._begin_change()
         if end < size:
             await clusters.zero(end, size - end, size)
@@ -354,7 +349,7 @@ class Image:
             return
         cut_off = CutOff(self.storage, committer.header, self._tables, self._begin_change)
         tail = self._data_start if self.storage.fixed else await cut_off.find_tail()
-        if tail < self._tables.file_end:
+        if tail < self._tables.ends.end:
             await cut_off.forget(tail)
             await committer.give_up_tail(tail)
         await cut_off.punch()

@@ -77,7 +77,7 @@ class NativeView:
     def refresh(self) -> None:
         """Bring the attributes that change up to date. Once in each burst: every nanosecond counts."""
         self.size = self._image.size
-        self.file_end = self._tables.file_end
+        self.file_end = self._tables.ends.end
         self.writable = False
         offer = _NOTHING
         committer = self._committer

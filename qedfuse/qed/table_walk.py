@@ -1,7 +1,6 @@
 """Walking the tables of an image: what check and repair have in common.
 
-`cluster_map.py` says what is in a chunk of
-L2 entries, and remembers what has been referred to.
+`cluster_map.py` says what is in a chunk of L2 entries, and remembers what has been referred to.
 """
 
 from __future__ import annotations
@@ -56,11 +55,7 @@ class Bounds:
 
     def holds(self, offset: int, size: int) -> bool:
         """Whether a cluster or table of `size` bytes may be at `offset`."""
-        return (
-            not offset & (self.header.cluster_size - 1)
-            and offset >= self.header.header_bytes
-            and offset + size <= self.end
-        )
+        return self.header.geometry.is_place(offset, size, self.header.header_bytes, self.end)
 
     def cuts(self, offset: int, size: int) -> bool:
         """Whether what should be at `offset` begins inside the file and ends behind it."""

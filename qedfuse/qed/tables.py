@@ -39,8 +39,21 @@ _EACH_1 = int.from_bytes(_UNIFORM[ZERO_CLUSTER], "little")
 _EACH_NEXT = int.from_bytes(struct.pack(f"<{PAGE_ENTRIES}Q", *range(PAGE_ENTRIES)), "little")
 
 
+class FileEnd:
+    """Where the clusters end of a file that is open for reading. (Of one that is open for writing the allocator says
+    so: that is where it goes on.)"""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Another process may be writing it (-U)."""
+        self.end = size_in_sectors(self._storage)
+
+
 class Tables:
-    """The mapping of one image.
+    """The mapping of one image. Where its clusters may lie in the file, `ends` says.
 
     `lenient`: an entry that points outside the file counts as unallocated, as `recovery.py` would make it (an unclean
     image that is open read-only); otherwise it is a CorruptError. One that the file's end cuts off always is.
@@ -53,7 +66,7 @@ class Tables:
         self._l1_offset = header.l1_table_offset
         self._data_start = header.header_bytes
         self._lenient = lenient
-        self.file_end = size_in_sectors(storage)  # of a writable image: where the allocator's clusters end
+        self.ends: FileEnd | Allocator = FileEnd(storage)
         self.l1 = PageMap(pool)
         self.l2 = PageMap(pool)
         self.dirty_l1: set[int] = set()
@@ -149,7 +162,7 @@ class Tables:
         while here < stop and page[here] == following:
             here += 1
             following += step
-        if self._inside(entry, following - entry):
+        if self.holds(entry, following - entry):
             return Kind.DATA, here - first, entry
         if here - first > 1:  # find the good part
             return self._run_in_page(page, cluster, 1)
@@ -181,7 +194,7 @@ class Tables:
         if page is None:
             return None
         offset = page[l1_index & _PAGE_MASK]
-        if offset == 0 or self._inside(offset, self.geometry.table_bytes):
+        if offset == 0 or self.holds(offset, self.geometry.table_bytes):
             return offset
         if self._may_be_missing(offset, self.geometry.table_bytes):
             return 0
@@ -190,19 +203,16 @@ class Tables:
             f"corrupt: l1 entry {l1_index} is {offset:#x}, where no table of the file can be; see qedfuse check",
         )
 
-    def _inside(self, offset: int, size: int) -> bool:
+    def holds(self, offset: int, size: int) -> bool:
         """Whether a run of clusters can lie here: aligned, behind the header, inside the file."""
-        if offset & (self.geometry.cluster_size - 1) or offset < self._data_start:
-            return False
-        if offset + size > self.file_end:
-            if self._storage.writable:
-                return False
-            self.file_end = size_in_sectors(self._storage)  # another process may be writing (-U)
-        return offset + size <= self.file_end
+        ends = self.ends
+        if offset + size > ends.end and isinstance(ends, FileEnd):
+            ends.look_again()
+        return self.geometry.is_place(offset, size, self._data_start, ends.end)
 
     def _may_be_missing(self, offset: int, size: int) -> bool:
-        """Whether what is not `_inside` counts as not there at all."""
-        return self._lenient and not Bounds.of(self._header, self.file_end).cuts(offset, size)
+        """Whether what this file does not hold counts as not there at all."""
+        return self._lenient and not Bounds.of(self._header, self.ends.end).cuts(offset, size)
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -270,7 +280,6 @@ class Tables:
         if page is None:  # no table: the load found an L1 entry of 0
             l1_index = index >> self.geometry.table_page_bits
             offset = self.new_tables[l1_index] = allocator.allocate_table()
-            self.file_end = allocator.end
             self._set_table(l1_index, offset)
             page = self.l2.insert(index, offset + self._in_table(index), None)
         return page
@@ -302,9 +311,9 @@ class Tables:
         step = self.geometry.cluster_size
         start = end = 0
         for entry in entries:
-            if start and entry == end and end + step <= self.file_end:
+            if start and entry == end and end + step <= self.ends.end:
                 end += step
-            elif entry > ZERO_CLUSTER and self._inside(entry, step):
+            elif entry > ZERO_CLUSTER and self.holds(entry, step):
                 if start:
                     yield start, end - start
                 start, end = entry, entry + step
@@ -324,13 +333,13 @@ class Tables:
     def dirty_pages(self) -> int:
         return len(self.l2.pinned) + len(self.l1.pinned)
 
-    def start_anew(self) -> None:
+    def begin_writing(self, allocator: Allocator) -> None:
         """Forget what is known of the file, which is open for writing from now on. Nothing may be changed yet."""
         assert not (self.dirty_l1 or self.dirty_l2 or self.new_tables)
         self._loading.clear()  # what is being read does not come into memory
         self.close()
         self._lenient = False
-        self.file_end = size_in_sectors(self._storage)
+        self.ends = allocator
 
     def close(self) -> None:
         """Give the pages back to the pool."""

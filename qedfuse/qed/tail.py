@@ -47,7 +47,7 @@ class CutOff:
         self._header = header
         self._tables = tables
         self._begin_change = begin_change
-        self._bounds = Bounds.of(header, tables.file_end)
+        self._bounds = Bounds.of(header, tables.ends.end)
         self._cluster_size = header.cluster_size
         self._breathe = Breather()
 

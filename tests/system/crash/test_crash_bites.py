@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +64,8 @@ def expect_failure(scenario: Scenario, backing: str) -> None:
 
 def begin_change_of(committer: Committer) -> Callable[[], Awaitable[ClusterWriter]]:
     """What `tail.CutOff` wants, from what it is for."""
-    writer = ClusterWriter(committer._storage, committer._tables, committer._allocator, committer, None)
+    alone = SimpleNamespace(backing=None)
+    writer = ClusterWriter(committer._storage, committer._tables, committer._allocator, committer, alone)
 
     async def begin_change() -> ClusterWriter:
         return writer
@@ -74,15 +76,11 @@ def begin_change_of(committer: Committer) -> Callable[[], Awaitable[ClusterWrite
 @pytest.mark.parametrize("backing", ["shorter", "longer"])
 def test_tables_before_the_barrier(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
     """With a backing file: no sync between the data and the L2 page."""
-    original = Committer.__init__
-
-    def broken(self: Committer, *arguments: object, barrier: bool) -> None:
-        original(self, *arguments, barrier=False)  # type: ignore[arg-type]
 
     async def no_mark(self: Committer) -> None:
         pass
 
-    monkeypatch.setattr(Committer, "__init__", broken)
+    monkeypatch.setattr(Committer, "_barrier", False)
     monkeypatch.setattr(Committer, "_mark", no_mark)
     expect_failure(allocate, backing)
 
