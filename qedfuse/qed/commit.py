@@ -65,6 +65,21 @@ A crash leaves each entry old or 0, and the file with or without its tail, but w
 Last, what else is cut off is punched, before the answer, too; it keeps its entries, as anywhere. What a crash has left
 of all that is behind the end: growing zeroes it, too, but a QEMU that grows the image would show it.
 
+Replacing the backing file. The caller vouches that the guest reads the same through the new one, or through none. The
+whole image is locked, so that nothing changes meanwhile but data in place. Then
+
+    a commit   with sync: every entry and its data are durable, by the old rules, which the old header stands for
+    b name     the new name goes to a part of the header's clusters that the old header does not refer to; sync
+    c header   features, place and length of the name: the first 64 bytes, in one sector; sync. NEED_CHECK is not set:
+               nothing is dirty since a. Without a backing file, step 1 sets it before the next table changes
+    d engine   reads go through the new layer; barrier, zero entries and NEED_CHECK follow from header and layer
+
+What a crash leaves: in a, as in any commit; in b, the old header, and bytes that nothing refers to; in c, the old
+header or the new one, each with its name. Both read the same, as all that was committed does.
+
+If c fails, the file may have the new header. The old one is written again before anything else, as ever, and may be:
+b has spared its name.
+
 NEED_CHECK is cleared after a commit with sync that left nothing dirty: when the image has been idle, and on close.
 
 A failed sync is final: the kernel may have dropped the pages that it could not write, so no later sync can vouch for
@@ -78,7 +93,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import trio
@@ -230,6 +245,24 @@ class Committer:
         except BaseException:
             self.size = old
             raise
+
+    async def replace_backing(self, name: bytes, *, is_raw: bool, replaced: Callable[[], None]) -> None:
+        """Refer to another backing file, or to none (an empty `name`), durably: see the rulebook. `replaced` is called
+        as soon as the header says so, before any other task has its turn. Raises QedfuseError (ENAMETOOLONG), with
+        nothing changed, if the header has no room for the name; OSError. Once its commit has begun it is carried out.
+        """
+        offset = self.header.room_for_name(len(name), self._storage.path) if name else 0
+        self.check()
+        async with self._running:
+            with trio.CancelScope(shield=True):
+                await self._commit(durable=True)
+                if name:
+                    await self._storage.write(offset, [name])
+                    await self._sync()
+                header = self.header.with_backing_file(offset, len(name), is_raw=is_raw)
+                await self._write_header(header.with_feature(FEATURE_NEED_CHECK, False))
+                replaced()
+                self.changes += 1
 
     async def give_up_tail(self, end: int) -> None:
         """Cut the file at `end`: no entry refers to what lies behind. Raises OSError."""

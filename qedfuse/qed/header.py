@@ -6,11 +6,12 @@ the header's clusters, wherever backing_filename_offset says.
 
 from __future__ import annotations
 
+import errno
 import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qedfuse.errors import CorruptError, FormatError, UnsupportedError
+from qedfuse.errors import CorruptError, FormatError, QedfuseError, UnsupportedError
 from qedfuse.qed.geometry import Geometry
 from qedfuse.sizes import SECTOR_SIZE, whole_sectors
 
@@ -137,6 +138,29 @@ class Header:
 
     def with_feature(self, bit: int, on: bool) -> Header:
         return replace(self, features=self.features | bit if on else self.features & ~bit)
+
+    def room_for_name(self, size: int, path: str) -> int:
+        """The offset at which `size` bytes of a name can be put without touching the name that is there. Raises
+        QedfuseError (ENAMETOOLONG), with the image's `path`, if the header's clusters have no such room."""
+        gaps = [(HEADER_BYTES, self.header_bytes)]
+        if self.has_backing_file:
+            end = self.backing_filename_offset + self.backing_filename_size
+            gaps = [(HEADER_BYTES, self.backing_filename_offset), (end, self.header_bytes)]
+        room = min(MAX_BACKING_NAME, max(end - start for start, end in gaps))
+        if size > room:
+            raise QedfuseError(
+                path,
+                f"the backing file's name has {size} bytes; the header has room for {room}",
+                errno.ENAMETOOLONG,
+            )
+        return next(start for start, end in gaps if end - start >= size)
+
+    def with_backing_file(self, offset: int, size: int, *, is_raw: bool) -> Header:
+        """Another name, of `size` bytes at `offset`, or none (0, 0)."""
+        features = self.features & ~(FEATURE_BACKING_FILE | FEATURE_BACKING_FORMAT_NO_PROBE)
+        if size:
+            features |= FEATURE_BACKING_FILE | (FEATURE_BACKING_FORMAT_NO_PROBE if is_raw else 0)
+        return replace(self, features=features, backing_filename_offset=offset, backing_filename_size=size)
 
     def with_image_size(self, image_size: int) -> Header:
         return replace(self, image_size=image_size)

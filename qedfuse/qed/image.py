@@ -10,6 +10,7 @@ The order of writes that makes this safe is not decided here: `commit.py` owns i
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -353,6 +354,32 @@ class Image:
             await cut_off.forget(tail)
             await committer.give_up_tail(tail)
         await cut_off.punch()
+
+    async def set_backing(self, layer: Layer | None, name: str = "") -> Layer | None:
+        """Put `layer`, which other programs find by `name` (relative to the image's directory), below the image in the
+        place of what is there; None and no name: nothing. Durable on return; other calls go on meanwhile.
+
+        The caller vouches that the guest reads the same through the new layer as it does now, for all that the image
+        itself has not. The image owns and closes `layer` from then on. Returns the layer that was below, which is the
+        caller's: the new one may have a part of its chain.
+
+        Raises QedfuseError (ENAMETOOLONG), ReadOnlyError and ValueError before anything is changed; OSError: the image
+        reads through the old layer then, and `layer` stays the caller's. Cancelled: `backing` tells whether it has
+        happened.
+        """
+        committer = self._committer_of()
+        raw = os.fsencode(name)
+        if (layer is None) is not (not raw) or b"\0" in raw:
+            raise ValueError("a layer and its name belong together")
+        old = self._backing
+
+        def replaced() -> None:
+            self._backing = layer
+
+        async with self._locks.hold(0, FOREVER, exclusive=True):  # nothing is being read through the old layer
+            is_raw = layer is not None and layer.format == "raw"
+            await committer.replace_backing(raw, is_raw=is_raw, replaced=replaced)
+        return old
 
     async def flush(self) -> None:
         """Everything completed before this call is durable when it returns. Nothing to do on a read-only image.

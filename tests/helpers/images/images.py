@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qedfuse.chain.recovery import recover
@@ -32,11 +33,23 @@ POOL = PagePool()
 class Chain:
     """An image in RAM with what lies below it, bottom first: (file, format), none for an image without a backing file.
 
-    `name` is the image's, `name.N` the names of those below it when they are dumped.
+    `name` is the image's, `name.N` the names of those below it when they are dumped. `others`: what else the image may
+    have below it, as `below`, by the name in its header.
     """
 
     file: RamFile
     below: list[tuple[RamFile, str]]
+    others: dict[str, list[tuple[RamFile, str]]] = field(default_factory=dict)
+
+    def under(self, file: RamFile) -> Chain:
+        """The chain of `file`, a state of the image: over what its header names, if there is a choice."""
+        if not self.others:
+            return Chain(file, self.below)
+        name = backing_name(file)
+        if name in self.others:
+            return Chain(file, self.others[name])
+        assert name == (f"below{len(self.below) - 1}" if self.below else ""), f"it reads as over {name!r}"
+        return Chain(file, self.below)
 
     def layer_below(self) -> Layer | None:
         """The opened chain below the image, new storages each time."""
@@ -53,7 +66,11 @@ class Chain:
         """The chain as real files. `file` stands in for the image's own."""
         for number, (lower, _kind) in enumerate(self.below):
             dump(lower, directory / f"below{number}")
-        return dump(file or self.file, directory / name)
+        file = file or self.file
+        if self.below and (called := backing_name(file)) != f"below{len(self.below) - 1}":
+            (directory / called).unlink(missing_ok=True)
+            (directory / called).symlink_to(f"below{len(self.below) - 1}")
+        return dump(file, directory / name)
 
 
 def dump(file: RamFile, path: Path) -> Path:
@@ -64,6 +81,14 @@ def dump(file: RamFile, path: Path) -> Path:
                 target.seek(index * 4096)
                 target.write(page[: file.size - index * 4096])
     return path
+
+
+def backing_name(file: RamFile) -> str:
+    """What the image's header says; empty: it has no backing file."""
+    header = read_header(file)
+    if not header.has_backing_file:
+        return ""
+    return os.fsdecode(file.read(header.backing_filename_offset, header.backing_filename_size))
 
 
 def read_header(file: RamFile) -> Header:

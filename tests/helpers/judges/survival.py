@@ -118,11 +118,11 @@ class Run:
         self._seen.add(key)
         self.tried += 1
         header = read_header(file)
-        if self.chain.below or not header.needs_check:
+        if header.has_backing_file or not header.needs_check:
             await assert_sound(file, leaks=True)
         if thorough:  # what somebody sees who must not repair it
             await self._compare(await self._read_only(file), point)
-        image = await open_chain(Chain(file, self.chain.below))
+        image = await open_chain(self.chain.under(file))
         await self._compare(image, point)
         if thorough:
             await self._use(file, image)
@@ -132,7 +132,8 @@ class Run:
 
     async def _read_only(self, file: RamFile) -> Image:
         storage = RamStorage("image", file, writable=False)
-        return Image(storage, read_header(file), self.chain.layer_below(), writable=False, pool=POOL)
+        below = self.chain.under(file).layer_below()
+        return Image(storage, read_header(file), below, writable=False, pool=POOL)
 
     async def _compare(self, image: Image, point: CrashPoint) -> None:
         clusters, sizes = self.expect(point.when)
@@ -199,14 +200,15 @@ class Run:
     async def ask_qemu(self, file: RamFile, directory: Path) -> None:
         """QEMU opens the state (and repairs it, if it is unclean), finds nothing wrong and reads what we read."""
         self.qemu_states += 1
-        path = self.chain.dump(directory, file=file)
+        chain = self.chain.under(file)
+        path = chain.dump(directory)
         header = read_header(file)
-        if header.needs_check and not self.chain.below:
+        if header.needs_check and not chain.below:
             qemu("qemu-io", "-f", "qed", "-c", "read 0 512", path)
         qemu("qemu-img", "check", "-f", "qed", path, status=(0, 3))
         flat = directory / "flat.raw"
         qemu("qemu-img", "convert", "-f", "qed", "-O", "raw", path, flat)
-        image = await open_chain(Chain(file, self.chain.below))
+        image = await open_chain(chain)
         with flat.open("rb") as theirs:
             for start in range(0, image.size, 1 << 20):
                 assert await image.read(start, 1 << 20) == theirs.read(1 << 20)
