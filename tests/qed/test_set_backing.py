@@ -18,7 +18,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.chain.opening import open_image, open_layer
+from qedfuse.chain.chain import open_layer
+from qedfuse.chain.opening import open_image
 from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.layers.raw import RawLayer
 from qedfuse.layers.runs import Kind
