@@ -73,9 +73,14 @@ class Allocator:
         return any(have >= size for _start, have in self._free)
 
     @property
-    def unused(self) -> int:
-        """Bytes that are free, or will be after a commit."""
-        return sum(size for _start, size in self._free + self._lost)
+    def free(self) -> int:
+        """Bytes."""
+        return sum(size for _start, size in self._free)
+
+    @property
+    def lost(self) -> int:
+        """Bytes that are free after a commit."""
+        return sum(size for _start, size in self._lost)
 
     def _take_free(self, position: int, size: int) -> int:
         """From the front of a free run. Returns its offset."""

@@ -100,7 +100,7 @@ class ClusterWriter:
                 await self._put(host if head else host + skip, [head, part, tail] if head or tail else [part])
                 await self._set_entries(offset - skip, room, host)
             except BaseException:
-                self._lose(host, room)
+                self.lose(host, room)
                 raise
             self._write_behind(host, room, len(part))
             offset += len(part)
@@ -219,7 +219,7 @@ class ClusterWriter:
             await self._put(host, [data])
             await self._set_entries(start, room, host)
         except BaseException:
-            self._lose(host, room)
+            self.lose(host, room)
             raise
 
     # -- for the fast path --------------------------------------------------------------------------------------------
@@ -240,6 +240,10 @@ class ClusterWriter:
             self._allocator.lose(offset + size - lost, lost)
         self._committer.note_change()
         self._write_behind(offset, size, filled)
+
+    def unused(self) -> tuple[int, int]:
+        """Bytes that are free, and that are lost; see `Allocator`."""
+        return self._allocator.free, self._allocator.lost
 
     # -- small parts --------------------------------------------------------------------------------------------------
 
@@ -289,7 +293,8 @@ class ClusterWriter:
         """New clusters to which nothing was written."""
         self._allocator.take_back(host, size)
 
-    def _lose(self, host: int, size: int) -> None:
+    def lose(self, host: int, size: int) -> None:
+        """New clusters to which something was written, and to which no entry refers."""
         self._allocator.lose(host, size)
         self._committer.note_change()
 

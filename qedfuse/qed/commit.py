@@ -93,7 +93,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import trio
@@ -111,7 +111,14 @@ log = logging.getLogger("qedfuse")
 #: Dirty pages at which writers commit first: 1 MiB of tables.
 MAX_DIRTY_PAGES = 256
 
-_Group = list[tuple[PageMap, int, int, bytes]]
+_Pages = list[tuple[PageMap, int, int, bytes]]
+
+
+class _Flush:
+    """Callers of `flush` that share one commit: all that came before it began."""
+
+    def __init__(self) -> None:
+        self.error: OSError | None = OSError(errno.EIO, "the commit did not end")
 
 
 class Committer:
@@ -135,9 +142,7 @@ class Committer:
         )
         self.size = header.image_size  # the guest's; a grown one the header has after the next commit with sync
         self._running = trio.Semaphore(1, max_value=1)  # a lock that belongs to no task
-        self._started = 0
-        self._results: dict[int, OSError | None] = {}
-        self._waiting: dict[int, int] = {}
+        self._group = _Flush()  # for those that ask from now on
         self.dirty = trio.Event()  # tables have changed since `commit_timer.py` has looked
         self.changes = 0  # counts them
         self.writes = 0  # counts those of guest data and of pages, or bursts of them
@@ -176,33 +181,24 @@ class Committer:
         self.check()
         if not self.unsynced and not self._dirty and not self._committing:
             return
-        ticket = self._started + 1
-        self._waiting[ticket] = self._waiting.get(ticket, 0) + 1
+        group = self._group
+        if self._committing:
+            await self._running.acquire()
+        else:  # as a rule; and without a trip through the event loop
+            self._running.acquire_nowait()
         try:
-            if self._committing:
-                await self._running.acquire()
-            else:  # as a rule; and without a trip through the event loop
-                self._running.acquire_nowait()
-            try:
-                if self._started < ticket:
-                    self._started = ticket
-                    self._results[ticket] = OSError(errno.EIO, "the commit did not end")
-                    with trio.CancelScope(shield=True):
-                        try:
-                            await self._commit(durable=True)
-                            self._results[ticket] = None
-                        except OSError as error:
-                            self._results[ticket] = error
-            finally:
-                self._running.release()
-            result = self._results[ticket]
+            if group is self._group:  # the first of it whose turn it is
+                self._group = _Flush()
+                with trio.CancelScope(shield=True):
+                    try:
+                        await self._commit(durable=True)
+                        group.error = None
+                    except OSError as error:
+                        group.error = error
         finally:
-            self._waiting[ticket] -= 1
-            if not self._waiting[ticket]:
-                del self._waiting[ticket]
-                self._results.pop(ticket, None)
-        if result is not None:
-            raise OSError(result.errno, result.strerror) from result
+            self._running.release()
+        if group.error is not None:
+            raise OSError(group.error.errno, group.error.strerror) from group.error
 
     def begin_flush(self) -> Coroutine[Any, Any, None] | None:
         """`flush`, as a coroutine for a `Stepper`, to be driven from now to its end. None: it would have to wait for
@@ -213,8 +209,7 @@ class Committer:
         return self._flush_alone()
 
     async def _flush_alone(self) -> None:
-        self._running.acquire_nowait()
-        self._started += 1
+        self._running.acquire_nowait()  # nothing waits for a turn, so no group has formed
         try:
             if self.unsynced or self._dirty:
                 await self._commit(durable=True)
@@ -319,8 +314,8 @@ class Committer:
                 await self.growth.extend()
                 await self._mark()
                 table_bits = tables.geometry.table_page_bits
-                new: _Group = []
-                old: _Group = []
+                new: _Pages = []
+                old: _Pages = []
                 for item in group:
                     fresh = item[0] is tables.l2 and item[1] >> table_bits in new_tables
                     (new if fresh else old).append(item)
@@ -350,13 +345,13 @@ class Committer:
         return self._tables.dirty_l1 if level is self._tables.l1 else self._tables.dirty_l2
 
     @staticmethod
-    def _take(level: PageMap, dirty: set[int]) -> _Group:
+    def _take(level: PageMap, dirty: set[int]) -> _Pages:
         """Copies of a level's dirty pages; they stay pinned until they are written."""
         group = [(level, index, level.hosts[index], bytes(level.pages[index])) for index in dirty]
         dirty.clear()
         return group
 
-    async def _write_pages(self, group: Iterable[tuple[PageMap, int, int, bytes]]) -> None:
+    async def _write_pages(self, group: _Pages) -> None:
         """Write pages, those that adjoin in the file with one call."""
         run: list[bytes] = []
         start = end = 0

@@ -137,7 +137,7 @@ class DeviceGrowth(Growth):
     @property
     def room(self) -> int:
         """Before `measure`, and the first new cluster, the device's size."""
-        return self._reserve.total + self._allocator.unused
+        return self._reserve.total + self._allocator.free + self._allocator.lost
 
     async def _extend(self, room: int) -> None:
         """A device is full when nothing is on its way back either."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
 
@@ -40,6 +40,19 @@ _ENTRY_MASK = PAGE_ENTRIES - 1
 #: One step of a long operation: bounds memory, lock time and the group.
 _STEP_BYTES = 8 << 20
 _STEP_CLUSTERS = 16 * PAGE_ENTRIES
+
+
+class Stats(NamedTuple):
+    """Of one image: how many pages of its tables are in memory, and dirty; how many tables the file's L1 table does not
+    refer to yet; where clusters end in the file, how much of it before that is free, and how much will be after a
+    commit (bytes)."""
+
+    pages: int
+    dirty_pages: int
+    new_tables: int
+    file_end_bytes: int
+    free_bytes: int
+    lost_bytes: int
 
 
 class Image:
@@ -392,6 +405,27 @@ class Image:
     def begin_flush(self) -> Coroutine[Any, Any, None] | None:
         """See `Committer.begin_flush`."""
         return self._committer.begin_flush() if self._committer else _nothing()
+
+    async def write_back(self) -> None:
+        """Bring dirty tables to the file, as the timer does; durable only as far as the order needs it. Raises
+        OSError."""
+        if self._committer:
+            await self._committer.write_back()
+
+    def stats(self) -> Stats:
+        """What is in memory and waits, as of now."""
+        free = lost = 0
+        if self._committer:
+            free, lost = self._writer.unused()
+        tables = self._tables
+        return Stats(
+            len(tables.l1.pages) + len(tables.l2.pages),
+            tables.dirty_pages,
+            len(tables.new_tables),
+            tables.ends.end,
+            free,
+            lost,
+        )
 
     async def clean(self) -> None:
         """Flush, and mark the image as one that was closed in good order. Raises OSError as `flush` does.

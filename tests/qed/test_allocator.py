@@ -68,7 +68,7 @@ def test_every_cluster_is_in_one_place(steps: list[tuple[str, int, int]]) -> Non
         runs = list(allocator._free)
         assert set[int]().union(*(clusters(*run) for run in runs)) == free
         assert all(start + size < following for (start, size), (following, _) in pairwise(runs))
-        assert allocator.has_lost == bool(lost) and allocator.unused == (len(free) + len(lost)) * C
+        assert allocator.has_lost == bool(lost) and (allocator.free, allocator.lost) == (len(free) * C, len(lost) * C)
         assert set[int]().union(*(clusters(*run) for run in used)) | free | lost == set(range(10, allocator.end // C))
 
 
