@@ -44,7 +44,7 @@ async def prepare(image: Image) -> None:
     await image.write(0, b"first")
     await image.flush()
     await image.write(FRESH, b"second")
-    committer = image._committer
+    committer = image.committer
     assert committer is not None
     while committer._committing:  # noqa: ASYNC110  # the mark
         await trio.sleep(0.01)
@@ -174,7 +174,7 @@ def test_not_while_the_file_has_to_grow(tmp_path: Path) -> None:
     async def main() -> None:
         async with open_image(path) as image:
             await prepare(image)
-            committer = image._committer
+            committer = image.committer
             assert committer is not None
             committer.growth.file_size -= 128 << 20
             assert image.begin_flush() is None
@@ -258,9 +258,8 @@ class TestNative:
             async with open_image(path) as image, trio.open_nursery() as nursery:
                 await image.write(0, b"x" * 1024 * KIB)
                 await image.flush()
-                assert image._committer is not None
                 for offset in range(0, 1024 * KIB, 512):  # as if they had been lost: there is nothing behind the end
-                    image._committer._allocator.lose((1 << 40) + 2 * offset, 512)
+                    image.clusters.lose((1 << 40) + 2 * offset, 512)
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.start_soon(take_turns)
                 await trio.sleep(0.01)

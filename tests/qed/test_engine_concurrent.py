@@ -239,7 +239,6 @@ def test_memory_for_tables_is_bounded() -> None:
         size = 64 * TINIEST.l2_coverage
         chain, guest = await new_guest(5, size, False, TINIEST, pool)
         image = guest.image
-        assert image._committer
         for number in range(64):
             await guest.write(number * TINIEST.l2_coverage + 4 * SECTOR, SECTOR)
             if number % 4 == 3:
@@ -268,7 +267,7 @@ def test_dirty_tables_are_bounded_without_a_timer() -> None:
             await guest.image.write(number * TINIEST.l2_coverage, b"x" * SECTOR)
             most = max(most, pool.in_use)
         assert MAX_DIRTY_PAGES <= most <= MAX_DIRTY_PAGES + 8
-        assert guest.image._tables.dirty_pages < 50
+        assert guest.image.stats().dirty_pages < 50
         await guest.image.close()
         await assert_sound(chain.file)
 
@@ -306,16 +305,15 @@ def test_close_meets_the_timer(backing: bool) -> None:
         chain, guest = await new_guest(seed, 10 * CLUSTER, backing)
 
         async def timer() -> None:
-            assert guest.image._committer
             while True:
                 for _ in range(rnd.randrange(20)):
                     await trio.lowlevel.checkpoint()
                 if guest.image.storage.closed:  # type: ignore[attr-defined]
                     with raises_errno(errno.EBADF):
-                        await guest.image._committer.write_back()
+                        await guest.image.write_back()
                     return
                 with suppress(QedfuseError):  # it may be closed while we wait for the lock
-                    await guest.image._committer.write_back()
+                    await guest.image.write_back()
 
         async with trio.open_nursery() as nursery:
             await guest.write(0, CLUSTER)  # brings the L2 table

@@ -205,14 +205,14 @@ class ImageMachine(RuleBasedStateMachine):
 
     @rule()
     def write_back(self) -> None:
-        assert self.image and self.image._committer
-        self.do(self.image._committer.write_back)
+        assert self.image
+        self.do(self.image.write_back)
 
     @rule()
     def clean(self) -> None:
         """What an idle image does."""
-        assert self.image and self.image._committer
-        self.do(self.image._committer.clean)
+        assert self.image
+        self.do(self.image.clean)
         assert not self.image.header.needs_check
 
     @rule(offset=offsets(MAX_SIZE + 10 * CLUSTER), size=long_sizes)

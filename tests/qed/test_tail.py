@@ -109,11 +109,11 @@ def test_what_lies_among_others_becomes_holes(backing: bool, tmp_path: Path) -> 
         await image.write(TABLE + CLUSTER, fill(2, 0, CLUSTER))
         await image.write(0, fill(3, 0, CLUSTER))
         await image.flush()
-        before = image._writer._allocator.end
+        before = image.stats().file_end_bytes
         await image.write(2 * TABLE + CLUSTER, fill(4, 0, 4 * CLUSTER))
         await image.flush()
         await image.resize(CLUSTER)
-        assert image._writer._allocator.end == before
+        assert image.stats().file_end_bytes == before
         result = await closed(chain, image)
         assert result.past_end_clusters == 2 * TINY.table_size + 2
         held = len(chain.file.pages) * CLUSTER
@@ -137,15 +137,15 @@ def test_what_lies_among_others_becomes_holes(backing: bool, tmp_path: Path) -> 
 def test_zeroing_all_keeps_the_mapping_and_no_data(how: str, size: int, backing: bool, tmp_path: Path) -> None:
     async def main() -> None:
         chain, image = await full_image(size, backing=backing)
-        end, changes = image._writer._allocator.end, len(image.tables.dirty_l2)
+        end, changes = image.stats().file_end_bytes, image.stats().dirty_pages
         size_now = image.size
         await (image.zero if how == "zero" else image.discard)(0, size_now)
         if not backing:
-            assert len(image.tables.dirty_l2) == changes == 0
+            assert image.stats().dirty_pages == changes == 0
         assert not any(await image.read(0, size_now))
         await image.write(TABLE + SECTOR, b"again")
         await image.flush()
-        assert image._writer._allocator.end == end
+        assert image.stats().file_end_bytes == end
         await image.zero(0, size_now)
         await closed(chain, image)
         assert all(not any(page) or index * CLUSTER < chain.file.size for index, page in chain.file.pages.items())

@@ -258,15 +258,11 @@ class Guest:
 
     async def write_back(self) -> None:
         """What the commit timer does."""
-        committer = self.image._committer
-        assert committer
-        await committer.write_back()
+        await self.image.write_back()
 
     async def clean(self) -> None:
         """What the timer does when the image has been idle."""
-        committer = self.image._committer
-        assert committer
-        await committer.clean()
+        await self.image.clean()
 
     async def read(self, offset: int, size: int) -> None:
         """Read whole sectors and compare: each is one of the visible versions, or (if `torn`) each of its bytes is."""

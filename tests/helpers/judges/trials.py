@@ -43,7 +43,7 @@ class StubbornGuest(Guest):
     may_leak: bool = False
 
     def __post_init__(self) -> None:
-        drop = self.image._writer.drop_table
+        drop = self.image.clusters.drop_table
 
         async def drop_table(index: int) -> None:
             try:
@@ -52,7 +52,7 @@ class StubbornGuest(Guest):
                 self.may_leak = True
                 raise
 
-        self.image._writer.drop_table = drop_table  # type: ignore[method-assign,assignment]
+        self.image.clusters.drop_table = drop_table  # type: ignore[method-assign,assignment]
 
     async def attempt(self, what: Coroutine[object, object, None], *, flushing: bool = False) -> bool:
         """Whether it has succeeded."""

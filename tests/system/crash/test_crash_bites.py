@@ -11,6 +11,7 @@ import pytest
 from qedfuse.errors import CorruptError
 from qedfuse.layers.runs import Kind
 from qedfuse.qed import growth as growing
+from qedfuse.qed.allocator import Allocator
 from qedfuse.qed.cluster_writer import ClusterWriter
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.header import FEATURE_NEED_CHECK
@@ -136,17 +137,15 @@ def test_discards_that_give_up_their_cluster(monkeypatch: pytest.MonkeyPatch, ba
     expect_failure(churn, backing)
 
 
-def test_lost_clusters_come_back_before_the_punch_is_durable() -> None:
+def test_lost_clusters_come_back_before_the_punch_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a backing file: what was not written shows beside what was."""
 
     async def punch_now(guest: Guest) -> None:
-        allocator = guest.image._committer._allocator  # type: ignore[union-attr]
-
-        def lose_and_find(offset: int, size: int) -> None:
+        def lose_and_find(self: Allocator, offset: int, size: int) -> None:
             guest.image.storage.apply_punch(offset, size)  # type: ignore[attr-defined]
-            allocator.put_free([(offset, size)])
+            self.put_free([(offset, size)])
 
-        allocator.lose = lose_and_find  # type: ignore[method-assign]
+        monkeypatch.setattr(Allocator, "lose", lose_and_find)
         guest.may_fail = True
         await lose(guest)
 
