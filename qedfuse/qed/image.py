@@ -32,8 +32,8 @@ from qedfuse.qed.geometry import UNALLOCATED, ZERO_CLUSTER, Geometry
 from qedfuse.qed.header import Header
 from qedfuse.qed.pages import PagePool, shared_pool
 from qedfuse.qed.range_lock import FOREVER, RangeLock
+from qedfuse.qed.resize import Resizer
 from qedfuse.qed.tables import Tables
-from qedfuse.qed.tail import CutOff
 from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, round_up
 
 _ENTRY_MASK = PAGE_ENTRIES - 1
@@ -94,7 +94,6 @@ class Image:
         lenient = header.needs_check and not writable and backing is None
         self._tables = Tables(storage, header, pool or shared_pool(), lenient=lenient)
         self._l2_pages = self._tables.l2.pages
-        self._data_start = header.header_bytes
         self._locks = RangeLock()
         self._closed = False
         self._committer: Committer | None = None
@@ -109,6 +108,7 @@ class Image:
         tables.begin_writing(allocator)
         self._committer = Committer(storage, self._header, tables, allocator)
         self._writer = ClusterWriter(storage, tables, allocator, self._committer, self)
+        self._resizer = Resizer(storage, tables, self._committer, self._begin_change)
         self.writable = True
         self._writing.set()
 
@@ -273,7 +273,7 @@ class Image:
                     raise QedfuseError(self.path, "no space: the image's size is fixed", errno.ENOSPC)
                 async with self._locks.hold(0, FOREVER, exclusive=True):
                     if end > self.size:
-                        await self._grow(round_up(end, SECTOR_SIZE))
+                        await self._resizer.grow(round_up(end, SECTOR_SIZE))
             async with self._locks.hold(*self._clusters(offset, len(data)), exclusive=True):
                 if end <= self.size:  # nobody shrank it meanwhile
                     return await clusters.write(offset, data, self.size)
@@ -325,48 +325,9 @@ class Image:
             raise QedfuseError(self.path, "the image's size is fixed", errno.EPERM)
         async with self._locks.hold(0, FOREVER, exclusive=True):
             if size < self.size:
-                await self._shrink(size)
+                await self._resizer.shrink(size)
             elif size > self.size:
-                await self._grow(round_up(size, SECTOR_SIZE))
-
-    async def _grow(self, size: int) -> None:
-        """Behind the old end the tables and the backing file may hold anything: make it read as zeroes first."""
-        if size > self.geometry.max_image_size:
-            limit = self.geometry.max_image_size
-            raise QedfuseError(self.path, f"file too large: this geometry maps at most {limit} bytes", errno.EFBIG)
-        clusters = await self._begin_change()
-        await clusters.clear_tail(self.size, growing=True)
-        offset = round_up(self.size, self.geometry.cluster_size)
-        breathe = Breather()
-        while offset < size:
-            clusters = await self._begin_change()
-            offset += await clusters.zero(offset, size - offset, size)
-            await breathe()
-        self._committer_of().grow(size)
-
-    async def _shrink(self, end: int) -> None:
-        """The header first: a crash must not leave a large image that has lost its end. Then all behind `end` goes,
-        first the rest of its sector, which stays inside the image, and of its cluster. What may lack space comes before
-        all that: no error must leave an image that is smaller but for that."""
-        clusters = await self._begin_change()
-        committer = self._committer_of()
-        old, size = self.size, round_up(end, SECTOR_SIZE)
-        if end < size:
-            await clusters.own(end, old)
-        if size < old:
-            await committer.shrink(size)
-        clusters = await self._begin_change()
-        if end < size:
-            await clusters.zero(end, size - end, size)
-        await clusters.clear_tail(size, growing=False)
-        if size == old:
-            return
-        cut_off = CutOff(self.storage, committer.header, self._tables, self._begin_change)
-        tail = self._data_start if self.storage.fixed else await cut_off.find_tail()
-        if tail < self._tables.ends.end:
-            await cut_off.forget(tail)
-            await committer.give_up_tail(tail)
-        await cut_off.punch()
+                await self._resizer.grow(round_up(size, SECTOR_SIZE))
 
     async def set_backing(self, layer: Layer | None, name: str = "") -> Layer | None:
         """Put `layer`, which other programs find by `name` (relative to the image's directory), below the image in the

@@ -15,8 +15,8 @@ from qedfuse.qed.allocator import Allocator
 from qedfuse.qed.cluster_writer import ClusterWriter
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.header import FEATURE_NEED_CHECK
-from qedfuse.qed.image import Image
 from qedfuse.qed.pages import PageMap
+from qedfuse.qed.resize import Resizer
 from qedfuse.qed.tables import Tables
 from qedfuse.qed.tail import CutOff
 from qedfuse.sizes import round_up
@@ -217,14 +217,14 @@ def test_shrink_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch, backing: str
 
 def test_grow_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The larger size is written before the entries that hide the backing file."""
-    original = Image._grow
+    original = Resizer.grow
 
-    async def broken(self: Image, size: int) -> None:
-        committer = self._committer_of()
+    async def broken(self: Resizer, size: int) -> None:
+        committer = self._committer
         await committer._write_header(committer.header.with_image_size(size))
         await original(self, size)
 
-    monkeypatch.setattr(Image, "_grow", broken)
+    monkeypatch.setattr(Resizer, "grow", broken)
     expect_failure(grow, "longer")
 
 
@@ -238,24 +238,24 @@ def test_grow_without_hiding_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shrink_to_whole_sectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is cut off inside of a sector stays."""
-    original = Image._shrink
+    original = Resizer.shrink
 
-    async def rounded(self: Image, end: int) -> None:
+    async def rounded(self: Resizer, end: int) -> None:
         await original(self, round_up(end, 512))
 
-    monkeypatch.setattr(Image, "_shrink", rounded)
+    monkeypatch.setattr(Resizer, "shrink", rounded)
     expect_failure(cut, "alone")
 
 
 def test_shrink_before_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is cut off is zeroed while the image may still have it after a crash."""
-    original = Image._shrink
+    original = Resizer.shrink
 
-    async def early(self: Image, end: int) -> None:
-        await self._writer.clear_tail(round_up(end, 512), growing=False)
+    async def early(self: Resizer, end: int) -> None:
+        await (await self._begin_change()).clear_tail(round_up(end, 512), growing=False)
         await original(self, end)
 
-    monkeypatch.setattr(Image, "_shrink", early)
+    monkeypatch.setattr(Resizer, "shrink", early)
     expect_failure(shrink, "alone")
 
 
