@@ -334,7 +334,8 @@ class Image:
         place of what is there; None and no name: nothing. Durable on return; other calls go on meanwhile.
 
         The caller vouches that the guest reads the same through the new layer as it does now, for all that the image
-        itself has not. The image owns and closes `layer` from then on. Returns the layer that was below, which is the
+        itself has not, and that nothing reads past this object, as the fast path does: of an image that is mounted, the
+        slot is quiesced. The image owns and closes `layer` from then on. Returns the layer that was below, which is the
         caller's: the new one may have a part of its chain.
 
         Raises QedfuseError (ENAMETOOLONG), ReadOnlyError and ValueError before anything is changed; OSError: the image

@@ -39,6 +39,7 @@ class NativeView:
     """
 
     __slots__ = (
+        "_backing",
         "_clusters",
         "_committer",
         "_image",
@@ -61,6 +62,7 @@ class NativeView:
         self.data_start = image.header.header_bytes
         self.l1_offset = image.header.l1_table_offset
         self._image = image
+        self._backing = image.backing
         self._tables = image.tables
         self._locks = image.locks
         self._committer: Committer | None = None
@@ -75,7 +77,10 @@ class NativeView:
     # -- asked --------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Bring the attributes that change up to date. Once in each burst: every nanosecond counts."""
+        """Bring the attributes that change up to date. Once in each burst: every nanosecond counts. Raises
+        AssertionError if there is another backing file than C knows of: then all is left to Python."""
+        if self._image.backing is not self._backing:
+            raise AssertionError("the backing file was replaced behind the fast path's back")
         self.size = self._image.size
         self.file_end = self._tables.ends.end
         self.writable = False

@@ -24,6 +24,7 @@ from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.layers.raw import RawLayer
 from qedfuse.layers.runs import Kind
 from qedfuse.qed.image import Image
+from qedfuse.qed.native_view import NativeView
 from qedfuse.tools.create import create_image
 from tests.helpers.doubles.faults import Fault, FaultStorage
 from tests.helpers.doubles.ram import RamStorage
@@ -150,6 +151,19 @@ async def test_a_read_through_the_old_layer_comes_to_its_end_first() -> None:
         SlowStorage.gate.set()
     assert found == [b"aa"]
     assert image.backing is not slow
+    await image.close()
+
+
+@in_trio
+async def test_what_reads_past_the_image_is_told() -> None:
+    """A view of before is of no use any more: C knows another layer below."""
+    image = await open_chain(await over_a())
+    view = NativeView(image)
+    view.refresh()
+    await image.set_backing(layer(b"b"), "b")
+    with pytest.raises(AssertionError, match="was replaced"):
+        view.refresh()
+    NativeView(image).refresh()
     await image.close()
 
 
