@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from qedfuse.chain.current import names_are_current
-from qedfuse.chain.opening import open_image
+from qedfuse.chain.opening import open_for_use
 from qedfuse.daemon.background import make_room
 from qedfuse.daemon.config import MountConfig
 from qedfuse.daemon.control_server import ControlServer
@@ -144,21 +144,21 @@ class Daemon:
         writable = bool(self._config.directories)
         for path in self._config.images:
             mounted = make(path, in_directory=False)
-            image = await mounted.acquire(to_write=True)
-            writable |= image.writable
+            async with await mounted.acquire(to_write=True) as image:
+                writable |= image.writable
             try:
                 if self._config.over_file:
-                    self._tree.set_root(mounted, image)
+                    self._tree.set_root(mounted)
                 else:
-                    self._tree.add(mounted, image)
+                    self._tree.add(mounted)
             except OSError:
                 await mounted.close()
                 raise
         if not writable:
             self._options = replace(self._options, read_only=True)
 
-    def _open(self, path: str, *, in_directory: bool) -> AbstractAsyncContextManager[Image]:
-        return open_image(
+    async def _open(self, path: str, *, in_directory: bool) -> Image:
+        return await open_for_use(
             path,
             read_only=True,
             fixed_size=self._options.fixed_size,
@@ -213,13 +213,13 @@ class Daemon:
     async def _settle(self, operations: Operations, mount: Mount) -> None:
         """Wait until the kernel uses the mount, and tell it what it does not ask for."""
         await operations.initialized.wait()
-        image = self._tree.root.mounted.opened if self._tree.root else None
-        if image is not None:
+        root = self._tree.root
+        if root is not None and root.mounted.opened is not None:
             # In a thread: its place may be locked by an early reader.
-            await trio.to_thread.run_sync(session.tell_root_size, image.size)
+            await trio.to_thread.run_sync(session.tell_root_size, root.mounted.opened.size)
             if self._options.writeback:
                 clock = RootClock(mount, lambda: operations.counts.totals()["write"])
-                await clock.start(image)
+                await clock.start(root.mounted.slot)
                 operations.on_close = clock.update
         operations.settling = False
 

@@ -17,10 +17,10 @@ from functools import partial
 import trio
 
 from qedfuse.errors import QedfuseError
+from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.host.lookups import abandonable
 from qedfuse.host.mountinfo import Mount
 from qedfuse.native import _sidecar
-from qedfuse.qed.image import Image
 from qedfuse.text import describe
 
 #: Seconds that setting the times may take, and at the start.
@@ -47,39 +47,42 @@ class RootClock:
         self._lock = trio.Lock()
         self._one = trio.CapacityLimiter(1)  # still taken by a call that has lasted too long
 
-    async def start(self, image: Image) -> None:
+    async def start(self, slot: ImageSlot) -> None:
         """Tell times for the first time. Raises QedfuseError if the kernel believes in another size than the image's:
         then the mount is not usable. That the times cannot be told is only logged."""
         try:
-            size = await self._set_times(image, _START_PATIENCE)
+            size = await self._set_times(slot, _START_PATIENCE)
         except OSError as error:
             self._complain(error)
             return
-        if size is not None and size != image.size:
+        async with slot as image:
+            wanted = image.size
+        if size is not None and size != wanted:
             raise QedfuseError(
-                self._mountpoint, f"mounted, but not usable: the kernel shows {size} bytes instead of {image.size}"
+                self._mountpoint, f"mounted, but not usable: the kernel shows {size} bytes instead of {wanted}"
             )
 
-    async def update(self, image: Image) -> None:
+    async def update(self, slot: ImageSlot) -> None:
         """A handle on the root is being closed. What fails is logged, and tried again with the next one."""
         async with self._lock:
             count = self._count()
-            if count != self._told and self._one.available_tokens and await self._tell(image):
+            if count != self._told and self._one.available_tokens and await self._tell(slot):
                 self._told = count
 
-    async def _tell(self, image: Image) -> bool:
+    async def _tell(self, slot: ImageSlot) -> bool:
         try:
-            return await self._set_times(image, _PATIENCE) is not None
+            return await self._set_times(slot, _PATIENCE) is not None
         except OSError as error:
             if error.errno == errno.ENODEV:
                 return True  # the mount has left its place: what has it open goes on, but not by this path
             self._complain(error)
             return False
 
-    async def _set_times(self, image: Image, seconds: float) -> int | None:
+    async def _set_times(self, slot: ImageSlot, seconds: float) -> int | None:
         """The size that the kernel believes in; None if it takes longer than this (a writer waits for a slow disk with
         the file locked, or the kernel's requests are answered no longer). Raises OSError."""
-        status = image.storage.stat()
+        async with slot as image:
+            status = image.storage.stat()
         arguments = (self._mountpoint, self._device, status.st_atime_ns, status.st_mtime_ns)
         with trio.move_on_after(seconds):
             return await abandonable(partial(_sidecar.set_times, *arguments), self._one)

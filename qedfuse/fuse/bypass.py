@@ -18,13 +18,13 @@ import trio
 
 from qedfuse.fuse.complaints import Complaints
 from qedfuse.fuse.fallocate import fallocate
+from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.last_seek import LastSegments
 from qedfuse.fuse.replaced import check_not_replaced, may_be_replaced
 from qedfuse.host.lookups import abandonable
 from qedfuse.host.stepping import Stepper
 from qedfuse.host.storage import Buffer
 from qedfuse.layers.seek import find_segments
-from qedfuse.qed.image import Image
 
 Ts = TypeVarTuple("Ts")
 
@@ -60,22 +60,22 @@ class Request(Protocol):
 
 class HandOver:
     """The handlers. `nursery`: where they run that cannot answer inline; what must not be left half done there is
-    shielded from its cancellation. `images`: the open ones, by handle. `has_writers`: whether the kernel may have data
-    of an image that it has not written yet; None: it never has. `in_python`: see `FastPath.in_python`.
+    shielded from its cancellation. `slots`: of the open files, by handle. `has_writers`: whether the kernel may have
+    data of an image that it has not written yet; None: it never has. `in_python`: see `FastPath.in_python`.
 
-    C calls `read`, `fsync`, `fallocate` and `seek` for handles that are among `images`, in the middle of a system call
+    C calls `read`, `fsync`, `fallocate` and `seek` for handles that are among `slots`, in the middle of a system call
     of pyfuse3's. They return whether the request has been answered; if not, a task will do it. Offsets, sizes: bytes.
     """
 
     def __init__(
         self,
         nursery: trio.Nursery,
-        images: Mapping[int, Image],
-        has_writers: Callable[[Image], bool] | None,
+        slots: Mapping[int, ImageSlot],
+        has_writers: Callable[[ImageSlot], bool] | None,
         in_python: tuple[Callable[[], None], Callable[[], None]],
     ) -> None:
         self._nursery = nursery
-        self._images = images
+        self._slots = slots
         self._has_writers = has_writers
         self._enter, self._leave = in_python
         self._complaints = Complaints()
@@ -97,12 +97,13 @@ class HandOver:
     # -- READ ---------------------------------------------------------------------------------------------------------
 
     def read(self, request: Request, fh: int, offset: int, size: int, /) -> bool:
-        self._begin(self._read, request, self._images[fh], offset, size)
+        self._begin(self._read, request, self._slots[fh], offset, size)
         return False
 
-    async def _read(self, request: Request, image: Image, offset: int, size: int) -> None:
+    async def _read(self, request: Request, slot: ImageSlot, offset: int, size: int) -> None:
         try:
-            data = await image.read(offset, size)
+            async with slot as image:
+                data = await image.read(offset, size)
         except Exception as error:
             _send(request.reply, self._complaints.errno_of(error, "read"))
         else:
@@ -113,16 +114,18 @@ class HandOver:
     def fsync(self, request: Request, fh: int, /) -> bool:
         """The commit, a system call at a time, for as long as each is done in a moment (see `offload.py`), and all of
         them in a few: after writes that failed there may be thousands of clusters to punch."""
-        image = self._images[fh]
+        slot = self._slots[fh]
         end = time.monotonic() + _INLINE
         try:
-            flush = None if may_be_replaced(image) else image.begin_flush()
+            image = slot.ready
+            flush = None if image is None or may_be_replaced(image) else image.begin_flush()
             if flush is None:
-                self._begin(self._flush, request, image)
+                self._begin(self._flush, request, slot)
                 return False
             stepper = Stepper(flush)
             if not stepper.run_inline(end):
-                self._begin(self._finish_flush, request, stepper)
+                slot.hold()
+                self._begin(self._finish_flush, request, slot, stepper)
                 return False
         except Exception as error:
             _send(request.reply, self._complaints.errno_of(error, "fsync"))
@@ -130,19 +133,23 @@ class HandOver:
             _send(request.reply)
         return True
 
-    async def _finish_flush(self, request: Request, stepper: Stepper) -> None:
+    async def _finish_flush(self, request: Request, slot: ImageSlot, stepper: Stepper) -> None:
+        """`slot` is held for that."""
         code = 0
         try:
             await stepper.finish()
         except Exception as error:
             code = self._complaints.errno_of(error, "fsync")
+        finally:
+            slot.release()
         _send(request.reply, code)
 
-    async def _flush(self, request: Request, image: Image) -> None:
+    async def _flush(self, request: Request, slot: ImageSlot) -> None:
         code = 0
         try:
-            await image.flush()
-            await check_not_replaced(image)
+            async with slot as image:
+                await image.flush()
+                await check_not_replaced(image)
         except Exception as error:
             code = self._complaints.errno_of(error, "fsync")
         _send(request.reply, code)
@@ -151,28 +158,30 @@ class HandOver:
 
     def fallocate(self, request: Request, fh: int, offset: int, size: int, mode: int, /) -> bool:
         """`mode`: as in fallocate(2)."""
-        self._begin(self._fallocate, request, self._images[fh], mode, offset, size)
+        self._begin(self._fallocate, request, self._slots[fh], mode, offset, size)
         return False
 
-    async def _fallocate(self, request: Request, image: Image, mode: int, offset: int, size: int) -> None:
+    async def _fallocate(self, request: Request, slot: ImageSlot, mode: int, offset: int, size: int) -> None:
         code = 0
         try:
-            await fallocate(image, mode, offset, size)
+            async with slot as image:
+                await fallocate(image, mode, offset, size)
         except Exception as error:
-            code = _errno_of(error, image)
+            code = _errno_of(error, slot)
         _send(request.reply, code)
 
     def seek(self, request: Request, fh: int, offset: int, whence: int, /) -> bool:
         """`whence`: SEEK_DATA or SEEK_HOLE; the kernel does the others itself."""
-        image = self._images[fh]
-        if self._seek_known(request, image, offset, whence):
+        slot = self._slots[fh]
+        if self._seek_known(request, slot, offset, whence):
             return True
-        self._begin(self._answer_seek, request, image, offset, whence)
+        self._begin(self._answer_seek, request, slot, offset, whence)
         return False
 
-    def _seek_known(self, request: Request, image: Image, offset: int, whence: int) -> bool:
+    def _seek_known(self, request: Request, slot: ImageSlot, offset: int, whence: int) -> bool:
         """Answer an LSEEK from what the one before has found."""
-        if self._is_cached(image):
+        image = slot.ready
+        if image is None or self._is_cached(slot):
             return False
         found = self._last.seek(image, offset, data=whence == os.SEEK_DATA)
         if found is None:
@@ -183,45 +192,47 @@ class HandOver:
             _send(request.reply_offset, found)
         return True
 
-    async def _answer_seek(self, request: Request, image: Image, offset: int, whence: int) -> None:
+    async def _answer_seek(self, request: Request, slot: ImageSlot, offset: int, whence: int) -> None:
         try:
-            found = await self._seek(request, image, offset, whence)
+            found = await self._seek(request, slot, offset, whence)
         except Exception as error:
-            _send(request.reply, _errno_of(error, image))
+            _send(request.reply, _errno_of(error, slot))
         else:
             _send(request.reply_offset, found)
 
-    async def _seek(self, request: Request, image: Image, offset: int, whence: int) -> int:
+    async def _seek(self, request: Request, slot: ImageSlot, offset: int, whence: int) -> int:
         """Where the data or the hole is, once the kernel has handed out the data that it may still have for a hole.
 
         The kernel does not do that itself before it asks. Nothing can be written meanwhile but through mmap: it holds
         the file's lock. With nobody left who can write, it has handed out everything: it does so before it tells us of
-        a close.
+        a close. The slot is not held while the kernel writes.
         """
         written_back = -1
         to_data = whence == os.SEEK_DATA
         while True:
-            segments = self._last.find(image, offset, data=to_data)
-            if segments is None:
-                version = image.version
-                segments = await find_segments(image, offset, data=to_data, ahead=_AHEAD)
-                self._last.note(image, version, segments)
+            async with slot as image:
+                segments = self._last.find(image, offset, data=to_data)
+                if segments is None:
+                    version = image.version
+                    segments = await find_segments(image, offset, data=to_data, ahead=_AHEAD)
+                    self._last.note(image, version, segments)
+                size = image.size
             if to_data and segments.is_data:
                 return offset
-            if self._is_cached(image):
+            if self._is_cached(slot):
                 hole, *rest = (offset, *segments.ends)[segments.is_data :]
                 if hole != written_back:
-                    await self._write_back(request, hole, rest[0] - hole if rest and rest[0] < image.size else 0)
+                    await self._write_back(request, hole, rest[0] - hole if rest and rest[0] < size else 0)
                     written_back = hole
                     continue
             found = segments.seek(offset, data=to_data)
-            if found is None or (to_data and found == image.size):
+            if found is None or (to_data and found == size):
                 raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
             return found
 
-    def _is_cached(self, image: Image) -> bool:
+    def _is_cached(self, slot: ImageSlot) -> bool:
         """Whether the kernel may have data of it that we have not."""
-        return self._has_writers is not None and self._has_writers(image)
+        return self._has_writers is not None and self._has_writers(slot)
 
     async def _write_back(self, request: Request, offset: int, size: int) -> None:
         """`Request.invalidate`, in a thread: the writes are served meanwhile, and when nothing serves them any more, a
@@ -234,10 +245,11 @@ class HandOver:
                 self._write_backs.pop(request.node, None)
 
 
-def _errno_of(error: Exception, image: Image) -> int:
+def _errno_of(error: Exception, slot: ImageSlot) -> int:
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    _log.error("%s: internal error: %r", image.path, error, exc_info=error)
+    path = slot.image.path if slot.image else ""
+    _log.error("%s: internal error: %r", path, error, exc_info=error)
     return errno.EIO
 
 

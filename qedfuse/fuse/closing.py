@@ -57,12 +57,13 @@ async def flush_all(images: Sequence[MountedImage], nursery: trio.Nursery) -> tu
             local_flushed.set()
 
     async def flush(mounted: MountedImage) -> None:
-        image = mounted.opened
         try:
-            if image is not None:
-                await image.flush()
+            if mounted.opened is not None:
+                async with mounted.slot as image:
+                    await image.flush()
         except OSError as error:
-            note(describe(error, mounted.path), mendable=image is not None and image.failed is None)
+            broken = mounted.opened is None or mounted.opened.failed is not None
+            note(describe(error, mounted.path), mendable=not broken)
         finally:
             waiting.discard(mounted)
             tell()

@@ -19,6 +19,7 @@ import trio
 
 from qedfuse.chain.chain import MAX_DEPTH
 from qedfuse.fuse.bypass import HandOver
+from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.host.file_storage import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, FileStorage
 from qedfuse.host.offload import sync_with
 from qedfuse.layers.layer import Layer
@@ -72,8 +73,8 @@ class FastPath:
         self.answers = mode != "pass"
         self._spin = mode != "nospin"
         self._cached = cached
-        self._images: dict[int, _Attached] = {}
-        self._handles: dict[int, Image] = {}
+        self._attached: dict[ImageSlot, _Attached] = {}
+        self._handles: dict[int, ImageSlot] = {}
         native.bind(pyfuse3_file)
         if self.answers:
             sync_with(native.Syncer)
@@ -102,29 +103,19 @@ class FastPath:
 
     # -- handles ------------------------------------------------------------------------------------------------------
 
-    def attach(self, fh: int, image: Image, *, to_write: bool, synced: bool) -> None:
+    def attach(self, fh: int, slot: ImageSlot, *, to_write: bool, synced: bool) -> None:
         """Answer requests for an open file, writes only if they need not be `synced` each."""
-        attached = self._images.get(id(image))
+        attached = self._attached.get(slot)
         if attached is None:
-            attached = self._images[id(image)] = _Attached(image)
-        attached.handles += 1
-        self._handles[fh] = image
-        if to_write:
-            attached.writers.add(fh)
-        native.attach(fh, attached.top, to_write and not synced)
+            attached = self._attached[slot] = _Attached(slot)
+        self._handles[fh] = slot
+        attached.add(fh, to_write=to_write, synced=synced)
 
     def detach(self, fh: int) -> None:
         """The file is closed. To be called before its image may be closed; nothing happens if it is not attached."""
-        image = self._handles.pop(fh, None)
-        if image is None:
-            return
-        native.detach(fh)
-        attached = self._images[id(image)]
-        attached.handles -= 1
-        attached.writers.discard(fh)
-        if not attached.handles:
-            attached.forget()
-            del self._images[id(image)]
+        slot = self._handles.pop(fh, None)
+        if slot is not None and not self._attached[slot].drop(fh):
+            del self._attached[slot]
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -139,19 +130,55 @@ class FastPath:
                 native.configure(False)
                 nursery.cancel_scope.cancel()
 
-    def _has_writers(self, image: Image) -> bool:
-        attached = self._images.get(id(image))
+    def _has_writers(self, slot: ImageSlot) -> bool:
+        attached = self._attached.get(slot)
         return attached is not None and bool(attached.writers)
 
 
 class _Attached:
-    """An open image as C sees it."""
+    """An open image as C sees it; the slot's observer for as long as it has handles."""
 
-    def __init__(self, image: Image) -> None:
-        self.handles = 0
+    def __init__(self, slot: ImageSlot) -> None:
         self.writers: set[int] = set()
+        self._slot = slot
+        self._handles: dict[int, bool] = {}  # whether writes may be answered
         self._views: list[NativeView] = []
-        self.top = self._native(image)
+        self._top: native.Layer | None = None  # None: hidden
+        if slot.ready is not None:
+            self._top = self._native(slot.ready)
+        slot.observers.append(self)
+
+    def add(self, fh: int, *, to_write: bool, synced: bool) -> None:
+        if to_write:
+            self.writers.add(fh)
+        self._handles[fh] = to_write and not synced
+        self._attach(fh)
+
+    def drop(self, fh: int) -> bool:
+        """Returns whether others are left."""
+        native.detach(fh)
+        del self._handles[fh]
+        self.writers.discard(fh)
+        if not self._handles:
+            self._slot.observers.remove(self)
+            self._forget()
+        return bool(self._handles)
+
+    def hide(self) -> None:
+        for fh in self._handles:
+            native.suspend(fh)
+        self._forget()
+
+    def show(self, image: Image) -> None:
+        self._top = self._native(image)
+        for fh in self._handles:
+            self._attach(fh)
+
+    def _attach(self, fh: int) -> None:
+        if self._top is not None:
+            native.attach(fh, self._top, self._handles[fh])
+        else:
+            native.suspend(fh)
 
     def _native(self, image: Image) -> native.Layer:
         chain: list[Layer] = [image]
@@ -174,6 +201,8 @@ class _Attached:
         self._views.append(view)
         return seen
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         for view in self._views:
             view.watch(None, None)
+        self._views = []
+        self._top = None

@@ -1,6 +1,6 @@
 """One image of a mount: opened when first used, closed a little after its last use.
 
-An image is opened and closed by one task (`_keep`), as `open_image` demands; users count themselves in and out. The
+An image is opened and closed by one task (`_keep`); users count themselves in and out. The
 lock is held while the image is being opened or closed, so that nobody uses it halfway, and a new user waits for the
 close to end (the image's own lock would refuse him before).
 
@@ -12,6 +12,8 @@ Reading changes nothing: an image is opened for reading only, with a reader's lo
 user who wants to write has it opened for writing, for all who use it; if that cannot be, only he is told.
 
 An image that nobody uses is given to the next user only if he would get the same files by opening it.
+
+What the users share is a slot (`image_slot.py`). Another image can be put there while they use it.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from errno import EACCES, EPERM, EROFS
 from functools import partial
 from typing import Any, TypeVar
@@ -30,18 +32,20 @@ import trio
 
 from qedfuse.chain.opening import make_writable
 from qedfuse.errors import QedfuseError
+from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.page_cache import TICK, CachedPages
-from qedfuse.host.file_id import FileId, FileMark
+from qedfuse.host.file_id import FileMark
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import look
+from qedfuse.host.offload import to_its_end
 from qedfuse.layers.layer import Layer
 from qedfuse.qed.image import Image
 from qedfuse.text import describe
 
 T = TypeVar("T")
 
-#: path -> an image that is open for reading
-Opener = Callable[[str], AbstractAsyncContextManager[Image]]
+#: path -> an image that is open for reading, until it is closed
+Opener = Callable[[str], Awaitable[Image]]
 Upgrade = Callable[[Image], Awaitable[None]]
 Question = Callable[[Image], Awaitable[bool]]
 
@@ -56,11 +60,12 @@ class MountedImage:
     """An image that is open while somebody uses it, and `linger` seconds longer.
 
     `read_only`: never opened for writing. `is_current`: whether the names of an open image's backing files still lead
-    to what is open. `path`: where it is opened; may be changed, for a file that was renamed. `opened`: the image while
-    it is open. `local`: it is, and none of its files' hosts can fail to answer. `failure`: why the last close failed.
-    `unwritten`: why it cannot be closed yet. `mtime_ns`: the time of change that the kernel wants the file to have;
-    closing keeps it (nanoseconds). `mark`, `size` and `closed_at`: the file's state after it was last changed by us,
-    the image's size (bytes), and when that was (`time.monotonic`). `cached`: what the kernel may have cached of it.
+    to what is open. `path`: where it is opened; may be changed, for a file that was renamed. `slot`: where the image is
+    while it is open. `on_replace`: called with an image that replaces another. `local`: it is open, and none of its
+    files' hosts can fail to answer. `failure`: why the last close failed. `unwritten`: why it cannot be closed yet.
+    `mtime_ns`: the time of change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`,
+    `size` and `closed_at`: the file's state after it was last changed by us, the image's size (bytes), and when that
+    was (`time.monotonic`). `cached`: what the kernel may have cached of it.
     """
 
     __slots__ = (
@@ -89,10 +94,11 @@ class MountedImage:
         "local",
         "mark",
         "mtime_ns",
-        "opened",
+        "on_replace",
         "path",
         "read_only",
         "size",
+        "slot",
         "unwritten",
     )
 
@@ -109,7 +115,8 @@ class MountedImage:
     ) -> None:
         self.path = path
         self.read_only = read_only
-        self.opened: Image | None = None
+        self.slot = ImageSlot()
+        self.on_replace: Callable[[Image], None] | None = None
         self.failure: OSError | None = None
         self.unwritten: OSError | None = None
         self.mark: FileMark | None = None
@@ -139,6 +146,11 @@ class MountedImage:
         self.local = False
 
     @property
+    def opened(self) -> Image | None:
+        """The image while it is open. To be used before the next await, and not its file: see `image_slot.py`."""
+        return self.slot.image
+
+    @property
     def open(self) -> bool:
         """Whether it is open, or on its way there or back."""
         return self._keeping
@@ -156,12 +168,12 @@ class MountedImage:
         """Whether we may have changed its file since `mark`, or somebody uses it who would lose it."""
         return self._ours or self._is_used()
 
-    async def acquire(self, *, to_write: bool) -> Image:
-        """The open image; `release` it. If it is `to_write` it is open for writing, unless the file may not be written.
-        Raises what `open_image` and `make_writable` raise."""
+    async def acquire(self, *, to_write: bool) -> ImageSlot:
+        """The slot, with the image in it until `release`. If it is `to_write` it is open for writing, unless the file
+        may not be written. Raises what `open_image` and `make_writable` raise."""
         self._waiting += 1
         try:
-            image = await self._get()
+            await self._get()
             self._users += 1
         finally:
             self._waiting -= 1
@@ -172,17 +184,18 @@ class MountedImage:
             except BaseException:
                 self.release()
                 raise
-        return image
+        return self.slot
 
-    async def _get(self) -> Image:
+    async def _get(self) -> None:
+        """Have it open."""
         while True:
             async with self._lock:
                 if self.opened is None:
                     await self._nursery.start(self._keep)
                     assert self.opened is not None
-                    return self.opened
+                    return
                 if not self._retiring and (self._users or await self._may_stay(self.opened)):
-                    return self.opened
+                    return
                 self._retire()
                 retired = self._retired
             await retired.wait()
@@ -197,11 +210,10 @@ class MountedImage:
     async def make_writable(self) -> None:
         """Have the image open for writing, for one who uses it; unless the file may not be written, or is not to be.
         Raises what `opening.make_writable` raises."""
-        image = self.opened
-        assert image is not None and self._users
+        assert self._users
         if self.read_only:
             return
-        async with self._upgrading:
+        async with self._upgrading, self.slot as image:
             if image.writable:
                 return
             self.cached.note_changes(image)  # the rest is us
@@ -263,6 +275,31 @@ class MountedImage:
         self._given_up = True
         self._wake.set()
 
+    # -- another image ------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def quiesced(self) -> AsyncIterator[Image]:
+        """See `ImageSlot.quiesced`. The image is opened for that if it is not open, and no other user's open or close
+        comes between."""
+        await self.acquire(to_write=False)
+        try:
+            async with self._lock, self.slot.quiesced() as image:
+                self.cached.note_changes(image)
+                yield image
+        finally:
+            self.release()
+
+    def replace(self, image: Image) -> None:
+        """See `ImageSlot.replace`."""
+        self.slot.replace(image)
+        self.cached.note_replaced(image)
+        self.path = image.path
+        self.local = _is_local(image)
+        if self.on_replace is not None:
+            self.on_replace(image)
+
+    # -- opened and closed --------------------------------------------------------------------------------------------
+
     async def _keep(self, task_status: Any) -> None:
         self._keeping = True
         self.local = False
@@ -275,26 +312,17 @@ class MountedImage:
         closing = False
         spare: int | None = None
         try:
-            async with self._open(self.path) as image:
-                self.cached.note_open(image)
-                self.opened = image
-                self.size = image.size
-                self.local = _is_local(image)
+            self.slot.put(await self._open(self.path))
+            try:
+                self._note_open()
                 task_status.started()
-                await self._wait_until_dispensable(image)
+                await self._wait_until_dispensable()
                 closing = True
-                self.opened = None
-                self.size = image.size
-                if isinstance(image.storage, FileStorage) and image.writable and self._matters_how_it_is_left():
-                    with contextlib.suppress(OSError):  # no descriptor left: then it counts as changed by others
-                        spare = os.dup(image.storage.fileno())
-            self.failure = image.failed
-        except Exception as error:
-            if not closing:
-                raise  # it could not be opened: for `acquire`
-            self._note_failure(error)
+                spare = self._keep_descriptor()
+            finally:
+                await self._close(self.slot.take())
         finally:
-            self.opened = self.unwritten = None
+            self.unwritten = None
             if spare is not None:
                 with trio.CancelScope(shield=True):
                     await self._leave_file(spare)
@@ -304,11 +332,38 @@ class MountedImage:
             if closing:
                 self._lock.release()
 
-    async def _wait_until_dispensable(self, image: Image) -> None:
+    def _note_open(self) -> None:
+        image = self.opened
+        assert image is not None
+        self.cached.note_open(image)
+        self.size = image.size
+        self.local = _is_local(image)
+
+    def _keep_descriptor(self) -> int | None:
+        """One for `_leave_file`, if how the file is left matters. Without it, it counts as changed by others."""
+        image = self.opened
+        assert image is not None
+        if isinstance(image.storage, FileStorage) and image.writable and self._matters_how_it_is_left():
+            with contextlib.suppress(OSError):  # no descriptor left
+                return os.dup(image.storage.fileno())
+        return None
+
+    async def _close(self, image: Image) -> None:
+        self.size = image.size
+        try:
+            await to_its_end(image.close)
+        except Exception as error:
+            self._note_failure(error)
+        else:
+            self.failure = image.failed
+
+    async def _wait_until_dispensable(self) -> None:
         """Returns with the lock held, when the image is not used and closing it loses nothing, or must be closed."""
         pause = _FIRST_PAUSE
         while True:
             await self._wait_until_unused()
+            image = self.opened
+            assert image is not None
             ending = self._stop.is_set()
             if image.failed is None:
                 try:
@@ -406,10 +461,6 @@ class MountedImage:
             "backing-filename": image.backing.path if image and image.backing else None,
             "error": describe(error, self.path) if error else None,
         }
-
-    def key(self) -> FileId | None:
-        """Which file is open."""
-        return FileId.of(self.opened.storage.stat()) if self.opened else None
 
 
 def _is_local(layer: Layer | None) -> bool:

@@ -21,6 +21,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from qedfuse.chain.peek import Peek
 from qedfuse.fuse.attributes import Attributes, directory_attributes, host_blocks, raw_attributes
 from qedfuse.fuse.complaints import Complaints, Unopened
+from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.options import MountOptions
 from qedfuse.fuse.oversize import Oversize
 from qedfuse.fuse.replaced import check_not_replaced
@@ -79,7 +80,7 @@ class Operations(pyfuse3.Operations):
 
     `initialized`: the kernel and we have agreed on the protocol. `settling`: the mount is not announced yet. Its owner
     is the daemon's user, who may then tell the kernel the times of a file mount, and the image's are not to be changed
-    by that (see `root_times.py`). `on_close`: awaited, with its image, when a handle on a file mount's root is closed.
+    by that (see `root_times.py`). `on_close`: awaited, with its slot, when a handle on a file mount's root is closed.
     """
 
     supports_dot_lookup = False
@@ -92,7 +93,7 @@ class Operations(pyfuse3.Operations):
         self.initialized = trio.Event()
         self.settling = True
         self.counts = RequestCounts(fastpath)
-        self.on_close: Callable[[Image], Awaitable[None]] | None = None
+        self.on_close: Callable[[ImageSlot], Awaitable[None]] | None = None
         self.oversize: Oversize | None = None
         self.complaints = Complaints()
         self.unopened = Unopened()
@@ -105,7 +106,7 @@ class Operations(pyfuse3.Operations):
         # which pyfuse3 does not show.
         self._sync_asked = fastpath.sync_asked if fastpath and options.direct_io else _no
         self._always_sync = options.direct_io and "sync" in options.kernel
-        self._images: dict[int, Image] = {}
+        self._slots: dict[int, ImageSlot] = {}
         self._nodes: dict[int, Node] = {}
         self._writing: set[int] = set()
         self._synced: set[int] = set()
@@ -121,10 +122,11 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         self._enter()
         try:
-            image = self._images[fh]
-            data = image.read_nowait(off, size)
+            slot = self._slots[fh]
+            data = slot.ready.read_nowait(off, size) if slot.ready is not None else None
             if data is None:
-                data = await image.read(off, size)
+                async with slot as image:
+                    data = await image.read(off, size)
             self.counts.reads += 1
             return data  # type: ignore[return-value]  # pyfuse3 takes any buffer
         except Exception as error:
@@ -135,19 +137,21 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         self._enter()
         try:
-            image = self._images[fh]
+            slot = self._slots[fh]
             durable = fh in self._synced or self._sync_asked()
-            if not image.write_nowait(off, buf):
-                await image.write(off, buf)
-            if durable:
-                await image.flush()
-                await check_not_replaced(image)
+            if durable or slot.ready is None or not slot.ready.write_nowait(off, buf):
+                async with slot as image:
+                    if not durable or not image.write_nowait(off, buf):
+                        await image.write(off, buf)
+                    if durable:
+                        await image.flush()
+                        await check_not_replaced(image)
             self.counts.writes += 1
             return len(buf)
         except Exception as error:
             code = self.complaints.errno_of(error, "write")
-            if code == errno.EFBIG and self.oversize and off + len(buf) > image.geometry.max_image_size:
-                self.oversize.note(self._nodes[fh], image, off)
+            if code == errno.EFBIG and self.oversize:
+                self.oversize.note(self._nodes[fh], off, len(buf))
             raise FUSEError(code) from None
         finally:
             self._leave()
@@ -155,18 +159,19 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:
         self.counts.syncs += 1
-        image = self._images[fh]
-        await image.flush()
-        await check_not_replaced(image)
+        async with self._slots[fh] as image:
+            await image.flush()
+            await check_not_replaced(image)
 
     @_translated
     async def flush(self, fh: int) -> None:
         """close(2): promises nothing, but is the last chance to tell a writer that something was lost."""
-        image = self._images[fh]
-        if image.failed is not None and fh in self._writing:
-            raise image.failed
+        slot = self._slots[fh]
+        async with slot as image:
+            if image.failed is not None and fh in self._writing:
+                raise image.failed
         if self.on_close is not None:
-            await self.on_close(image)
+            await self.on_close(slot)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -174,18 +179,20 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._tree.node(inode)
         to_write = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
-        image = await self._acquire(node, to_write=to_write)
+        slot = await self._acquire(node, to_write=to_write)
         try:
-            if to_write and not image.writable:
-                raise FUSEError(errno.EROFS)
-            if flags & os.O_TRUNC:  # ours to do: libfuse asks the kernel for that (FUSE_ATOMIC_O_TRUNC)
-                await image.resize(0)
-            await _refresh(image)
+            async with slot as image:
+                if to_write and not image.writable:
+                    raise FUSEError(errno.EROFS)
+                if flags & os.O_TRUNC:  # ours to do: libfuse asks the kernel for that (FUSE_ATOMIC_O_TRUNC)
+                    await image.resize(0)
+                await _refresh(image)
+                keep_cache = not self._options.direct_io and node.mounted.cached.may_keep(image)
         except BaseException:
             node.mounted.release()
             raise
         handle = self._take_handle()
-        self._images[handle] = image
+        self._slots[handle] = slot
         self._nodes[handle] = node
         if to_write:
             self._writing.add(handle)
@@ -193,15 +200,14 @@ class Operations(pyfuse3.Operations):
         if sync:
             self._synced.add(handle)
         if self._fastpath:
-            self._fastpath.attach(handle, image, to_write=to_write, synced=sync)
-        keep_cache = not self._options.direct_io and node.mounted.cached.may_keep(image)
+            self._fastpath.attach(handle, slot, to_write=to_write, synced=sync)
         return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=keep_cache)
 
     @_translated
     async def release(self, fh: int) -> None:
         if self._fastpath:
             self._fastpath.detach(fh)
-        del self._images[fh]
+        del self._slots[fh]
         self._writing.discard(fh)
         self._synced.discard(fh)
         self._nodes.pop(fh).mounted.release()
@@ -213,22 +219,24 @@ class Operations(pyfuse3.Operations):
         if inode == ROOT and self._tree.root is None:
             raise FUSEError(errno.EPERM)
         node = self._tree.node(inode)
-        image = await self._acquire(node, to_write=fields.update_size, by_name=fields.update_size and fh is None)
+        slot = await self._acquire(node, to_write=fields.update_size, by_name=fields.update_size and fh is None)
         try:
-            if node.mounted.read_only or (fields.update_size and not image.writable):
-                raise FUSEError(errno.EROFS)
-            size = attr.st_size
-            if fields.update_size and self.oversize and self.oversize.asks(node, image, size):
-                size = image.size
-            elif fields.update_size:
-                await image.resize(size)
-            if not self.settling:
-                change = partial(self._change_file, node, image, attr, fields, ctx)
-                if cast(FileStorage, image.storage).local:
-                    change()
-                else:
-                    await look(change)
-            entry = self._entry(node.id, await self._fresh_attributes(node, None))
+            async with slot as image:
+                if node.mounted.read_only or (fields.update_size and not image.writable):
+                    raise FUSEError(errno.EROFS)
+                size = attr.st_size
+                if fields.update_size and self.oversize and self.oversize.asks(node, image, size):
+                    size = image.size
+                elif fields.update_size:
+                    await image.resize(size)
+                if not self.settling:
+                    change = partial(self._change_file, node, image, attr, fields, ctx)
+                    if cast(FileStorage, image.storage).local:
+                        change()
+                    else:
+                        await look(change)
+                await _refresh(image)
+                entry = self._entry(node.id, self._attributes(node, image))
             if fields.update_size and self.enable_writeback_cache:
                 # The kernel is the master of the size, and drops from its cache what lies behind the one it is told:
                 # with the image's, which is rounded up, bytes that were cut off would stay there, and be written again.
@@ -262,7 +270,7 @@ class Operations(pyfuse3.Operations):
             return self._entry(ROOT, directory_attributes(self._host, self._options))
         node = self._tree.node(inode)
         peek = None if node.mounted.opened else await self._tree.look(node)
-        return self._entry(inode, await self._fresh_attributes(node, peek))
+        return self._entry(inode, await self._attributes_now(node, peek))
 
     @_translated
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -279,7 +287,7 @@ class Operations(pyfuse3.Operations):
         if found is None:
             raise FUSEError(errno.ENOENT)
         found.node.lookups += 1
-        return self._entry(found.node.id, await self._fresh_attributes(found.node, found.peek))
+        return self._entry(found.node.id, await self._attributes_now(found.node, found.peek))
 
     async def forget(self, inode_list: Any) -> None:
         for inode, lookups in inode_list:
@@ -300,7 +308,7 @@ class Operations(pyfuse3.Operations):
         listing = self._listings[fh]
         for index in range(max(0, start_id - 2), len(listing)):
             name, node, peek = listing[index]
-            entry = self._entry(node.id, self._attributes(node, peek))
+            entry = self._entry(node.id, await self._attributes_now(node, peek, refresh=False))
             if not pyfuse3.readdir_reply(token, name, entry, index + 3):
                 return
             node.lookups += 1
@@ -323,55 +331,58 @@ class Operations(pyfuse3.Operations):
         """The host file system's space, or the block device's, as that is what runs out. f_bsize is the cluster size:
         the loop driver takes its discard granularity from it. In a directory it is the largest one, a multiple of the
         others."""
-        images = [node.mounted.opened for node in self._tree.nodes if node.mounted.opened]
-        host = await self._host_space([cast(FileStorage, image.storage) for image in images])
+        slots = [node.mounted.slot for node in self._tree.nodes if node.mounted.opened]
         result = StatvfsData()
-        result.f_bsize = max((image.geometry.cluster_size for image in images), default=DEFAULT_CLUSTER_SIZE)
+        result.f_bsize = max((_image_in(slot).geometry.cluster_size for slot in slots), default=DEFAULT_CLUSTER_SIZE)
+        room = None
+        if slots:  # rather a local one, which answers
+            async with min(slots, key=lambda slot: not cast(FileStorage, _image_in(slot).storage).local) as image:
+                host = await cast(FileStorage, image.storage).statvfs()
+                room, cluster_size, end = image.room, image.geometry.cluster_size, image.storage.size()
+        else:
+            host = await self._tree.sources.statvfs()
         result.f_frsize = host.f_frsize
         result.f_blocks, result.f_bfree, result.f_bavail = host.f_blocks, host.f_bfree, host.f_bavail
-        room = images[0].room if images else None
         if room is not None:
-            result.f_frsize = images[0].geometry.cluster_size
-            result.f_blocks = images[0].storage.size() // result.f_frsize
-            result.f_bfree = result.f_bavail = min(room // result.f_frsize, result.f_blocks)
+            result.f_frsize = cluster_size
+            result.f_blocks = end // cluster_size
+            result.f_bfree = result.f_bavail = min(room // cluster_size, result.f_blocks)
         result.f_files, result.f_ffree, result.f_favail = len(self._tree.nodes), 0, 0
         result.f_namemax = host.f_namemax
         return result
 
-    async def _host_space(self, files: list[FileStorage]) -> os.statvfs_result:
-        """Of the file system that has the images; rather of a local one, which answers."""
-        files.sort(key=lambda file: not file.local)
-        return await (files[0].statvfs() if files else self._tree.sources.statvfs())
-
     # -- small parts --------------------------------------------------------------------------------------------------
 
-    async def _acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
+    async def _acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> ImageSlot:
         """See `Tree.acquire`. An image that is broken is EIO to whoever opens it, and a line in the log."""
         try:
-            image = await self._tree.acquire(node, to_write=to_write, by_name=by_name)
+            slot = await self._tree.acquire(node, to_write=to_write, by_name=by_name)
         except Exception as error:
             code = self.complaints.errno_of(error, "open", broken=True)
             if code not in (errno.ESTALE, errno.EROFS):  # the kernel asks again; it can be opened
                 self.unopened.note(node.mounted.path, error)
             raise FUSEError(code) from None
         self.unopened.forget(node.mounted.path)
-        return image
+        return slot
 
-    async def _fresh_attributes(self, node: Node, peek: Peek | None) -> Attributes:
-        await _refresh(node.mounted.opened)
-        return self._attributes(node, peek)
-
-    def _attributes(self, node: Node, peek: Peek | None) -> Attributes:
+    async def _attributes_now(self, node: Node, peek: Peek | None, *, refresh: bool = True) -> Attributes:
         """Of an open image what is true now, of another what a look has found."""
-        image = node.mounted.opened
-        if image is not None:
-            status = image.storage.stat()
-            writable = image.writable or (node.may_write and not node.mounted.read_only)
-            return raw_attributes(status, image.size, host_blocks(image), writable=writable, options=self._options)
+        slot = node.mounted.slot
+        if slot.image is not None:
+            async with slot as image:
+                if refresh:
+                    await _refresh(image)
+                if slot.image is image:  # it was not closed meanwhile
+                    return self._attributes(node, image)
         if peek is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         writable = not node.mounted.read_only and peek.writable
         return raw_attributes(peek.status, peek.size, peek.status.st_blocks, writable=writable, options=self._options)
+
+    def _attributes(self, node: Node, image: Image) -> Attributes:
+        status = image.storage.stat()
+        writable = image.writable or (node.may_write and not node.mounted.read_only)
+        return raw_attributes(status, image.size, host_blocks(image), writable=writable, options=self._options)
 
     def _entry(self, inode: int, attributes: Attributes) -> EntryAttributes:
         entry = EntryAttributes()
@@ -396,6 +407,11 @@ class Operations(pyfuse3.Operations):
     def _take_handle(self) -> int:
         self._next_handle += 1
         return self._next_handle
+
+
+def _image_in(slot: ImageSlot) -> Image:
+    assert slot.image is not None
+    return slot.image
 
 
 async def _refresh(layer: Layer | None) -> None:

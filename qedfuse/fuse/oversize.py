@@ -47,8 +47,11 @@ class Oversize:
         self._busy: dict[int, int] = {}  # by node, how many writes were too far out
         self._threads = trio.CapacityLimiter(4)  # they wait for requests, which may need one of trio's own
 
-    def note(self, node: Node, image: Image, offset: int) -> None:
-        """A write at `offset` was past the limit. Returns at once."""
+    def note(self, node: Node, offset: int, size: int) -> None:
+        """A write was too far out, perhaps past the limit (bytes). Returns at once."""
+        image = node.mounted.opened
+        if image is None or offset + size <= image.geometry.max_image_size:
+            return
         busy = node.id in self._busy
         self._busy[node.id] = self._busy.get(node.id, 0) + 1
         if not busy:

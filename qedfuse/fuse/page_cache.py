@@ -68,6 +68,11 @@ class CachedPages:
             self._stale = self._outdated = True
         self._states = found
 
+    def note_replaced(self, image: Image) -> None:
+        """`image` has taken the place of another one, with the same content: what is cached of that is right still."""
+        self._states = self._look_at(image)
+        self._ours = image.writable
+
     def note_writing(self) -> None:
         """The image was opened for writing."""
         self._ours = True

@@ -11,12 +11,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import trio
 
 from qedfuse.chain.peek import Peek
 from qedfuse.errors import InUseError, QedfuseError
+from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.sources import Found, Sources, shown_name
 from qedfuse.host.file_id import FileId, FileMark
@@ -94,23 +96,26 @@ class Tree:
 
     # -- images of the command line -----------------------------------------------------------------------------------
 
-    def set_root(self, mounted: MountedImage, image: Image) -> None:
+    def set_root(self, mounted: MountedImage) -> None:
         """Show one open image as the root."""
-        self.root = self._add_fixed(ROOT, mounted, image)
+        self.root = self._add_fixed(ROOT, mounted)
 
-    def add(self, mounted: MountedImage, image: Image) -> None:
+    def add(self, mounted: MountedImage) -> None:
         """Show an open image in the directory. Raises QedfuseError if another one has its name there."""
         name = os.fsencode(shown_name(os.path.basename(mounted.path)))
         if name in self._fixed:
             other = self._fixed[name].mounted.path
             raise QedfuseError(mounted.path, f"and {other} would both be shown as {os.fsdecode(name)}", errno.EEXIST)
-        node = self._fixed[name] = self._add_fixed(self._take_id(), mounted, image)
+        node = self._fixed[name] = self._add_fixed(self._take_id(), mounted)
         node.name = name
 
-    def _add_fixed(self, id: int, mounted: MountedImage, image: Image) -> Node:
+    def _add_fixed(self, id: int, mounted: MountedImage) -> Node:
+        image = mounted.opened
+        assert image is not None
         status = image.storage.stat()
         node = Node(id, mounted, FileId.of(status), FileMark.of(status), image.size, fixed=True)
         node.may_write = image.writable
+        mounted.on_replace = partial(self._note_key, node)
         self._nodes[id] = self._by_key[node.key] = node
         return node
 
@@ -151,8 +156,8 @@ class Tree:
         node.may_write = peek.writable
         return peek
 
-    async def acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> Image:
-        """A node's open image; to be released with `node.mounted.release()`.
+    async def acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> ImageSlot:
+        """A node's slot, with its image open; to be released with `node.mounted.release()`.
 
         `by_name`: it is opened by its name, which must not have become another file's. Raises OSError(ESTALE) if it
         has, upon which the kernel looks the name up anew, and what `open_image` raises.
@@ -176,23 +181,26 @@ class Tree:
                 for mounted in {node.mounted for node in self.nodes if node.mounted.open}:
                     nursery.start_soon(mounted.close_if_idle)
 
-    async def _open(self, node: Node, to_write: bool) -> Image:
-        image = await node.mounted.acquire(to_write=False)
+    async def _open(self, node: Node, to_write: bool) -> ImageSlot:
+        slot = await node.mounted.acquire(to_write=False)
         try:
-            if node.mounted.key() != node.key:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            async with slot as image:
+                if FileId.of(image.storage.stat()) != node.key:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             if to_write:
                 await node.mounted.make_writable()
-                self._note_key(node)
+                async with slot as image:
+                    self._note_key(node, image)
         except BaseException:
             node.mounted.release()
             raise
-        return image
+        return slot
 
-    def _note_key(self, node: Node) -> None:
-        """An overlay file system gives a file another number when it is opened for writing the first time."""
-        key = node.mounted.key()
-        if key is not None and key != node.key:
+    def _note_key(self, node: Node, image: Image) -> None:
+        """The node's file is another one by now: that of an image that has replaced the one before. Or it has another
+        number, as an overlay file system gives a file that is opened for writing the first time."""
+        key = FileId.of(image.storage.stat())
+        if key != node.key:
             if self._by_key.get(node.key) is node:
                 del self._by_key[node.key]
             node.key = key
@@ -225,6 +233,7 @@ class Tree:
         if node is None:
             assert self._make is not None
             node = Node(self._take_id(), self._make(path), key, FileMark.of(peek.status), peek.size, fixed=False)
+            node.mounted.on_replace = partial(self._note_key, node)
             self._nodes[node.id] = self._by_key[key] = node
         if not node.fixed:
             node.name = name

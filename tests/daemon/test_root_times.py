@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
@@ -19,8 +19,8 @@ from qedfuse.daemon import root_times as rootclock
 from qedfuse.daemon.root_times import RootClock
 from qedfuse.host.mountinfo import FSTYPE, Mount
 from qedfuse.native import _sidecar
-from qedfuse.qed.image import Image
 from tests.helpers.mounts.mounts import find_daemon, mounted, mountpoint, need_fuse, wait_for_exit, wait_until
+from tests.helpers.mounts.slots import slot_of
 from tests.helpers.qemu.cli import environment, qemu_img
 
 MIB = 1 << 20
@@ -121,37 +121,37 @@ def test_a_slow_call_is_not_waited_for_for_ever(
     monkeypatch.setattr(rootclock, "_PATIENCE", 0.1)
     writes = 0
     clock = RootClock(NOWHERE, lambda: writes)
-    image = cast(Image, _Image())
+    slot = slot_of(_Image())
 
     async def main() -> None:
         nonlocal writes
-        await clock.update(image)
+        await clock.update(slot)
         assert not calls  # nothing was written
         writes = 1
-        await clock.update(image)
+        await clock.update(slot)
         start = time.monotonic()
-        await clock.update(image)
+        await clock.update(slot)
         assert len(calls) == 1
         assert time.monotonic() - start < 5
         free.set()
         with trio.fail_after(10):
             while len(calls) == 1:
                 await trio.sleep(0.01)
-                await clock.update(image)
-        await clock.update(image)
+                await clock.update(slot)
+        await clock.update(slot)
         assert len(calls) == 2  # told
         writes = 2
         async with trio.open_nursery() as nursery:
             for _ in range(5):
-                nursery.start_soon(clock.update, image)
+                nursery.start_soon(clock.update, slot)
         assert len(calls) == 3
         for code, again in ((errno.ECANCELED, True), (errno.EAGAIN, True), (errno.ENODEV, False)):
             writes += 1
             fails[:] = [code]
             calls.clear()
-            await clock.update(image)
+            await clock.update(slot)
             fails.clear()
-            await clock.update(image)
+            await clock.update(slot)
             assert len(calls) == 1 + again
             assert caplog.text.count("cannot tell the kernel") == 1
 
@@ -161,7 +161,7 @@ def test_a_slow_call_is_not_waited_for_for_ever(
 def test_the_wrong_size_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sidecar, "set_times", lambda *args: 7)
     with pytest.raises(OSError, match="not usable: the kernel shows 7 bytes instead of 0"):
-        trio.run(RootClock(NOWHERE, lambda: 0).start, cast(Image, _Image()))
+        trio.run(RootClock(NOWHERE, lambda: 0).start, slot_of(_Image()))
 
 
 # -- the mount --------------------------------------------------------------------------------------------------------

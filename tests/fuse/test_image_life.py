@@ -7,19 +7,21 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 import trio
 
 from qedfuse.chain import opening
-from qedfuse.chain.opening import make_writable, open_image
+from qedfuse.chain.opening import make_writable, open_for_use, open_image
 from qedfuse.errors import InUseError
 from qedfuse.fuse import tree as tree_module
+from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.tree import Node, Tree
 from qedfuse.host import lookups as threads
@@ -33,6 +35,7 @@ from tests.helpers.mounts.guests import filesystem
 from tests.helpers.mounts.injection import injected
 from tests.helpers.mounts.modes import MODES, Mode
 from tests.helpers.mounts.mounts import mounted, until_closed, wait_for_exit
+from tests.helpers.mounts.slots import acquire, slot_of
 from tests.helpers.qemu.cli import new_image
 
 MIB = 1 << 20
@@ -164,12 +167,17 @@ class Openings:
         self.closing = trio.Event()
         self.may_close = trio.Event()
 
-    @asynccontextmanager
-    async def open(self, path: str) -> AsyncIterator[Image]:
-        async with open_image(path, read_only=True) as image:
-            yield image
+    async def open(self, path: str) -> Image:
+        image = await open_for_use(path, read_only=True)
+        close = image.close
+
+        async def closed() -> None:
             self.closing.set()
             await self.may_close.wait()
+            await close()
+
+        image.close = closed  # type: ignore[method-assign]
+        return image
 
 
 def run(path: Path, body: Body, *, linger: float = 60.0) -> None:
@@ -192,7 +200,7 @@ async def _fail(self: FileStorage) -> None:
 
 def test_one_that_has_failed_makes_no_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        image = await mounted.acquire(to_write=True)
+        image = await acquire(mounted, to_write=True)
         await image.write(0, b"x" * 4096)
         with monkeypatch.context() as patch:
             patch.setattr(FileStorage, "sync", _fail)
@@ -203,7 +211,7 @@ def test_one_that_has_failed_makes_no_way(tmp_path: Path, monkeypatch: pytest.Mo
             for _ in range(2):
                 await trio.sleep(0.1)
                 assert not await mounted.close_if_idle()
-                assert await mounted.acquire(to_write=False) is image
+                assert await acquire(mounted, to_write=False) is image
                 mounted.release()
 
     run(tmp_path / "a.qed", body, linger=0.01)
@@ -218,7 +226,7 @@ def test_one_that_could_not_be_written_makes_way_as_soon_as_it_can(
 ) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
         openings.may_close.set()
-        image = await mounted.acquire(to_write=True)
+        image = await acquire(mounted, to_write=True)
         await image.write(0, b"x" * 4096)
         mounted.release()
         with monkeypatch.context() as patch:
@@ -234,7 +242,7 @@ def test_one_that_could_not_be_written_makes_way_as_soon_as_it_can(
 
 def test_a_close_that_has_begun_is_waited_for(tmp_path: Path) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        await mounted.acquire(to_write=True)
+        await acquire(mounted, to_write=True)
         mounted.release()
         closed = []
 
@@ -262,16 +270,15 @@ class Taken:
     def __init__(self, times: int) -> None:
         self._times = times
 
-    async def acquire(self, *, to_write: bool) -> None:
+    async def acquire(self, *, to_write: bool) -> ImageSlot:
         self._times -= 1
         if self._times >= 0:
             raise InUseError("other.qed", "taken")
+        storage = SimpleNamespace(stat=lambda: os.stat_result((0,) * 19))
+        return slot_of(SimpleNamespace(storage=storage))
 
     async def make_writable(self) -> None:
         pass
-
-    def key(self) -> FileId:
-        return FileId(0, 0)
 
 
 def test_the_one_in_the_way_may_be_gone_before_it_is_looked_for() -> None:
@@ -283,9 +290,9 @@ def test_one_that_cannot_be_closed_keeps_no_other_one_waiting(tmp_path: Path, mo
     monkeypatch.setattr(tree_module, "_WAY_PATIENCE", 0.2)
 
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        image = await mounted.acquire(to_write=False)
+        await mounted.acquire(to_write=False)
         tree = Tree()
-        tree.add(mounted, image)
+        tree.add(mounted)
         mounted.release()
 
         node = Node(99, Taken(2), FileId(0, 0), tree.nodes[0].mark, 0, fixed=True)  # type: ignore[arg-type]

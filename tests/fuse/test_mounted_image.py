@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from qedfuse.chain.opening import make_writable, open_image
+from qedfuse.chain.opening import make_writable, open_for_use
 from qedfuse.errors import InUseError, QedfuseError
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.page_cache import TICK
@@ -20,6 +19,7 @@ from qedfuse.host.file_id import FileMark
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.qed.image import Image
 from qedfuse.tools.create import create_image
+from tests.helpers.mounts.slots import acquire
 
 MIB = 1 << 20
 
@@ -36,16 +36,21 @@ class Openings:
         self.on_close: Exception | None = None
         self.outdated: Image | None = None
 
-    @asynccontextmanager
-    async def open(self, path: str) -> AsyncIterator[Image]:
+    async def open(self, path: str) -> Image:
         if self.on_open is not None:
             raise self.on_open
-        async with open_image(path, read_only=True) as image:
-            self.opened += 1
-            yield image
-        self.closed += 1
-        if self.on_close is not None:
-            raise self.on_close
+        image = await open_for_use(path, read_only=True)
+        self.opened += 1
+        close = image.close
+
+        async def closed() -> None:
+            await close()
+            self.closed += 1
+            if self.on_close is not None:
+                raise self.on_close
+
+        image.close = closed  # type: ignore[method-assign]
+        return image
 
     async def upgrade(self, image: Image) -> None:
         if self.on_upgrade is not None:
@@ -102,14 +107,14 @@ async def until_closed(mounted: MountedImage) -> None:
 
 def test_users_share_one_opening(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        first = await mounted.acquire(to_write=False)
-        assert await mounted.acquire(to_write=True) is first
+        first = await acquire(mounted, to_write=False)
+        assert await acquire(mounted, to_write=True) is first
         mounted.release()
         await trio.sleep(0.05)
         assert mounted.opened is first
         mounted.release()
         await until_closed(mounted)
-        assert await mounted.acquire(to_write=False) is not first
+        assert await acquire(mounted, to_write=False) is not first
         mounted.release()
 
     assert run(path, body).opened == 2
@@ -119,7 +124,7 @@ def test_many_users_at_once(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
         async def use() -> None:
             for _ in range(20):
-                image = await mounted.acquire(to_write=True)
+                image = await acquire(mounted, to_write=True)
                 assert mounted.opened is image
                 await image.write(0, b"x")
                 await trio.lowlevel.checkpoint()
@@ -135,10 +140,10 @@ def test_many_users_at_once(path: str) -> None:
 
 def test_it_lingers(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        first = await mounted.acquire(to_write=False)
+        first = await acquire(mounted, to_write=False)
         mounted.release()
         await trio.sleep(0.02)
-        assert await mounted.acquire(to_write=False) is first
+        assert await acquire(mounted, to_write=False) is first
         mounted.release()
 
     assert run(path, body, linger=5).opened == 1  # and closing does not wait for it: run has a limit
@@ -146,7 +151,7 @@ def test_it_lingers(path: str) -> None:
 
 def test_closing_does_not_wait_for_users(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        await mounted.acquire(to_write=False)
+        await acquire(mounted, to_write=False)
 
     assert run(path, body).closed == 1
 
@@ -156,10 +161,10 @@ def test_an_opening_that_fails_can_be_tried_again(path: str) -> None:
         openings.on_open = QedfuseError(path, "no")
         for _ in range(2):
             with pytest.raises(QedfuseError, match="no"):
-                await mounted.acquire(to_write=False)
+                await acquire(mounted, to_write=False)
             assert not mounted.busy
         openings.on_open = None
-        await mounted.acquire(to_write=False)
+        await acquire(mounted, to_write=False)
         mounted.release()
 
     run(path, body)
@@ -169,7 +174,7 @@ def test_an_opening_that_fails_can_be_tried_again(path: str) -> None:
 def test_what_may_not_be_written_is_opened_read_only(path: str, error: OSError) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
         openings.on_upgrade = error
-        image = await mounted.acquire(to_write=True)
+        image = await acquire(mounted, to_write=True)
         assert not image.writable
         mounted.release()
 
@@ -178,17 +183,17 @@ def test_what_may_not_be_written_is_opened_read_only(path: str, error: OSError) 
 
 def test_the_first_writer_has_it_opened_for_writing(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        image = await mounted.acquire(to_write=False)
+        image = await acquire(mounted, to_write=False)
         assert not image.writable
         openings.on_upgrade = InUseError(path, "taken")
         with pytest.raises(InUseError):
-            await mounted.acquire(to_write=True)
-        assert await mounted.acquire(to_write=False) is image
+            await acquire(mounted, to_write=True)
+        assert await acquire(mounted, to_write=False) is image
         assert not image.writable
         openings.on_upgrade = None
 
         async def write(offset: int) -> None:
-            assert await mounted.acquire(to_write=True) is image
+            assert await acquire(mounted, to_write=True) is image
             await image.write(offset, b"x" * 4096)
             mounted.release()
 
@@ -200,7 +205,7 @@ def test_the_first_writer_has_it_opened_for_writing(path: str) -> None:
         mounted.release()
         mounted.release()
         await until_closed(mounted)
-        image = await mounted.acquire(to_write=False)
+        image = await acquire(mounted, to_write=False)
         assert not image.writable
         assert await image.read(0, 4096) == b"x" * 4096
         mounted.release()
@@ -210,7 +215,7 @@ def test_the_first_writer_has_it_opened_for_writing(path: str) -> None:
 
 def test_a_read_only_mount_never_opens_for_writing(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        assert not (await mounted.acquire(to_write=True)).writable
+        assert not (await acquire(mounted, to_write=True)).writable
         mounted.release()
 
     assert run(path, body, read_only=True).upgraded == 0
@@ -218,15 +223,15 @@ def test_a_read_only_mount_never_opens_for_writing(path: str) -> None:
 
 def test_one_that_is_not_current_is_for_those_who_have_it(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        first = await mounted.acquire(to_write=True)
+        first = await acquire(mounted, to_write=True)
         await first.write(0, b"x" * 4096)
         openings.outdated = first
-        assert await mounted.acquire(to_write=False) is first
+        assert await acquire(mounted, to_write=False) is first
         mounted.release()
         mounted.release()
 
         async def use() -> None:
-            image = await mounted.acquire(to_write=False)
+            image = await acquire(mounted, to_write=False)
             assert image is not first
             assert await image.read(0, 4096) == b"x" * 4096
             mounted.release()
@@ -243,17 +248,17 @@ def test_a_change_that_another_user_has_met_is_not_forgotten(path: str) -> None:
     """That one has the kernel's pages dropped, but goes on with the image as it was opened."""
 
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        first = await mounted.acquire(to_write=False)
+        first = await acquire(mounted, to_write=False)
         os.chmod(path, 0o600)
         await trio.sleep(2 * TICK / 1e9)
-        assert await mounted.acquire(to_write=False) is first
+        assert await acquire(mounted, to_write=False) is first
         mounted.cached.may_keep(first)
         mounted.release()
         mounted.release()
-        second = await mounted.acquire(to_write=False)
+        second = await acquire(mounted, to_write=False)
         assert second is not first
         mounted.release()
-        assert await mounted.acquire(to_write=False) is second
+        assert await acquire(mounted, to_write=False) is second
         mounted.release()
 
     assert run(path, body, linger=60).opened == 2
@@ -263,17 +268,17 @@ def test_one_that_cannot_be_written_is_not_given_up_for_a_current_one(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        first = await mounted.acquire(to_write=True)
+        first = await acquire(mounted, to_write=True)
         await first.write(0, b"x" * 4096)
         openings.outdated = first
         mounted.release()
         with monkeypatch.context() as patch:
             patch.setattr(FileStorage, "_write_inline", _no_space)
             for _ in range(2):
-                assert await mounted.acquire(to_write=False) is first
+                assert await acquire(mounted, to_write=False) is first
                 mounted.release()
             assert mounted.unwritten is not None
-        assert await mounted.acquire(to_write=False) is first
+        assert await acquire(mounted, to_write=False) is first
         await first.flush()
         mounted.release()
 
@@ -289,12 +294,12 @@ def _no_space(self: FileStorage, offset: int, buffers: object) -> None:
 def test_a_failed_close_is_remembered(path: str, error: Exception) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
         openings.on_close = error
-        await mounted.acquire(to_write=True)
+        await acquire(mounted, to_write=True)
         mounted.release()
         await until_closed(mounted)
         assert mounted.failure is not None
         openings.on_close = None
-        await mounted.acquire(to_write=True)
+        await acquire(mounted, to_write=True)
         mounted.release()
         await until_closed(mounted)
         assert mounted.failure is None
@@ -304,7 +309,7 @@ def test_a_failed_close_is_remembered(path: str, error: Exception) -> None:
 
 def test_the_file_is_left_with_the_time_that_was_set(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
-        image = await mounted.acquire(to_write=True)
+        image = await acquire(mounted, to_write=True)
         await image.write(0, b"x" * 512)
         mounted.mtime_ns = 10**18
         mounted.release()

@@ -17,6 +17,7 @@ from qedfuse.fuse.complaints import Complaints
 from qedfuse.fuse.operations import Operations
 from qedfuse.fuse.options import MountOptions
 from qedfuse.fuse.tree import Tree
+from tests.helpers.mounts.slots import slot_of
 
 
 class Broken:
@@ -51,7 +52,7 @@ def operations(tmp_path: Path) -> Operations:
 )
 def test_errors_become_errnos(tmp_path: Path, error: Exception, code: int) -> None:
     edge = operations(tmp_path)
-    edge._images[7] = cast(Any, Broken(error))
+    edge._slots[7] = slot_of(Broken(error))
     for call in (lambda: edge.read(7, 0, 512), lambda: edge.write(7, 0, b"x"), lambda: edge.fsync(7, True)):
         with pytest.raises(pyfuse3.FUSEError) as caught:
             trio.run(call)
@@ -89,7 +90,7 @@ def test_cancellation_passes_through(tmp_path: Path) -> None:
             await trio.sleep_forever()
             raise AssertionError
 
-    edge._images[7] = cast(Any, Slow())
+    edge._slots[7] = slot_of(Slow())
 
     async def main() -> None:
         with trio.move_on_after(0.01) as scope:

@@ -14,6 +14,7 @@ from qedfuse.chain.opening import open_image
 from tests.helpers.doubles.request import NotedRequest
 from tests.helpers.mounts.modes import NEEDS_NATIVE
 from tests.helpers.mounts.mounts import mounted
+from tests.helpers.mounts.slots import slot_of
 from tests.helpers.qemu.cli import qemu_img
 
 MIB = 1 << 20
@@ -51,7 +52,7 @@ def test_a_seek_for_which_there_is_no_thread(tmp_path: Path, monkeypatch: pytest
     async def main() -> None:
         async with open_image(image) as engine, trio.open_nursery() as nursery:
             monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
-            hand_over = HandOver(nursery, {1: engine}, lambda _image: True, (lambda: None, lambda: None))
+            hand_over = HandOver(nursery, {1: slot_of(engine)}, lambda _slot: True, (lambda: None, lambda: None))
             request = NotedRequest()
             assert not hand_over.seek(request, 1, 0, os.SEEK_DATA)
             with trio.fail_after(20):

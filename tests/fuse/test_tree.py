@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfuse.chain.opening import open_image
+from qedfuse.chain.opening import open_for_use
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.sources import shown_name
 from qedfuse.fuse.tree import Tree
@@ -40,7 +40,7 @@ def with_tree(directory: Path, body: Callable[[Tree], Awaitable[None]]) -> None:
                 def make(path: str) -> MountedImage:
                     return MountedImage(
                         path,
-                        lambda path: open_image(path, read_only=True),
+                        lambda path: open_for_use(path, read_only=True),
                         nursery,
                         read_only=False,
                         linger=0.0,
@@ -105,8 +105,8 @@ def test_a_node_lasts_as_long_as_its_file_is_unchanged(tmp_path: Path) -> None:
     async def body(tree: Tree) -> None:
         (entry,) = await tree.entries()
         node = entry.node
-        opened = await tree.acquire(node, to_write=True)
-        await opened.write(0, b"x" * 4096)
+        async with await tree.acquire(node, to_write=True) as opened:
+            await opened.write(0, b"x" * 4096)
         assert (await tree.entries())[0].node is node
         node.mounted.release()
         while node.mounted.busy:

@@ -23,6 +23,7 @@ from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.injection import injected
 from tests.helpers.mounts.modes import NEEDS_NATIVE
 from tests.helpers.mounts.mounts import counters, mounted
+from tests.helpers.mounts.slots import slot_of
 from tests.helpers.qemu.cli import qemu_img
 
 KIB = 1 << 10
@@ -263,7 +264,7 @@ class TestNative:
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.start_soon(take_turns)
                 await trio.sleep(0.01)
-                hand_over = HandOver(nursery, {1: image}, None, (lambda: None, lambda: None))
+                hand_over = HandOver(nursery, {1: slot_of(image)}, None, (lambda: None, lambda: None))
                 request = NotedRequest()
                 assert not hand_over.fsync(request, 1)
                 assert await request.replied() == 0

@@ -36,6 +36,10 @@ MODES = pytest.mark.parametrize(
 )
 
 
+def answers_in_c(mode: Mode) -> bool:
+    return mode == NATIVE and _MODE in (None, "nospin")
+
+
 def makes_holes(mode: Mode) -> bool:
     """Whether fallocate reaches us: pyfuse3 has no handler for it."""
     return mode == NATIVE and _MODE != "pass"
