@@ -23,22 +23,14 @@ from tests.helpers.images.chains import (
     SIZE,
     make_qed,
     make_raw,
-    no_descriptor_leaks,
     our_bytes,
     pattern,
     qemu_bytes,
     refusal,
-    tool,
 )
-from tests.helpers.qemu.cli import one_line, qedfuse
+from tests.helpers.qemu.cli import one_line, qedfuse, tool
 
 NO_BACKING = BackingPolicy(allowed=False)
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_leaks() -> Iterator[None]:
-    with no_descriptor_leaks():
-        yield
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,23 +19,15 @@ from tests.helpers.images.chains import (
     contents,
     make_qed,
     make_raw,
-    no_descriptor_leaks,
     our_bytes,
     pattern,
     qemu_bytes,
-    qemu_img,
     refusal,
     run,
-    tool,
 )
+from tests.helpers.qemu.cli import qemu_img, tool
 
 NO_BACKING = BackingPolicy(allowed=False)
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_leaks() -> Iterator[None]:
-    with no_descriptor_leaks():
-        yield
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,9 @@ import trio.testing
 
 import qedfuse
 from qedfuse.host import waiting as blocking
-from tests.helpers.images.chains import SIZE, check_is_clean, make_qed, make_raw, no_descriptor_leaks, qemu_img, run
+from tests.helpers.images.chains import SIZE, check_is_clean, make_qed, make_raw, run
 from tests.helpers.judges.expect import raises_errno
-from tests.helpers.qemu.cli import ROOT, environment
+from tests.helpers.qemu.cli import ROOT, environment, qemu_img
 
 CLUSTER = 64 << 10
 MIB = 1 << 20
@@ -54,12 +54,6 @@ CALLS: dict[str, Call] = {
 CHANGES = {name: call for name, call in CALLS.items() if not re.match("read|map|flush", name)}
 #: All of them, for one that wants any.
 EACH_CALL = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_leaks() -> Iterator[None]:
-    with no_descriptor_leaks():
-        yield
 
 
 @pytest.fixture

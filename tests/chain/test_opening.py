@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,27 +22,12 @@ from tests.helpers.images.chains import (
     header_of,
     make_qed,
     make_raw,
-    no_descriptor_leaks,
     pattern,
     qemu_bytes,
-    qemu_img,
     qemu_writes,
     run,
-    tool,
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_leaks() -> Iterator[None]:
-    with no_descriptor_leaks():
-        yield
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.qed"
-    qemu_img("create", "-q", "-f", "qed", path, SIZE)
-    return path
+from tests.helpers.qemu.cli import tool
 
 
 async def until_committed(image: Path, content: bytes) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,25 +26,10 @@ from tests.helpers.images.chains import (
     header_of,
     make_qed,
     make_raw,
-    no_descriptor_leaks,
     qemu_bytes,
-    qemu_img,
     qemu_writes,
     run,
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_leaks() -> Iterator[None]:
-    with no_descriptor_leaks():
-        yield
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.qed"
-    qemu_img("create", "-q", "-f", "qed", path, SIZE)
-    return path
 
 
 @pytest.fixture

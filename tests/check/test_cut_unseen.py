@@ -11,8 +11,8 @@ import trio
 
 from qedfuse.chain.opening import open_image
 from qedfuse.errors import CorruptError
-from tests.helpers.images.chains import qemu_img
 from tests.helpers.judges.expect import raises_errno
+from tests.helpers.qemu.cli import qemu_img
 
 CLUSTER = 64 << 10
 COVERAGE = 1 << 30

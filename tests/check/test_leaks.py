@@ -15,10 +15,10 @@ import pytest
 
 from qedfuse.check.check import Repair
 from qedfuse.qed.header import FEATURE_NEED_CHECK
-from tests.helpers.images.images import qemu
 from tests.helpers.images.leaky import drop, expect_cured, flat, header, swap_l1_to_the_end, tables_of
 from tests.helpers.judges.check_tools import check_file, cli, qemu_check
 from tests.helpers.mounts.guests import filesystem, need_guest
+from tests.helpers.qemu.cli import tool
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -32,12 +32,12 @@ def image_of(
         base = path.with_suffix(".base")
         base.write_bytes(rng.randbytes(MIB) * (size // MIB))
         words += ["-b", base.name, "-F", "raw"]
-    qemu(*words, path, size)
+    tool(*words, path, size)
     deeds: list[str] = []
     for _ in range(writes):
         length = min(rng.randint(1, 4 * cluster) // 512 * 512 or 512, 3 * MIB)
         deeds += ["-c", f"write -P {rng.randrange(1, 255)} {rng.randrange(0, size - length, 512)} {length}"]
-    qemu("qemu-io", "-f", "qed", *deeds, path)
+    tool("qemu-io", "-f", "qed", *deeds, path)
     return path
 
 
@@ -84,8 +84,8 @@ def test_the_l1_table_at_the_end(part: float, tmp_path: Path) -> None:
 def test_what_is_counted(tmp_path: Path) -> None:
     """Holes as well as data, at the end as in the middle; not a last part of a cluster, nor the header."""
     path = tmp_path / "image.qed"
-    qemu("qemu-img", "create", "-q", "-f", "qed", "-o", "cluster_size=4k,table_size=2", path, "64M")
-    qemu("qemu-io", "-f", "qed", "-c", "write -P 7 0 40k", path)
+    tool("qemu-img", "create", "-q", "-f", "qed", "-o", "cluster_size=4k,table_size=2", path, "64M")
+    tool("qemu-io", "-f", "qed", "-c", "write -P 7 0 40k", path)
     size = path.stat().st_size
     for more in (0, 512, 4095, 4096, 4097, 8191, 12288, 409600):
         os.truncate(path, size + more)
@@ -143,10 +143,10 @@ def test_killed_on_the_way(tmp_path: Path) -> None:
         size = path.stat().st_size
         code, theirs = qemu_check(path)
         assert code in (0, 3) and "corruptions" not in theirs
-        qemu("qemu-img", "compare", "-f", "qed", "-F", "raw", path, copy)
+        tool("qemu-img", "compare", "-f", "qed", "-F", "raw", path, copy)
     assert killed, leaks
     assert cli("-r", "leaks", path).returncode == qemu_check(path)[0] == 0
-    qemu("qemu-img", "compare", "-f", "qed", "-F", "raw", path, copy)
+    tool("qemu-img", "compare", "-f", "qed", "-F", "raw", path, copy)
 
 
 @pytest.mark.parametrize("room", [0, 3])
@@ -179,4 +179,4 @@ def test_a_full_host(room: int, tmp_path: Path) -> None:
         else:
             assert done.returncode == 1 and "no space left" in done.stderr
             assert done.stderr.count("\n") == 1
-        qemu("qemu-img", "compare", "-f", "qed", "-F", "raw", small, copy)
+        tool("qemu-img", "compare", "-f", "qed", "-F", "raw", small, copy)

@@ -16,9 +16,10 @@ import pytest
 from qedfuse.chain.opening import open_image
 from qedfuse.errors import CorruptError
 from qedfuse.qed.header import FEATURE_NEED_CHECK
-from tests.helpers.images.chains import header_of, our_bytes, qemu_bytes, qemu_img, run, tool
+from tests.helpers.images.chains import header_of, our_bytes, qemu_bytes, run
 from tests.helpers.judges.check_tools import cli, qemu_check
 from tests.helpers.mounts.mounts import mounted
+from tests.helpers.qemu.cli import qemu_img, tool
 
 CLUSTER = 4096
 SIZE = 8 << 20

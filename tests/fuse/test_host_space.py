@@ -10,10 +10,11 @@ import pytest
 
 from qedfuse.chain.opening import open_image
 from qedfuse.fuse.fallocate import fallocate
-from tests.helpers.images.chains import qemu_img, run
+from tests.helpers.images.chains import run
 from tests.helpers.mounts.guests import filesystem, need_filesystem, need_guest
 from tests.helpers.mounts.modes import MODES, Mode, makes_holes
 from tests.helpers.mounts.mounts import mounted
+from tests.helpers.qemu.cli import qemu_img
 
 MIB = 1 << 20
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from qedfuse.native import _sidecar
-from tests.helpers.images.chains import check_is_clean, qemu_bytes, qemu_img
+from tests.helpers.images.chains import check_is_clean, qemu_bytes
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.mounts import mounted, mountpoint, wait_until
+from tests.helpers.qemu.cli import qemu_img
 
 MIB = 1 << 20
 #: 1024 * 1024 clusters of 4 KiB.

@@ -12,8 +12,9 @@ import pytest
 
 from qedfuse.chain.opening import open_image
 from qedfuse.qed.image import Image
-from tests.helpers.images.chains import check_is_clean, qemu_bytes, qemu_img, run
+from tests.helpers.images.chains import check_is_clean, qemu_bytes, run
 from tests.helpers.mounts.mounts import mounted
+from tests.helpers.qemu.cli import qemu_img
 
 CLUSTER = 64 << 10
 SIZE = 1 << 20

@@ -21,9 +21,10 @@ from qedfuse.layers.layer import Layer
 from qedfuse.layers.runs import Kind, Run
 from qedfuse.layers.seek import find_segments
 from qedfuse.qed.image import Image
-from tests.helpers.images.chains import qemu_img, run
+from tests.helpers.images.chains import run
 from tests.helpers.images.hostile import C, wide, words
 from tests.helpers.judges.seeking import next_data, next_hole
+from tests.helpers.qemu.cli import qemu_img
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -22,13 +22,13 @@ from tests.helpers.images.qcow2_images import (
     create,
     open_qcow2,
     qemu_bytes,
-    qemu_img,
     qemu_io,
     raw_layer,
     run,
     runs_of,
     same,
 )
+from tests.helpers.qemu.cli import qemu_img
 
 
 @pytest.fixture

@@ -9,17 +9,8 @@ import pytest
 
 from qedfuse.errors import CorruptError, FormatError, QedfuseError, UnsupportedError
 from qedfuse.text import describe
-from tests.helpers.images.qcow2_images import (
-    COMPATS,
-    be64,
-    create,
-    header_of,
-    poke,
-    qemu_img,
-    qemu_io,
-    qemu_refuses,
-    same,
-)
+from tests.helpers.images.qcow2_images import COMPATS, be64, create, header_of, poke, qemu_io, qemu_refuses, same
+from tests.helpers.qemu.cli import qemu_img
 
 
 class TestHeader:

@@ -11,9 +11,10 @@ import pytest
 import trio
 
 from qedfuse.chain.opening import open_image
-from tests.helpers.images.chains import check_is_clean, qemu_bytes, qemu_img
+from tests.helpers.images.chains import check_is_clean, qemu_bytes
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.guests import filesystem, need_guest
+from tests.helpers.qemu.cli import qemu_img
 
 CLUSTER = 64 << 10
 SIZE = 1 << 20

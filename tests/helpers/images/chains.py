@@ -22,6 +22,7 @@ from qedfuse.layers.resolve import read_layer
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import FEATURE_BACKING_FILE, FEATURE_BACKING_FORMAT_NO_PROBE, HEADER_BYTES, Header
 from tests.helpers.doubles.host_calls import local_call
+from tests.helpers.qemu.cli import qemu_img
 
 T = TypeVar("T")
 
@@ -36,17 +37,6 @@ def run(function: Callable[[], Awaitable[T]]) -> T:
             return await function()
 
     return trio.run(limited)
-
-
-def tool(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    assert "failed" not in done.stdout, done.stdout  # qemu-io's exit code is no witness
-    return done.stdout
-
-
-def qemu_img(*words: object) -> str:
-    return tool("qemu-img", *words)
 
 
 def qemu_bytes(image: Path, format: str = "qed") -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from qedfuse.qed.image import Image
 from qedfuse.qed.new_image import new_header, write_image
 from qedfuse.qed.pages import PagePool
 from tests.helpers.doubles.ram import Chaos, RamFile, RamStorage
+from tests.helpers.qemu.cli import tool
 
 TINY = Geometry(4096, 2)  # the smallest that QEMU opens
 TINIEST = Geometry(4096, 1)
@@ -184,16 +184,10 @@ async def contents(chain: Chain, file: RamFile | None = None) -> bytes:
         await image.close()
 
 
-def qemu(*arguments: object, status: tuple[int, ...] = (0,)) -> str:
-    done = subprocess.run([str(argument) for argument in arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode in status, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
-
-
 def assert_qemu_agrees(chain: Chain, expected: bytes, directory: Path, *, leaks: bool) -> None:
     """The real qemu-img finds no corruption (nor leaks) and reads the expected bytes. Not for table_size 1."""
     image = chain.dump(directory)
-    qemu("qemu-img", "check", "-f", "qed", image, status=(0, 3) if leaks else (0,))
+    tool("qemu-img", "check", "-f", "qed", image, status=(0, 3) if leaks else (0,))
     flat = directory / "flat.raw"
-    qemu("qemu-img", "convert", "-f", "qed", "-O", "raw", image, flat)
+    tool("qemu-img", "convert", "-f", "qed", "-O", "raw", image, flat)
     assert flat.read_bytes() == expected

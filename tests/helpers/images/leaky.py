@@ -10,8 +10,8 @@ from pathlib import Path
 
 from qedfuse.qed.header import HEADER_BYTES, Header
 from tests.helpers.images.check_images import header_of
-from tests.helpers.images.images import qemu
 from tests.helpers.judges.check_tools import cli, qemu_check
+from tests.helpers.qemu.cli import tool
 
 
 def header(path: Path) -> Header:
@@ -84,7 +84,7 @@ def expect_cured(path: Path, leaks: int, copy: Path, *, phantoms: int = 0) -> No
     if not phantoms:
         assert (code, theirs.get("leaks", 0)) == (0, 0)
     assert "corruptions" not in theirs
-    qemu("qemu-img", "compare", "-f", "qed", "-F", "raw", path, copy)
+    tool("qemu-img", "compare", "-f", "qed", "-F", "raw", path, copy)
     before = path.stat()
     assert cli("-r", "leaks", path).returncode == cli(path).returncode == 0
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
@@ -92,5 +92,5 @@ def expect_cured(path: Path, leaks: int, copy: Path, *, phantoms: int = 0) -> No
 
 def flat(path: Path) -> Path:
     copy = path.with_suffix(".flat")
-    qemu("qemu-img", "convert", "-f", "qed", "-O", "raw", path, copy)
+    tool("qemu-img", "convert", "-f", "qed", "-O", "raw", path, copy)
     return copy

@@ -21,6 +21,8 @@ from qedfuse.layers.raw import RawLayer
 from qedfuse.layers.resolve import read_layer
 from qedfuse.layers.runs import Run
 from qedfuse.text import describe
+from tests.helpers.qemu import cli
+from tests.helpers.qemu.cli import qemu_img
 
 T = TypeVar("T")
 
@@ -35,19 +37,8 @@ def run(function: Callable[[], Awaitable[T]]) -> T:
     return trio.run(function)
 
 
-def tool(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    assert "failed" not in done.stdout, done.stdout  # qemu-io's exit code is no witness
-    return done.stdout
-
-
-def qemu_img(*words: object) -> str:
-    return tool("qemu-img", *words)
-
-
 def qemu_io(image: Path, *commands: str) -> None:
-    tool("qemu-io", "-f", "qcow2", image, *[word for command in commands for word in ("-c", command)])
+    cli.qemu_io(image, *commands, format="qcow2")
 
 
 def create(image: Path, size: int, *options: str, backing: Path | None = None, backing_format: str = "raw") -> Path:

@@ -22,11 +22,11 @@ from tests.helpers.images.images import (
     dump,
     new_chain,
     open_chain,
-    qemu,
     raw_file,
     read_header,
 )
 from tests.helpers.judges.history import SECTOR, Guest, History, fill
+from tests.helpers.qemu.cli import tool
 
 #: What a state is judged bad for: its contents, its tables, guest data where a table is looked for.
 BAD = (
@@ -204,10 +204,10 @@ class Run:
         path = chain.dump(directory)
         header = read_header(file)
         if header.needs_check and not chain.below:
-            qemu("qemu-io", "-f", "qed", "-c", "read 0 512", path)
-        qemu("qemu-img", "check", "-f", "qed", path, status=(0, 3))
+            tool("qemu-io", "-f", "qed", "-c", "read 0 512", path)
+        tool("qemu-img", "check", "-f", "qed", path, status=(0, 3))
         flat = directory / "flat.raw"
-        qemu("qemu-img", "convert", "-f", "qed", "-O", "raw", path, flat)
+        tool("qemu-img", "convert", "-f", "qed", "-O", "raw", path, flat)
         image = await open_chain(chain)
         with flat.open("rb") as theirs:
             for start in range(0, image.size, 1 << 20):
@@ -216,8 +216,8 @@ class Run:
         # And we agree on what it repaired.
         if header.needs_check:
             dump(file, directory / "ours")
-            qemu("qemu-img", "check", "-f", "qed", directory / "ours", status=(0, 3))
-            qemu("qemu-img", "compare", "-f", "qed", "-F", "raw", directory / "ours", flat)
+            tool("qemu-img", "check", "-f", "qed", directory / "ours", status=(0, 3))
+            tool("qemu-img", "compare", "-f", "qed", "-F", "raw", directory / "ours", flat)
 
     async def enumerate(
         self, rnd: random.Random, *, complete: int, samples: int, directory: Path | None = None, ask_qemu: int = 3

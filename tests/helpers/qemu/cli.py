@@ -48,21 +48,22 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **(extra or {})}
 
 
-def qemu_img(*args: Name, cwd: Path | None = None) -> str:
-    """Run `qemu-img`, which must succeed. Returns its stdout."""
-    command = ["qemu-img", *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert done.returncode == 0, done.stderr
+def tool(*command: object, cwd: Path | None = None, status: tuple[int, ...] = (0,)) -> str:
+    """Run a command, which must end with a `status`. Returns its stdout."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
+    assert done.returncode in status, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+    assert "failed" not in done.stdout, done.stdout  # qemu-io's exit code is no witness
     return done.stdout
+
+
+def qemu_img(*words: object, cwd: Path | None = None, status: tuple[int, ...] = (0,)) -> str:
+    return tool("qemu-img", *words, cwd=cwd, status=status)
 
 
 def qemu_io(path: Name, *commands: str, format: str = "qed") -> None:
     """Run `qemu-io` commands on an image; all must succeed."""
-    words = [word for command in commands for word in ("-c", command)]
-    done = subprocess.run(
-        ["qemu-io", "-f", format, *words, os.fspath(path)], capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert done.returncode == 0 and "failed" not in done.stdout + done.stderr, done.stdout + done.stderr
+    tool("qemu-io", "-f", format, *[word for command in commands for word in ("-c", command)], os.fspath(path))
 
 
 def new_image(path: Path, size: str = "1M", *options: Name, fill: int | None = None) -> Path:

@@ -16,7 +16,7 @@ from qedfuse.chain.opening import open_image
 from qedfuse.chain.policy import BackingPolicy
 from qedfuse.qed.header import HEADER_BYTES, Header
 from tests.helpers.doubles.ram import RamFile
-from tests.helpers.images.images import dump, qemu
+from tests.helpers.images.images import dump
 from tests.helpers.images.mutants import (
     GEOMETRIES,
     LIMITS,
@@ -28,6 +28,7 @@ from tests.helpers.images.mutants import (
     make_victims,
     mutate,
 )
+from tests.helpers.qemu.cli import tool
 
 #: Every so many repaired images the real qemu-img is asked.
 SAMPLE = 15
@@ -78,7 +79,7 @@ class Sampler:
             file = file.fork()
             file.write(16, bytes(8))
         image = dump(file, self.directory / "mutant.qed")
-        qemu("qemu-img", "check", "-f", "qed", image, status=(0, 3))
+        tool("qemu-img", "check", "-f", "qed", image, status=(0, 3))
 
 
 @pytest.fixture(scope="module")
