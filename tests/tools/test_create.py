@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import resource
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import pytest
 import trio
@@ -17,11 +14,14 @@ import trio
 from qedfuse.cli.main import main
 from qedfuse.cli.params import parse_size, show_size
 from qedfuse.errors import FormatError
-from qedfuse.host.storage import Buffer, Storage
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header
 from qedfuse.qed.new_image import new_header, write_image
 from qedfuse.sizes import round_up
+from tests.helpers.doubles.crash import CrashStorage
+from tests.helpers.doubles.image_ram import content
+from tests.helpers.doubles.ram import RamFile
+from tests.helpers.judges.history import Clock
 from tests.helpers.qemu.cli import one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
 
 CLUSTER_SIZES = ["4k", "64k", "2M"]
@@ -339,63 +339,20 @@ def test_table_takes_no_space(tmp_path: Path) -> None:
     assert image.stat().st_blocks * 512 <= 1 << 20
 
 
-class LoggingStorage:
-    """Remembers what is done to a file, to build what a crash may leave of it."""
-
-    path = "log"
-    writable = True
-    fixed = False
-
-    def __init__(self, content: bytes) -> None:
-        self.old = content
-        self.groups: list[list[tuple[str, int, bytes]]] = [[]]  # between syncs
-
-    def size(self) -> int:
-        return len(self.old)
-
-    async def truncate(self, size: int) -> None:
-        self.groups[-1].append(("truncate", size, b""))
-
-    async def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self.groups[-1].append(("write", offset, b"".join(map(bytes, buffers))))
-
-    async def sync(self) -> None:
-        self.groups.append([])
-
-    def crashes(self) -> list[bytes]:
-        """The file after each crash: all synced groups and any subset of what came after."""
-        states = []
-        for count, group in enumerate(self.groups):
-            done = [step for earlier in self.groups[:count] for step in earlier]
-            for chosen in itertools.product([False, True], repeat=len(group)):
-                states.append(apply(self.old, done + [s for s, on in zip(group, chosen, strict=True) if on]))
-        return states
-
-
-def apply(content: bytes, steps: list[tuple[str, int, bytes]]) -> bytes:
-    data = bytearray(content)
-    for kind, offset, piece in steps:
-        if kind == "truncate":
-            data = data[:offset].ljust(offset, b"\0")
-        else:
-            data = data.ljust(offset + len(piece), b"\0")
-            data[offset : offset + len(piece)] = piece
-    return bytes(data)
-
-
 def test_crash_leaves_the_old_image_or_the_new_one_or_none(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qed", "-u", "-b", "old-name", "-F", "raw", tmp_path / "old.qed", "3M")
     old = (tmp_path / "old.qed").read_bytes()
-    header = new_header("log", 9 << 20, Geometry(4096, 2), b"new-name-that-is-longer")
+    name = b"new-name-that-is-longer"
+    header = new_header("log", 9 << 20, Geometry(4096, 2), name)
     for before in (b"", old):
-        log = LoggingStorage(before)
-        trio.run(write_image, cast("Storage", log), header, b"new-name-that-is-longer")
-        new = apply(before, [step for group in log.groups for step in group])
-        states = log.crashes()
+        log = CrashStorage("log", RamFile.of(before), Clock())
+        trio.run(write_image, log, header, name)
+        new = content(log.file)
+        states = {content(state) for point in log.crash_points() for state in point.every_state()}
         assert before in states and new in states
         for state in states:
             if state not in (before, new):
                 with pytest.raises(FormatError, match="not a qed image"):
                     Header.decode(state[:64], "crashed")
     Header.decode(new[:64], "new").validate_file_size(len(new), "new")
-    assert new[64:87] == b"new-name-that-is-longer"
+    assert new[64:87] == name

@@ -31,7 +31,7 @@ from qedfuse.qed.image import Image
 from tests.helpers.doubles.crash import Change, CrashPoint, CrashStorage
 from tests.helpers.doubles.ram import RamFile, RamStorage
 from tests.helpers.images.images import Chain, new_chain, open_chain, raw_file, read_header
-from tests.helpers.judges.history import SECTOR, Clock, Guest, History
+from tests.helpers.judges.history import SECTOR, Clock
 
 INDENT = "    "
 
@@ -105,7 +105,7 @@ class Script:
         return list(self._calls())
 
     async def _change(self, command: str, *words: str) -> None:
-        image, guest = self._image, Guest(self._image, History(b""), self._image.geometry.cluster_size)
+        image = self._image
         numbers = [number(word) for word in words[:2]]
         match command:
             case "write":
@@ -120,9 +120,9 @@ class Script:
             case "fsync":
                 await image.flush()
             case "timer":
-                await guest.write_back()
+                await image.write_back()
             case "idle":
-                await guest.clean()
+                await image.clean()
             case "close":
                 await image.close()
             case _:
@@ -186,7 +186,7 @@ class Script:
             if (key := state.key()) in seen:
                 continue
             seen.add(key)
-            await outcome.add(Chain(state, self._chain.below))
+            await outcome.add(self._chain.under(state))
         return list(outcome.lines())
 
     async def _map(self) -> list[str]:
