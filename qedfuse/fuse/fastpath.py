@@ -20,7 +20,13 @@ import trio
 from qedfuse.chain.chain import MAX_DEPTH
 from qedfuse.fuse.bypass import HandOver
 from qedfuse.fuse.image_slot import ImageSlot
-from qedfuse.host.file_storage import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, FileStorage
+from qedfuse.host.file_storage import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    INLINE_WRITE_LIMIT,
+    FileStorage,
+)
 from qedfuse.host.offload import sync_with
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.raw import RawLayer
@@ -45,6 +51,7 @@ _SHARED = {
     "MAX_CLUSTER_SIZE": MAX_CLUSTER_SIZE,
     "MAX_TABLE_ENTRIES": MAX_TABLE_SIZE * MAX_CLUSTER_SIZE // ENTRY_SIZE,
     "MAX_DEPTH": MAX_DEPTH,
+    "MAX_IO": INLINE_WRITE_LIMIT,
     "UNALLOCATED": Kind.UNALLOCATED,
     "ZERO": Kind.ZERO,
     "DATA": Kind.DATA,

@@ -169,6 +169,12 @@ def test_the_wire_format_of_fuse_is_known_at_the_edge_alone(module: str) -> None
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_no_message_of_fuse_is_packed_in_python(module: str) -> None:
+    """`native/fastpath/reply.c` does it, and pyfuse3."""
+    assert room_of(module) != "fuse" or "struct" not in imports_of(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_image_data_goes_through_storage(module: str) -> None:
     """Tests replace `Storage` to inject faults and crashes: what goes past it is not tested."""
     allowed = {
