@@ -309,23 +309,6 @@ print("not here", flush=True)
     assert "Python could not be told of writes" in done.stderr
 
 
-@NEEDS_NATIVE
-@pytest.mark.parametrize("name", ["FALLOC_FL_KEEP_SIZE", "INLINE_WRITE_LIMIT"])
-def test_an_extension_that_knows_another_constant_is_not_used(name: str) -> None:
-    """As if it had been left over from another release: the daemon goes on without it."""
-    program = f"""
-import qedfuse.host.file_storage
-qedfuse.host.file_storage.{name} += 1
-try: import qedfuse.fuse.fastpath
-except ImportError as error: print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(" is another one in C\n")
-
-
 # -- a daemon in which a rule is broken -------------------------------------------------------------------------------
 
 #: Runs the command line with an engine that breaks the rule NAME.
@@ -365,6 +348,21 @@ def check(image: Path) -> None:
 
 class TestDaemon:
     pytestmark = NEEDS_NATIVE
+
+    @pytest.mark.parametrize("name", ["FALLOC_FL_KEEP_SIZE", "INLINE_WRITE_LIMIT"])
+    def test_an_extension_that_knows_another_constant_is_not_used(self, name: str) -> None:
+        """As if it had been left over from another release: the daemon goes on without it."""
+        program = f"""
+import qedfuse.host.file_storage
+qedfuse.host.file_storage.{name} += 1
+try: import qedfuse.fuse.fastpath
+except ImportError as error: print(error)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith(" is another one in C\n")
 
     def mount(self, directory: Path, name: str) -> tuple[Path, Path, Path]:
         need_fuse()
