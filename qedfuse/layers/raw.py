@@ -6,6 +6,7 @@ from qedfuse.host.storage import Storage, size_in_sectors
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.runs import Kind, Run
+from qedfuse.sizes import HostOffset
 
 
 class RawLayer:
@@ -33,10 +34,10 @@ class RawLayer:
         return None
 
     def map_nowait(self, offset: int, size: int) -> list[Run] | None:
-        return [Run(Kind.DATA, size, offset)]
+        return [Run(Kind.DATA, size, HostOffset(offset))]
 
     async def map(self, offset: int, size: int, extents: HostExtents | None = None) -> list[Run]:
-        return [Run(Kind.DATA, size, offset)]
+        return [Run(Kind.DATA, size, HostOffset(offset))]
 
     async def read_indirect(self, offset: int, size: int) -> bytes:
         raise AssertionError("a raw file has nothing indirect")

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from qedfuse.host.storage import fill
 from qedfuse.layers.layer import Layer
-from qedfuse.layers.runs import Kind, Run
+from qedfuse.layers.runs import NO_PLACE, Kind, Run
+from qedfuse.sizes import GuestOffset, HostOffset
 
 
 class Extent(NamedTuple):
@@ -21,15 +22,15 @@ class Extent(NamedTuple):
     (0) to the one that settled it.
     """
 
-    offset: int
+    offset: GuestOffset
     length: int
     kind: Kind
     layer: Layer | None
-    host: int
+    host: HostOffset
     depth: int
 
 
-_Range = tuple["Layer | None", int, int, int]
+_Range = tuple["Layer | None", GuestOffset, int, int]
 
 
 def resolve_nowait(layer: Layer | None, offset: int, size: int, depth: int = 0) -> list[Extent] | None:
@@ -38,7 +39,7 @@ def resolve_nowait(layer: Layer | None, offset: int, size: int, depth: int = 0) 
     What lies past a layer's end reads as zeroes. The extents come in guest order and cover the range exactly.
     """
     result: list[Extent] = []
-    todo: list[_Range] = [(layer, offset, size, depth)]
+    todo: list[_Range] = [(layer, GuestOffset(offset), size, depth)]
     while todo:
         current, start, length, level = _clip(todo.pop(), result)
         if current is None:
@@ -54,7 +55,7 @@ def resolve_nowait(layer: Layer | None, offset: int, size: int, depth: int = 0) 
 async def resolve(layer: Layer | None, offset: int, size: int, depth: int = 0) -> list[Extent]:
     """As `resolve_nowait`, reading tables as needed. Raises OSError; cancellation leaves nothing behind."""
     result: list[Extent] = []
-    todo: list[_Range] = [(layer, offset, size, depth)]
+    todo: list[_Range] = [(layer, GuestOffset(offset), size, depth)]
     while todo:
         current, start, length, level = _clip(todo.pop(), result)
         if current is None:
@@ -72,12 +73,12 @@ def _clip(item: _Range, result: list[Extent]) -> _Range:
     current, start, length, level = item
     inside = 0 if current is None else max(0, min(length, current.size - start))
     if inside < length:
-        result.append(Extent(start + inside, length - inside, Kind.UNALLOCATED, None, 0, level))
+        result.append(Extent(start + inside, length - inside, Kind.UNALLOCATED, None, NO_PLACE, level))
     return (current if inside else None), start, inside, level
 
 
 def _sort_runs(
-    current: Layer, start: int, runs: list[Run], level: int, result: list[Extent], todo: list[_Range]
+    current: Layer, start: GuestOffset, runs: list[Run], level: int, result: list[Extent], todo: list[_Range]
 ) -> int:
     """Emit what this layer settles, queue what the layer below must say. Returns the bytes the runs cover."""
     position = start

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+from qedfuse.sizes import HostOffset
+
 
 class Kind(IntEnum):
     """What a layer knows of a range."""
@@ -15,16 +17,20 @@ class Kind(IntEnum):
     INDIRECT = 3  # stored, but not byte for byte (compressed): ask `read_indirect`
 
 
+#: The `host` of what is not stored.
+NO_PLACE = HostOffset(0)
+
+
 class Run(NamedTuple):
     """A range of one layer, in guest order. `length` in bytes; `host` is a byte offset: of DATA, and of a ZERO that has
     a place in the file all the same (otherwise 0)."""
 
     kind: Kind
     length: int
-    host: int = 0
+    host: HostOffset = NO_PLACE
 
 
-def append_run(runs: list[Run], kind: Kind, length: int, host: int = 0) -> None:
+def append_run(runs: list[Run], kind: Kind, length: int, host: HostOffset = NO_PLACE) -> None:
     """Append a run, or make the last one longer if the new one continues it."""
     if runs:
         last = runs[-1]

@@ -15,11 +15,11 @@ from qedfuse.host.storage import Buffer, Storage
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.resolve import read_layer
 from qedfuse.layers.runs import Kind, Run
-from qedfuse.qed.allocator import Allocator
+from qedfuse.qed.allocator import Allocator, HostRun
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.geometry import UNALLOCATED, ZERO_CLUSTER
 from qedfuse.qed.tables import Tables
-from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, round_up
+from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, GuestOffset, HostOffset, PageIndex, TableIndex, round_up
 
 _ENTRY_MASK = PAGE_ENTRIES - 1
 #: Zeroing less than this inside a cluster is a write, more is a punch, which gives space back.
@@ -63,7 +63,7 @@ class ClusterWriter:
         """The entry of a cluster that reads as zeroes, and has no data."""
         return UNALLOCATED if self._image.backing is None else ZERO_CLUSTER
 
-    async def write(self, offset: int, data: memoryview, image_end: int) -> None:
+    async def write(self, offset: GuestOffset, data: memoryview, image_end: GuestOffset) -> None:
         """Write `data`, in place where clusters have data of their own, else into new ones."""
         while len(data):
             for kind, length, host in await self._tables.map(offset, len(data)):
@@ -74,7 +74,7 @@ class ClusterWriter:
                     await self._write_unmapped(offset, part, kind, image_end)
                 offset += length
 
-    async def _write_unmapped(self, offset: int, data: memoryview, kind: Kind, image_end: int) -> None:
+    async def _write_unmapped(self, offset: GuestOffset, data: memoryview, kind: Kind, image_end: GuestOffset) -> None:
         if not self.keep_zeroes and _is_zero(data):
             if kind is Kind.ZERO or not self._below(offset, len(data)):
                 return
@@ -106,7 +106,7 @@ class ClusterWriter:
             offset += len(part)
             data = data[len(part) :]
 
-    async def _copy(self, offset: int, size: int, image_end: int) -> Buffer:
+    async def _copy(self, offset: GuestOffset, size: int, image_end: GuestOffset) -> Buffer:
         """What the backing file has around a write, empty if that is all zeroes: the new cluster reads so anyway."""
         inside = max(0, min(size, image_end - offset))
         if not self._below(offset, inside):
@@ -114,7 +114,7 @@ class ClusterWriter:
         data = await read_layer(self._image.backing, offset, inside)
         return b"" if _is_zero(memoryview(data)) else data
 
-    async def zero(self, offset: int, size: int, image_end: int) -> int:
+    async def zero(self, offset: GuestOffset, size: int, image_end: GuestOffset) -> int:
         """Zero up to `size` bytes at `offset`. Returns how far it got, at least 1.
 
         Clusters that have data keep their place in the file, which becomes a hole. The last cluster of the image counts
@@ -145,11 +145,11 @@ class ClusterWriter:
         return length
 
     async def _whole_data(
-        self, offset: int, size: int, runs: Sequence[Run], image_end: int
-    ) -> tuple[list[tuple[int, int]], int]:
+        self, offset: GuestOffset, size: int, runs: Sequence[Run], image_end: GuestOffset
+    ) -> tuple[list[HostRun], int]:
         """Where in the file the clusters lie that have data, from `offset` on, of which `runs` is the map; and up to
         where there is nothing but these and what reads as zeroes, as far as is handled at a time."""
-        found: list[tuple[int, int]] = []
+        found: list[HostRun] = []
         end = offset + size
         while True:
             for kind, length, host in runs:
@@ -171,25 +171,25 @@ class ClusterWriter:
                 return found, offset
             runs = await self._tables.map(offset, end - offset)
 
-    async def punch(self, runs: Sequence[tuple[int, int]]) -> bool:
+    async def punch(self, runs: Sequence[HostRun]) -> bool:
         """Make holes of the file's runs (offset, size). False: the host can't, and some may be as they were."""
         try:
             return await self._storage.deallocate(runs)
         finally:
             self._committer.note_written()
 
-    async def unmap(self, offset: int, size: int) -> None:
+    async def unmap(self, offset: GuestOffset, size: int) -> None:
         """Set the entries of whole clusters, which have a table, to 0."""
         for start, length in self._by_page(offset, size):
             await self._set_entries(start, length, UNALLOCATED)
 
-    async def drop_table(self, l1_index: int) -> None:
+    async def drop_table(self, l1_index: TableIndex) -> None:
         """Take away an L2 table behind the image's end, of which nothing waits to be written (`Tables.settled`)."""
         if await self._tables.table(l1_index):
             self._tables.drop_table(l1_index)
             self._committer.note_change()
 
-    async def clear_tail(self, image_end: int, *, growing: bool) -> None:
+    async def clear_tail(self, image_end: GuestOffset, *, growing: bool) -> None:
         """Make the rest of the image's last cluster, past its end, read as zeroes: what it holds goes, and if the image
         is `growing`, what the backing file has there does not show. (QEMU grows no image that is shorter than its
         backing file.)"""
@@ -203,7 +203,7 @@ class ClusterWriter:
         elif growing and kind is Kind.UNALLOCATED and self._below(image_end, rest):
             await self._own(image_end - skip, skip)
 
-    async def own(self, offset: int, image_end: int) -> None:
+    async def own(self, offset: GuestOffset, image_end: GuestOffset) -> None:
         """Give the cluster at `offset` data of its own, if what the backing file has there is to be changed: what
         takes space is done then. It reads as before."""
         kind, _length, _host = (await self._tables.map(offset, 1))[0]
@@ -211,7 +211,7 @@ class ClusterWriter:
         if kind is Kind.UNALLOCATED and self._below(offset, 1):
             await self._own(start, min(self._cluster_size, image_end - start))
 
-    async def _own(self, start: int, size: int) -> None:
+    async def _own(self, start: GuestOffset, size: int) -> None:
         """Give the cluster at `start` data of its own: the first `size` bytes that the backing file has there."""
         data = await read_layer(self._image.backing, start, size)
         host, room = await self._allocate(1)
@@ -224,12 +224,12 @@ class ClusterWriter:
 
     # -- for the fast path --------------------------------------------------------------------------------------------
 
-    def offer(self) -> tuple[int, int]:
+    def offer(self) -> tuple[HostOffset, HostOffset]:
         """Start and end, in bytes of the file, of clusters that may be taken from the front, without a call, before
         anything else happens here. They read as zeroes, durably, and the file covers them."""
         return self._allocator.next_free(self._committer.growth.file_size)
 
-    def take_offered(self, offset: int, size: int, lost: int, filled: int, pages: Sequence[int]) -> None:
+    def take_offered(self, offset: HostOffset, size: int, lost: int, filled: int, pages: Sequence[PageIndex]) -> None:
         """`size` bytes from the front of the offer were taken. See `NativeView.note_taken`."""
         self._allocator.take(offset, size)
         for index in pages:
@@ -247,19 +247,19 @@ class ClusterWriter:
 
     # -- small parts --------------------------------------------------------------------------------------------------
 
-    async def _put(self, host: int, buffers: Sequence[Buffer]) -> None:
+    async def _put(self, host: HostOffset, buffers: Sequence[Buffer]) -> None:
         """Write guest data. The next flush must sync it, unless its sync begins before this ends: so note it after."""
         try:
             await self._storage.write(host, buffers)
         finally:
             self._committer.note_written()
 
-    def _write_behind(self, host: int, size: int, filled: int) -> None:
+    def _write_behind(self, host: HostOffset, size: int, filled: int) -> None:
         """Let the disk begin with new clusters of a large write: otherwise it idles until the flush, which waits."""
         if filled >= max(_BEHIND_MIN, size // 2):
             self._storage.write_behind(host, size)
 
-    async def _zero_part(self, host: int, size: int) -> None:
+    async def _zero_part(self, host: HostOffset, size: int) -> None:
         """Zero part of a cluster in place."""
         if size < _PUNCH_MIN:
             try:
@@ -272,12 +272,12 @@ class ClusterWriter:
         finally:
             self._committer.note_written()
 
-    def _below(self, offset: int, size: int) -> bool:
+    def _below(self, offset: GuestOffset, size: int) -> bool:
         """Whether the backing file has anything in a range."""
         backing = self._image.backing
         return backing is not None and size > 0 and offset < backing.size
 
-    async def _allocate(self, clusters: int) -> tuple[int, int]:
+    async def _allocate(self, clusters: int) -> HostRun:
         """(offset, bytes) of new clusters that the file covers, at most `clusters`. Raises OSError."""
         while self._storage.fixed and not self._allocator.has_free(self._cluster_size):
             await self._committer.growth.extend(self._cluster_size)
@@ -289,21 +289,21 @@ class ClusterWriter:
             raise
         return run
 
-    def _take_back(self, host: int, size: int) -> None:
+    def _take_back(self, host: HostOffset, size: int) -> None:
         """New clusters to which nothing was written."""
         self._allocator.take_back(host, size)
 
-    def lose(self, host: int, size: int) -> None:
+    def lose(self, host: HostOffset, size: int) -> None:
         """New clusters to which something was written, and to which no entry refers."""
         self._allocator.lose(host, size)
         self._committer.note_change()
 
-    def _page_room(self, offset: int) -> int:
+    def _page_room(self, offset: GuestOffset) -> int:
         """Bytes from `offset` to where its L2 page ends."""
         page = self._bits + PAGE_BITS
         return ((offset >> page) + 1 << page) - offset
 
-    def _by_page(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+    def _by_page(self, offset: GuestOffset, size: int) -> Iterator[tuple[GuestOffset, int]]:
         """A range cut where L2 pages end."""
         end = offset + size
         while offset < end:
@@ -311,7 +311,7 @@ class ClusterWriter:
             yield offset, step
             offset += step
 
-    async def _set_entries(self, offset: int, size: int, entry: int) -> None:
+    async def _set_entries(self, offset: GuestOffset, size: int, entry: int) -> None:
         """Map the clusters of [offset, offset+size), whole and in one L2 page, to `entry` and on, or all to 0 or 1.
 
         Fails before it changes anything (the page could not be read) or not at all.

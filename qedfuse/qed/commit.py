@@ -100,11 +100,12 @@ import trio
 
 from qedfuse.errors import QedfuseError
 from qedfuse.host.storage import Storage
-from qedfuse.qed.allocator import Allocator
+from qedfuse.qed.allocator import Allocator, HostRun
 from qedfuse.qed.growth import DeviceGrowth, FileGrowth, Growth
 from qedfuse.qed.header import FEATURE_NEED_CHECK, Header
 from qedfuse.qed.pages import PageMap
 from qedfuse.qed.tables import Tables
+from qedfuse.sizes import GuestOffset, HostOffset
 
 log = logging.getLogger("qedfuse")
 
@@ -140,7 +141,9 @@ class Committer:
             if storage.fixed
             else FileGrowth(storage, allocator, self, header.cluster_size)
         )
-        self.size = header.image_size  # the guest's; a grown one the header has after the next commit with sync
+        self.size = GuestOffset(
+            header.image_size
+        )  # the guest's; a grown one the header has after the next commit with sync
         self._running = trio.Semaphore(1, max_value=1)  # a lock that belongs to no task
         self._group = _Flush()  # for those that ask from now on
         self.dirty = trio.Event()  # tables have changed since `commit_timer.py` has looked
@@ -165,7 +168,7 @@ class Committer:
         self.unsynced = True
         self.writes += 1
 
-    def grow(self, size: int) -> None:
+    def grow(self, size: GuestOffset) -> None:
         """The image has a larger size; the header follows with the next commit."""
         self.size = size
         self.note_change()
@@ -227,7 +230,7 @@ class Committer:
             with trio.CancelScope(shield=True):
                 await self._commit(durable=False)
 
-    async def shrink(self, size: int) -> None:
+    async def shrink(self, size: GuestOffset) -> None:
         """Make a smaller image size durable, before the engine drops what lies behind it. It holds at once, and not if
         this fails. Raises OSError."""
         old, self.size = self.size, size
@@ -259,7 +262,7 @@ class Committer:
                 replaced()
                 self.changes += 1
 
-    async def give_up_tail(self, end: int) -> None:
+    async def give_up_tail(self, end: HostOffset) -> None:
         """Cut the file at `end`: no entry refers to what lies behind. Raises OSError."""
         await self.flush()
         async with self._running:
@@ -322,8 +325,8 @@ class Committer:
                 await self._write_pages(new)
                 if self._barrier:
                     await self._sync()
-                for index in new_tables:
-                    del tables.new_tables[index]
+                for table in new_tables:
+                    del tables.new_tables[table]
                 await self._write_pages(old)
             punched = await self._punch(lost)
             if durable or lost or size > self.header.image_size:
@@ -406,7 +409,7 @@ class Committer:
             raise
         self.check()
 
-    async def _punch(self, lost: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    async def _punch(self, lost: list[HostRun]) -> list[HostRun]:
         """Before step 5. Returns what is a hole then. What cannot be punched stays unused: a leak."""
         punched = []
         for run in lost:

@@ -14,9 +14,10 @@ from typing import Protocol
 import trio
 
 from qedfuse.host.storage import Storage
-from qedfuse.qed.allocator import Allocator
+from qedfuse.qed.allocator import Allocator, HostRun
 from qedfuse.qed.header import Header
 from qedfuse.qed.reserve import Reserve
+from qedfuse.sizes import HostOffset
 
 #: A file grows by this many clusters at a time, but not by more than the bytes below: one truncate for many.
 _GROW_CLUSTERS = 1024
@@ -74,7 +75,7 @@ class Growth(ABC):
         """Give up what is free at the end, as far as the file can, for good: nothing is handed out after this."""
 
     @abstractmethod
-    async def give_up(self, end: int) -> None:
+    async def give_up(self, end: HostOffset) -> None:
         """No entry refers to what lies behind `end` any more, durably, and nothing of it waits to be used. It may be
         handed out again after a sync."""
 
@@ -111,7 +112,7 @@ class FileGrowth(Growth):
     async def trim(self) -> None:
         await self._cut(self._allocator.trim())
 
-    async def give_up(self, end: int) -> None:
+    async def give_up(self, end: HostOffset) -> None:
         await self._cut(end)
         self._allocator.cut(end)
 
@@ -151,7 +152,7 @@ class DeviceGrowth(Growth):
             else:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.path)
 
-    async def _zero(self, runs: list[tuple[int, int]]) -> None:
+    async def _zero(self, runs: list[HostRun]) -> None:
         try:
             if not self._zeroed:
                 await self._durability.sync_alone()
@@ -167,7 +168,7 @@ class DeviceGrowth(Growth):
     async def trim(self) -> None:
         """Its size is what it is."""
 
-    async def give_up(self, end: int) -> None:
+    async def give_up(self, end: HostOffset) -> None:
         """What is free is looked for anew."""
         self._allocator.forget_free()
         self._reserve, self._zeroed = Reserve(self._storage, self._header), 0

@@ -34,7 +34,7 @@ from qedfuse.qed.pages import PagePool, shared_pool
 from qedfuse.qed.range_lock import FOREVER, RangeLock
 from qedfuse.qed.resize import Resizer
 from qedfuse.qed.tables import Tables
-from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, round_up
+from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, GuestOffset, round_up
 
 _ENTRY_MASK = PAGE_ENTRIES - 1
 #: One step of a long operation: bounds memory, lock time and the group.
@@ -134,9 +134,9 @@ class Image:
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     @property
-    def size(self) -> int:
+    def size(self) -> GuestOffset:
         """Bytes that the guest sees."""
-        return self._committer.size if self._committer else self._header.image_size
+        return self._committer.size if self._committer else GuestOffset(self._header.image_size)
 
     @property
     def backing(self) -> Layer | None:
@@ -229,17 +229,17 @@ class Image:
             return await read_extents(await resolve(self, offset, size), offset, size) if size else b""
 
     def map_nowait(self, offset: int, size: int) -> list[Run] | None:
-        runs = self._tables.map_prefix(offset, size)
+        runs = self._tables.map_prefix(GuestOffset(offset), size)
         return runs if sum(run.length for run in runs) == size else None
 
     async def map(self, offset: int, size: int, extents: HostExtents | None = None) -> list[Run]:
         """See `Layer.map`. Source of the entries' meaning: qed_spec, "Data cluster offsets"."""
         if extents is not None:
             version = self.version
-            blank = await self._tables.measure_blank(offset, size, extents)
+            blank = await self._tables.measure_blank(GuestOffset(offset), size, extents)
             if blank and version == self.version:  # no page of a table has been written since, and left memory
                 return [Run(Kind.UNALLOCATED, blank)]
-        return await self._tables.map(offset, size)
+        return await self._tables.map(GuestOffset(offset), size)
 
     async def read_indirect(self, offset: int, size: int) -> bytes:
         raise AssertionError("a qed image has nothing indirect")
@@ -251,7 +251,7 @@ class Image:
         size, committer = len(data), self._committer
         if not size or committer is None or offset + size > committer.size or committer.failed:
             return False
-        runs = self._tables.map_prefix(offset, size)
+        runs = self._tables.map_prefix(GuestOffset(offset), size)
         if len(runs) != 1 or runs[0].kind is not Kind.DATA or runs[0].length != size:
             return False
         committer.note_written()
@@ -273,10 +273,10 @@ class Image:
                     raise QedfuseError(self.path, "no space: the image's size is fixed", errno.ENOSPC)
                 async with self._locks.hold(0, FOREVER, exclusive=True):
                     if end > self.size:
-                        await self._resizer.grow(round_up(end, SECTOR_SIZE))
+                        await self._resizer.grow(GuestOffset(round_up(end, SECTOR_SIZE)))
             async with self._locks.hold(*self._clusters(offset, len(data)), exclusive=True):
                 if end <= self.size:  # nobody shrank it meanwhile
-                    return await clusters.write(offset, data, self.size)
+                    return await clusters.write(GuestOffset(offset), data, self.size)
 
     def keep_zeroes(self) -> None:
         """From now on zeroes that are written take space as other data does: for who wants an image allocated."""
@@ -299,9 +299,9 @@ class Image:
                     return
                 if version != self.version:
                     extents, version = HostExtents(self.storage), self.version
-                blank = 0 if self._backing else await self._tables.measure_blank(offset, step, extents)
+                blank = 0 if self._backing else await self._tables.measure_blank(GuestOffset(offset), step, extents)
                 if not blank or version != self.version:  # a page may have been written since, and left memory
-                    blank = await clusters.zero(offset, step, self.size)
+                    blank = await clusters.zero(GuestOffset(offset), step, self.size)
                 offset += blank
 
     async def discard(self, offset: int, size: int) -> None:
@@ -325,9 +325,9 @@ class Image:
             raise QedfuseError(self.path, "the image's size is fixed", errno.EPERM)
         async with self._locks.hold(0, FOREVER, exclusive=True):
             if size < self.size:
-                await self._resizer.shrink(size)
+                await self._resizer.shrink(GuestOffset(size))
             elif size > self.size:
-                await self._resizer.grow(round_up(size, SECTOR_SIZE))
+                await self._resizer.grow(GuestOffset(round_up(size, SECTOR_SIZE)))
 
     async def set_backing(self, layer: Layer | None, name: str = "") -> Layer | None:
         """Put `layer`, which other programs find by `name` (relative to the image's directory), below the image in the

@@ -14,6 +14,7 @@ from qedfuse.qed.cluster_writer import ClusterWriter
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.image import Image
 from qedfuse.qed.pages import PageWatcher
+from qedfuse.sizes import HostOffset, PageIndex
 
 _NOTHING = (0, 0)
 
@@ -81,7 +82,7 @@ class NativeView:
         AssertionError if there is another backing file than C knows of: then all is left to Python."""
         if self._image.backing is not self._backing:
             raise AssertionError("the backing file was replaced behind the fast path's back")
-        self.size = self._image.size
+        self.size: int = self._image.size
         self.file_end = self._tables.ends.end
         self.writable = False
         offer = _NOTHING
@@ -138,6 +139,6 @@ class NativeView:
                 raise AssertionError("clusters were taken while a range was locked")
             if first != start or taken > end - start:
                 raise AssertionError(f"{taken} bytes of clusters at {first:#x} were taken, not offered")
-            self._clusters.take_offered(first, taken, lost, filled, pages)
+            self._clusters.take_offered(HostOffset(first), taken, lost, filled, [PageIndex(page) for page in pages])
         except BaseException as error:
             committer.give_up(error)

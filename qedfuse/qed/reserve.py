@@ -15,9 +15,11 @@ import trio
 from qedfuse.errors import CorruptError
 from qedfuse.host.storage import Storage
 from qedfuse.host.waiting import Breather
+from qedfuse.qed.allocator import HostRun
 from qedfuse.qed.cluster_map import ClusterMap, read_used
 from qedfuse.qed.header import Header
 from qedfuse.qed.table_walk import Bounds
+from qedfuse.sizes import HostOffset
 
 #: Runs that are taken at a time.
 _MAX_RUNS = 256
@@ -33,7 +35,7 @@ class Reserve:
         self._bits = header.geometry.cluster_bits
         self._used: ClusterMap | None = None  # also what has been taken
         self._next = 0  # the cluster at which to look for the next run
-        self._returned: list[tuple[int, int]] = []
+        self._returned: list[HostRun] = []
         self._exhausted = 1 << 63  # no run has so many clusters
         self._failure: str | None = None
         self._finding = trio.Lock()
@@ -61,7 +63,7 @@ class Reserve:
         free = self._used.clusters - self._header.header_size - self._used.marked
         return (free << self._bits) + sum(size for _offset, size in self._returned)
 
-    async def take(self, least: int, most: int) -> list[tuple[int, int]]:
+    async def take(self, least: int, most: int) -> list[HostRun]:
         """Runs (offset, size) of at least `least` bytes each, `most` together if there are so many; none: there are
         none left. They hold stale bytes. Raises OSError if the tables could not be read. Not for two tasks at once."""
         if self._failure is not None:
@@ -70,7 +72,7 @@ class Reserve:
         if self._returned:
             taken, self._returned = self._returned, []
             return taken
-        found: list[tuple[int, int]] = []
+        found: list[HostRun] = []
         breathe = Breather()
         wanted = least >> self._bits
         rest = max(most, least) >> self._bits
@@ -82,7 +84,7 @@ class Reserve:
             first, number = run
             self._used.mark(first, number)
             self._next = first + number
-            found.append((first << self._bits, number << self._bits))
+            found.append((HostOffset(first << self._bits), number << self._bits))
             rest -= number
         return found
 
@@ -98,6 +100,6 @@ class Reserve:
                 first = used.next_free(end)
         return None
 
-    def put_back(self, runs: list[tuple[int, int]]) -> None:
+    def put_back(self, runs: list[HostRun]) -> None:
         """Runs that could not be zeroed."""
         self._returned += runs

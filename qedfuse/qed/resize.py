@@ -15,7 +15,7 @@ from qedfuse.qed.cluster_writer import ClusterWriter
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.tables import Tables
 from qedfuse.qed.tail import CutOff
-from qedfuse.sizes import SECTOR_SIZE, round_up
+from qedfuse.sizes import SECTOR_SIZE, GuestOffset, HostOffset, round_up
 
 
 class Resizer:
@@ -37,7 +37,7 @@ class Resizer:
         self._committer = committer
         self._begin_change = begin_change
 
-    async def grow(self, size: int) -> None:
+    async def grow(self, size: GuestOffset) -> None:
         """To `size`, a multiple of 512. EFBIG: the geometry cannot map so much.
 
         Behind the old end the tables and the backing file may hold anything: make it read as zeroes first."""
@@ -55,7 +55,7 @@ class Resizer:
             await breathe()
         self._committer.grow(size)
 
-    async def shrink(self, end: int) -> None:
+    async def shrink(self, end: GuestOffset) -> None:
         """To `end`, rounded up to 512.
 
         The header first: a crash must not leave a large image that has lost its end. Then all behind `end` goes, first
@@ -79,7 +79,7 @@ class Resizer:
         """What is cut off takes no space any more, and cannot come back."""
         header = self._committer.header
         cut_off = CutOff(self._storage, header, self._tables, self._begin_change)
-        tail = header.header_bytes if self._storage.fixed else await cut_off.find_tail()
+        tail = HostOffset(header.header_bytes) if self._storage.fixed else await cut_off.find_tail()
         if tail < self._tables.ends.end:
             await cut_off.forget(tail)
             await self._committer.give_up_tail(tail)

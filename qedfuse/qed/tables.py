@@ -20,13 +20,23 @@ import trio
 from qedfuse.errors import CorruptError
 from qedfuse.host.storage import Storage, fill, size_in_sectors
 from qedfuse.layers.extents import HostExtents
-from qedfuse.layers.runs import Kind, Run, append_run
-from qedfuse.qed.allocator import Allocator
+from qedfuse.layers.runs import NO_PLACE, Kind, Run, append_run
+from qedfuse.qed.allocator import Allocator, HostRun
 from qedfuse.qed.geometry import UNALLOCATED, ZERO_CLUSTER
 from qedfuse.qed.header import Header
 from qedfuse.qed.pages import ZERO_PAGE, Page, PageMap, PagePool
 from qedfuse.qed.table_walk import Bounds
-from qedfuse.sizes import ENTRY_SIZE, PAGE_BITS, PAGE_ENTRIES, PAGE_SIZE
+from qedfuse.sizes import (
+    ENTRY_SIZE,
+    PAGE_BITS,
+    PAGE_ENTRIES,
+    PAGE_SIZE,
+    ClusterIndex,
+    GuestOffset,
+    HostOffset,
+    PageIndex,
+    TableIndex,
+)
 
 _PAGE_MASK = PAGE_ENTRIES - 1
 _MAX_STEPS = 256
@@ -71,19 +81,19 @@ class Tables:
         self.l2 = PageMap(pool)
         self.dirty_l1: set[int] = set()
         self.dirty_l2: set[int] = set()
-        self.new_tables: dict[int, int] = {}  # L1 index -> offset; the file's L1 table does not refer to them yet
+        self.new_tables: dict[TableIndex, HostOffset] = {}  # the file's L1 table does not refer to them
         self._loading: dict[tuple[PageMap, int], trio.Event] = {}
 
     # -- looking up ---------------------------------------------------------------------------------------------------
 
-    def page_nowait(self, index: int) -> Page | None:
+    def page_nowait(self, index: PageIndex) -> Page | None:
         """The L2 page `index`, zeroes if its table does not exist, None if it must be loaded."""
         page = self.l2.pages.get(index)
         if page is None:
             return ZERO_PAGE if self._table_nowait(index >> self.geometry.table_page_bits) == 0 else None
         return page
 
-    def map_prefix(self, offset: int, size: int, steps: int = sys.maxsize) -> list[Run]:
+    def map_prefix(self, offset: GuestOffset, size: int, steps: int = sys.maxsize) -> list[Run]:
         """Runs from `offset` as far as the tables are in memory, at most `size` bytes. Raises CorruptError.
 
         `steps` bounds the work, and the number of runs: a step is one run, or a page of a longer one.
@@ -102,13 +112,13 @@ class Tables:
                 count = self._absent_clusters(cluster)
                 if count == 0:
                     break
-                kind, host = Kind.UNALLOCATED, 0
+                kind, host = Kind.UNALLOCATED, NO_PLACE
             length = min((cluster + count << bits) - offset, end - offset)
             append_run(runs, kind, length, host)
             offset += length
         return runs
 
-    async def map(self, offset: int, size: int) -> list[Run]:
+    async def map(self, offset: GuestOffset, size: int) -> list[Run]:
         """As `map_prefix`, but at least one run: loads the page it needs first. Raises OSError, CorruptError.
 
         However large the range, this takes no more than some milliseconds and kilobytes.
@@ -119,11 +129,10 @@ class Tables:
                 return runs
             await self.load(offset >> self.geometry.cluster_bits >> PAGE_BITS)
 
-    async def measure_blank(self, offset: int, size: int, extents: HostExtents) -> int:
+    async def measure_blank(self, offset: GuestOffset, size: int, extents: HostExtents) -> int:
         """Bytes from `offset` on, at most `size`, that are unallocated since the file has a hole where their pages of
         an L2 table should be, and none of these is in memory. 0: have a look. Raises OSError, CorruptError."""
-        bits = self.geometry.cluster_bits + PAGE_BITS
-        index = offset >> bits
+        index = offset >> self.geometry.cluster_bits >> PAGE_BITS
         l1_index = index >> self.geometry.table_page_bits
         table = None if index in self.l2.pages or l1_index in self.new_tables else self._table_nowait(l1_index)
         if not table:
@@ -137,9 +146,9 @@ class Tables:
             return 0
         pages = min((known[0].end - start) // PAGE_SIZE, _MAX_STEPS)
         stop = next((page for page in range(index, index + pages) if page in self.l2.pages), index + pages)
-        return min((stop << bits) - offset, size) if stop > index else 0
+        return min((stop << self.geometry.cluster_bits + PAGE_BITS) - offset, size) if stop > index else 0
 
-    def _run_in_page(self, page: Page, cluster: int, limit: int) -> tuple[Kind, int, int]:
+    def _run_in_page(self, page: Page, cluster: ClusterIndex, limit: int) -> tuple[Kind, int, HostOffset]:
         """The run that starts at `cluster`, inside its page, at most `limit` clusters: kind, clusters, host offset."""
         first = cluster & _PAGE_MASK
         stop = min(PAGE_ENTRIES, first + limit)
@@ -150,7 +159,7 @@ class Tables:
                 here = stop
             while here < stop and page[here] == entry:
                 here += 1
-            return (Kind.ZERO if entry else Kind.UNALLOCATED), here - first, 0
+            return (Kind.ZERO if entry else Kind.UNALLOCATED), here - first, NO_PLACE
         step = self.geometry.cluster_size
         following = entry + step
         if (
@@ -163,21 +172,21 @@ class Tables:
             here += 1
             following += step
         if self.holds(entry, following - entry):
-            return Kind.DATA, here - first, entry
+            return Kind.DATA, here - first, HostOffset(entry)
         if here - first > 1:  # find the good part
             return self._run_in_page(page, cluster, 1)
         if self._may_be_missing(entry, step):
-            return Kind.UNALLOCATED, 1, 0
+            return Kind.UNALLOCATED, 1, NO_PLACE
         raise CorruptError(
             self._storage.path,
             f"corrupt: guest offset {cluster * step:#x} is mapped to {entry:#x}, which is no cluster of the file; "
             "see qedfuse check",
         )
 
-    def _absent_clusters(self, cluster: int) -> int:
+    def _absent_clusters(self, cluster: ClusterIndex) -> int:
         """How many clusters from here on lie in L2 tables that do not exist; 0 if that is not known yet."""
         entries = self.geometry.table_entries
-        index = cluster // entries
+        index = cluster >> PAGE_BITS >> self.geometry.table_page_bits
         if self._table_nowait(index) != 0:
             return 0
         page = self.l1.pages[index >> PAGE_BITS]
@@ -188,16 +197,16 @@ class Tables:
             tables += (len(rest) if same else len(rest) - len(rest.lstrip(b"\0"))) // ENTRY_SIZE
         return (index + tables) * entries - cluster
 
-    def _table_nowait(self, l1_index: int) -> int | None:
+    def _table_nowait(self, l1_index: TableIndex) -> HostOffset | None:
         """The offset of an L2 table, 0 if there is none, None if the L1 page must be loaded."""
         page = self.l1.pages.get(l1_index >> PAGE_BITS)
         if page is None:
             return None
-        offset = page[l1_index & _PAGE_MASK]
+        offset = HostOffset(page[l1_index & _PAGE_MASK])
         if offset == 0 or self.holds(offset, self.geometry.table_bytes):
             return offset
         if self._may_be_missing(offset, self.geometry.table_bytes):
-            return 0
+            return NO_PLACE
         raise CorruptError(
             self._storage.path,
             f"corrupt: l1 entry {l1_index} is {offset:#x}, where no table of the file can be; see qedfuse check",
@@ -216,7 +225,7 @@ class Tables:
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    async def load(self, index: int) -> None:
+    async def load(self, index: PageIndex) -> None:
         """See to it that `page_nowait(index)` gives a page. Raises OSError, CorruptError.
 
         Cancellation is harmless. Other tasks may run, and the page may leave again at the caller's next await.
@@ -231,13 +240,13 @@ class Tables:
             else:
                 await self._load_page(self.l2, index, table + self._in_table(index))
 
-    async def table(self, l1_index: int) -> int:
+    async def table(self, l1_index: TableIndex) -> HostOffset:
         """The offset of an L2 table, 0 if there is none. Raises OSError, CorruptError."""
         while (offset := self._table_nowait(l1_index)) is None:
             await self._load_l1(l1_index)
         return offset
 
-    async def _load_l1(self, l1_index: int) -> None:
+    async def _load_l1(self, l1_index: TableIndex) -> None:
         l1_page = l1_index >> PAGE_BITS
         await self._load_page(self.l1, l1_page, self._l1_offset + l1_page * PAGE_SIZE)
 
@@ -267,13 +276,13 @@ class Tables:
         level.insert(index, host, None if new else content)
         return True
 
-    def _in_table(self, index: int) -> int:
+    def _in_table(self, index: PageIndex) -> int:
         """The byte offset of an L2 page in its table."""
         return (index & (self.geometry.table_pages - 1)) * PAGE_SIZE
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
-    async def prepare(self, index: int, allocator: Allocator) -> Page:
+    async def prepare(self, index: PageIndex, allocator: Allocator) -> Page:
         """The L2 page `index`, ready to be changed (at once, before the next await); its table is made if need be."""
         await self.load(index)
         page = self.l2.pages.get(index)
@@ -284,20 +293,20 @@ class Tables:
             page = self.l2.insert(index, offset + self._in_table(index), None)
         return page
 
-    def has_table(self, index: int) -> bool:
+    def has_table(self, index: PageIndex) -> bool:
         """Whether `prepare(index)`, right after a `load`, has a table to put the page in."""
         return index in self.l2.pages
 
-    def changed(self, index: int) -> None:
+    def changed(self, index: PageIndex) -> None:
         """The L2 page `index` was changed: keep it until it is written."""
         self.l2.pin(index)
         self.dirty_l2.add(index)
 
-    def settled(self, l1_index: int) -> bool:
+    def settled(self, l1_index: TableIndex) -> bool:
         """Whether the file has all of an L2 table that there is, and no commit is writing any of it."""
         return l1_index not in self.new_tables and self.l2.pinned.isdisjoint(self._pages_of(l1_index))
 
-    def drop_table(self, l1_index: int) -> None:
+    def drop_table(self, l1_index: TableIndex) -> None:
         """Take away an L2 table that is settled, whose range is locked and whose `table` was asked for just now."""
         assert self.settled(l1_index)
         for index in self._pages_of(l1_index):
@@ -306,7 +315,7 @@ class Tables:
                 self.l2.drop(index)
         self._set_table(l1_index, 0)
 
-    def data_runs(self, entries: Iterable[int]) -> Iterator[tuple[int, int]]:
+    def data_runs(self, entries: Iterable[int]) -> Iterator[HostRun]:
         """The clusters that L2 entries map, as runs (offset, bytes); passes over what points at no cluster."""
         step = self.geometry.cluster_size
         start = end = 0
@@ -315,15 +324,15 @@ class Tables:
                 end += step
             elif entry > ZERO_CLUSTER and self.holds(entry, step):
                 if start:
-                    yield start, end - start
+                    yield HostOffset(start), end - start
                 start, end = entry, entry + step
         if start:
-            yield start, end - start
+            yield HostOffset(start), end - start
 
-    def _pages_of(self, l1_index: int) -> range:
+    def _pages_of(self, l1_index: TableIndex) -> range:
         return range(l1_index * self.geometry.table_pages, (l1_index + 1) * self.geometry.table_pages)
 
-    def _set_table(self, l1_index: int, offset: int) -> None:
+    def _set_table(self, l1_index: TableIndex, offset: int) -> None:
         l1_page = l1_index >> PAGE_BITS
         self.l1.pages[l1_page][l1_index & _PAGE_MASK] = offset
         self.l1.pin(l1_page)

@@ -20,17 +20,17 @@ from qedfuse.qed.cluster_writer import ClusterWriter
 from qedfuse.qed.header import Header
 from qedfuse.qed.table_walk import Bounds, L1Entries
 from qedfuse.qed.tables import Tables
-from qedfuse.sizes import ENTRY_SIZE
+from qedfuse.sizes import ENTRY_SIZE, GuestOffset, HostOffset, TableIndex
 
 
 class Part(NamedTuple):
     """Entries behind the end, as they are in the file: those of a part of an L2 table. `whole`: all of the table is
     behind the end. `guest`: what the first entry maps."""
 
-    l1_index: int
-    table: int
+    l1_index: TableIndex
+    table: HostOffset
     whole: bool
-    guest: int
+    guest: GuestOffset
     entries: array[int]
 
 
@@ -61,14 +61,14 @@ class CutOff:
                 if runs and not await clusters.punch(runs):
                     await clusters.unmap(part.guest, len(part.entries) * self._cluster_size)
 
-    async def find_tail(self) -> int:
+    async def find_tail(self) -> HostOffset:
         """From where on the file holds nothing to which the inside of the image refers, and no table that refers to
         what lies before. The end of the file if that cannot be told: in bounded memory, or of tables that overlap."""
         try:
             used = await read_used(self._storage, self._bounds, self._breathe, inside=True)
         except CorruptError:
-            return self._bounds.end
-        tail = used.end_of_marked() * self._cluster_size
+            return HostOffset(self._bounds.end)
+        tail = HostOffset(used.end_of_marked() * self._cluster_size)
         if tail < self._bounds.end:
             size = self._header.geometry.table_bytes
             for table, lowest in sorted((await self._lowest()).items()):
@@ -76,9 +76,9 @@ class CutOff:
                     tail = table + size
         return tail
 
-    async def _lowest(self) -> dict[int, int]:
+    async def _lowest(self) -> dict[HostOffset, int]:
         """For each table that is cut off whole, the lowest cluster to which it refers; the file's end: to none."""
-        lowest: dict[int, int] = {}
+        lowest: dict[HostOffset, int] = {}
         async with aclosing(self._parts()) as parts:
             async for part in parts:
                 if not part.whole:
@@ -90,7 +90,7 @@ class CutOff:
                 lowest[part.table] = min(first, lowest.get(part.table, first))
         return lowest
 
-    async def forget(self, tail: int) -> None:
+    async def forget(self, tail: HostOffset) -> None:
         """Take away the tables behind `tail`, and the entries that refer to what is there."""
         dropped = -1
         async with aclosing(self._parts()) as parts:
@@ -109,21 +109,22 @@ class CutOff:
         """Of each table first one that is empty. A table to which several entries lead comes once."""
         geometry = self._header.geometry
         seen: set[int] = set()
-        async for index, table in L1Entries(self._storage, self._header, self._breathe):
+        async for number, entry in L1Entries(self._storage, self._header, self._breathe):
+            index, table = TableIndex(number), HostOffset(entry)
             inside = self._bounds.entries_inside(index)
             if inside == geometry.table_entries or table in seen or not self._bounds.holds(table, geometry.table_bytes):
                 continue
             seen.add(table)
             first = index * geometry.table_entries
-            yield Part(index, table, not inside, first * self._cluster_size, array("Q"))
+            yield Part(index, table, not inside, GuestOffset(first * self._cluster_size), array("Q"))
             async for start, chunk in TableChunks(self._storage, table, geometry.table_bytes, self._breathe):
                 position = max(start, inside * ENTRY_SIZE)
                 if entries := unpack_entries(chunk[position - start :]):
-                    guest = (first + position // ENTRY_SIZE) * self._cluster_size
+                    guest = GuestOffset((first + position // ENTRY_SIZE) * self._cluster_size)
                     yield Part(index, table, not inside, guest, entries)
 
 
-def _runs_behind(entries: array[int], tail: int) -> Iterator[tuple[int, int]]:
+def _runs_behind(entries: array[int], tail: HostOffset) -> Iterator[tuple[int, int]]:
     """Where entries refer to what is behind `tail`: first and end of each run."""
     if not entries or max(entries) < tail:
         return

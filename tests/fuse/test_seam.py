@@ -23,6 +23,7 @@ from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.image import Image
 from qedfuse.qed.native_view import NativeView
 from qedfuse.qed.range_lock import FOREVER
+from qedfuse.sizes import HostOffset
 from tests.helpers.images.images import TINY, Chain, assert_sound, contents, new_chain, open_chain
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.modes import NEEDS_NATIVE
@@ -167,13 +168,13 @@ def test_where_a_rule_is_broken_nothing_more_goes_to_the_file(
 
 def test_clusters_are_taken_from_the_front() -> None:
     allocator = Allocator(Geometry(CLUSTER, 1), 10 * CLUSTER)
-    allocator.take(10 * CLUSTER, CLUSTER)
+    allocator.take(HostOffset(10 * CLUSTER), CLUSTER)
     with pytest.raises(AssertionError, match="not the next free"):
-        allocator.take(10 * CLUSTER, CLUSTER)
-    allocator.take_back(2 * CLUSTER, 2 * CLUSTER)
+        allocator.take(HostOffset(10 * CLUSTER), CLUSTER)
+    allocator.take_back(HostOffset(2 * CLUSTER), 2 * CLUSTER)
     with pytest.raises(AssertionError, match="not the next free"):
         allocator.take(allocator.end, CLUSTER)
-    allocator.take(2 * CLUSTER, 2 * CLUSTER)
+    allocator.take(HostOffset(2 * CLUSTER), 2 * CLUSTER)
     assert allocator.allocate(1) == (allocator.end - CLUSTER, CLUSTER)
 
 

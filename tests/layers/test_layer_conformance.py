@@ -17,7 +17,7 @@ from qedfuse.host.storage import read
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.resolve import read_layer
-from qedfuse.layers.runs import Kind, Run, append_run
+from qedfuse.layers.runs import NO_PLACE, Kind, Run, append_run
 from qedfuse.qed.image import Image
 from tests.helpers.doubles.ram import Chaos, RamStorage
 from tests.helpers.images.conversions import flat, make_chain, scatter
@@ -133,7 +133,7 @@ def part_of(runs: list[Run], offset: int, size: int) -> list[Run]:
     for kind, length, host in runs:
         low, high = max(start, offset), min(start + length, offset + size)
         if low < high:
-            append_run(found, kind, high - low, host + low - start if host or kind is Kind.DATA else 0)
+            append_run(found, kind, high - low, host + low - start if host or kind is Kind.DATA else NO_PLACE)
         start += length
     return found
 

@@ -19,6 +19,7 @@ from qedfuse.errors import QedfuseError
 from qedfuse.layers.qcow2.entries import compressed_extent
 from qedfuse.layers.resolve import read_layer
 from qedfuse.layers.runs import Kind, Run
+from qedfuse.sizes import HostOffset
 from qedfuse.text import describe
 from tests.helpers.images.qcow2_images import (
     COMPATS,
@@ -91,7 +92,9 @@ class TestEndOfFile:
             try:
                 assert layer.map_nowait(0, 512) is None
                 qemu_io(image, "write -P 1 0 64k")
-                assert await layer.map(0, 65536) == [Run(Kind.DATA, 65536, be64(image, l2_offset(image)) & OFFSET)]
+                assert await layer.map(0, 65536) == [
+                    Run(Kind.DATA, 65536, HostOffset(be64(image, l2_offset(image)) & OFFSET))
+                ]
                 assert await read_layer(layer, 0, 65536) == b"\1" * 65536
             finally:
                 await layer.close()

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qedfuse.qed.allocator import Allocator
+from qedfuse.qed.allocator import Allocator, HostRun
 from qedfuse.qed.geometry import Geometry
+from qedfuse.sizes import HostOffset
 
 C = 4096
 GEOMETRY = Geometry(C, 2)
@@ -31,10 +32,10 @@ def clusters(offset: int, size: int) -> set[int]:
 def test_every_cluster_is_in_one_place(steps: list[tuple[str, int, int]]) -> None:
     """Used, free, lost, or behind the end; what is handed out was free or fresh."""
     allocator = Allocator(GEOMETRY, 10 * C)
-    used: list[tuple[int, int]] = []
+    used: list[HostRun] = []
     free, lost = set[int](), set[int]()
 
-    def hand_out(offset: int, size: int, end: int) -> None:
+    def hand_out(offset: HostOffset, size: int, end: int) -> None:
         assert clusters(offset, size) <= free | set(range(end // C, allocator.end // C))
         free.difference_update(clusters(offset, size))
         used.append((offset, size))

@@ -18,6 +18,7 @@ import trio.testing
 from qedfuse.chain.opening import open_image
 from qedfuse.host.stepping import Stepper
 from qedfuse.qed.image import Image
+from qedfuse.sizes import HostOffset
 from tests.helpers.doubles.request import NotedRequest
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.injection import injected
@@ -260,7 +261,7 @@ class TestNative:
                 await image.write(0, b"x" * 1024 * KIB)
                 await image.flush()
                 for offset in range(0, 1024 * KIB, 512):  # as if they had been lost: there is nothing behind the end
-                    image.clusters.lose((1 << 40) + 2 * offset, 512)
+                    image.clusters.lose(HostOffset((1 << 40) + 2 * offset), 512)
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.start_soon(take_turns)
                 await trio.sleep(0.01)

@@ -19,7 +19,7 @@ from qedfuse.layers.runs import Kind, Run, append_run
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.image import Image
 from qedfuse.qed.native_view import NativeView
-from qedfuse.sizes import PAGE_ENTRIES, PAGE_SIZE, round_down, round_up
+from qedfuse.sizes import PAGE_ENTRIES, PAGE_SIZE, GuestOffset, HostOffset, TableIndex, round_down, round_up
 from tests.helpers.doubles.ram import RamFile, RamStorage
 from tests.helpers.images.images import POOL, new_chain, read_header
 
@@ -62,7 +62,7 @@ class Case:
 
     def map_prefix(self, offset: int, size: int) -> list[Run] | None:
         try:
-            return self.image.tables.map_prefix(offset, size)
+            return self.image.tables.map_prefix(GuestOffset(offset), size)
         except CorruptError:
             return None
 
@@ -123,7 +123,7 @@ def test_entries_of_l2_tables(geometry: Geometry, end: int) -> None:
                 if kind is None or expected is None:
                     expected = None
                 else:
-                    append_run(expected, kind, cluster, host)
+                    append_run(expected, kind, cluster, HostOffset(host))
             check_range(case, offset, entries, expected)
         assert kinds == {Kind.UNALLOCATED, Kind.ZERO, Kind.DATA, None}
 
@@ -135,7 +135,7 @@ def check_cluster(case: Case, offset: int, kind: Kind | None, host: int) -> None
     cluster = case.cluster
     for skip, size in ((0, cluster), (512, 512), (cluster - 1, 1)):
         place = host + skip if kind is Kind.DATA else 0
-        assert case.map_prefix(offset + skip, size) == (None if kind is None else [Run(kind, size, place)])
+        assert case.map_prefix(offset + skip, size) == (None if kind is None else [Run(kind, size, HostOffset(place))])
         assert case.seen.run(offset + skip, size)[0] == (native.UNKNOWN if kind is None else kind)
         if kind is None:
             with pytest.raises(CorruptError):
@@ -217,7 +217,7 @@ def test_entries_of_l1_tables(geometry: Geometry, end: int) -> None:
                     assert runs == []
                     page = offset // case.cluster // PAGE_ENTRIES
                     assert missing == (False, page, entry + page * PAGE_SIZE % table_bytes)
-                    assert await tables.table(index) == entry
+                    assert await tables.table(TableIndex(index)) == entry
             l1[index] = 0
         assert kinds == {Kind.UNALLOCATED, Kind.DATA, None}
 

@@ -13,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from qedfuse.check.result import CheckResult
 from qedfuse.layers.runs import Kind
 from qedfuse.qed.image import Image
+from qedfuse.sizes import TableIndex
 from tests.helpers.doubles.ram import RamFile, RamStorage
 from tests.helpers.images.images import (
     TINY,
@@ -76,8 +77,8 @@ def test_a_table_on_the_boundary(backing: bool) -> None:
         chain, image = await full_image(2 * TABLE + 9 * CLUSTER, backing=backing)
         await image.write(2 * TABLE + 5 * CLUSTER, b"x")
         await image.resize(TABLE)
-        assert await image.tables.table(0)
-        assert not await image.tables.table(1) and not await image.tables.table(2)
+        assert await image.tables.table(TableIndex(0))
+        assert not await image.tables.table(TableIndex(1)) and not await image.tables.table(TableIndex(2))
         await image.resize(3 * TABLE)
         assert not any(await image.read(TABLE, 2 * TABLE))
         assert (await closed(chain, image)).leaks == 0
@@ -238,7 +239,7 @@ def test_a_page_that_is_being_read_while_its_table_goes(refilled: bool) -> None:
         await image.close()
         storage = Gate(chain.file)
         image = await open_chain(chain, storage)
-        storage.offset = await image.tables.table(2)
+        storage.offset = await image.tables.table(TableIndex(2))
         found: list[Kind] = []
 
         async def ask() -> None:
@@ -266,7 +267,7 @@ def test_a_table_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def main() -> None:
         chain, image = await full_image()
-        offset = await image.tables.table(2)
+        offset = await image.tables.table(TableIndex(2))
         original = RamStorage.read_into_nowait
 
         def bad(self: RamStorage, position: int, target: memoryview) -> bool:
@@ -291,7 +292,7 @@ def test_a_table_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_entries_that_point_nowhere_are_passed_over() -> None:
     async def main() -> None:
         chain, image = await full_image()
-        table = await image.tables.table(1)
+        table = await image.tables.table(TableIndex(1))
         await image.close()
         for entry, value in ((500, 1), (501, CLUSTER + 7), (502, 1 << 62), (503, 0x1000 * 999), (504, 3)):
             chain.file.write(table + 8 * entry, struct.pack("<Q", value))

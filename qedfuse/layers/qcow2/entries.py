@@ -10,8 +10,8 @@ from array import array
 
 from qedfuse.errors import CorruptError
 from qedfuse.layers.qcow2.header import Qcow2Header
-from qedfuse.layers.runs import Kind, Run, append_run
-from qedfuse.sizes import SECTOR_SIZE
+from qedfuse.layers.runs import NO_PLACE, Kind, Run, append_run
+from qedfuse.sizes import SECTOR_SIZE, HostOffset
 
 #: Bits of L1 and L2 entries. Reserved bits are ignored, as QEMU does.
 ENTRY_OFFSET = 0x00FF_FFFF_FFFF_FE00
@@ -46,7 +46,7 @@ class EntryMapper:
             entry = last = entries[index]
             kind = self._kind(entry, position)
             # Most neighbours continue each other: count them without making runs.
-            place = self._place_of_zeroes(entry) if kind is Kind.ZERO else 0
+            place = self._place_of_zeroes(entry) if kind is Kind.ZERO else NO_PLACE
             step = cluster_size if kind is Kind.DATA or place else 0
             index += 1
             while index < past and entries[index] == last + step:
@@ -56,7 +56,7 @@ class EntryMapper:
             if kind is Kind.DATA:
                 self._append_data(runs, entry & ENTRY_OFFSET, position, until - position, file_size)
             else:
-                append_run(runs, kind, until - position, place and place + (position & (cluster_size - 1)))
+                append_run(runs, kind, until - position, place + (position & (cluster_size - 1)) if place else NO_PLACE)
             position = until
 
     def _kind(self, entry: int, position: int) -> Kind:
@@ -68,10 +68,10 @@ class EntryMapper:
             return Kind.ZERO
         return Kind.DATA if entry & ENTRY_OFFSET else Kind.UNALLOCATED
 
-    def _place_of_zeroes(self, entry: int) -> int:
+    def _place_of_zeroes(self, entry: int) -> HostOffset:
         """Where a cluster of zeroes has its place in the file; 0: it has none."""
-        place = entry & ENTRY_OFFSET
-        return 0 if place & (self._cluster_size - 1) else place
+        place = HostOffset(entry & ENTRY_OFFSET)
+        return NO_PLACE if place & (self._cluster_size - 1) else place
 
     def _append_data(self, runs: list[Run], cluster: int, position: int, length: int, file_size: int) -> None:
         """Append clusters that follow each other in the file from `cluster` on; `position` lies in the first one."""
@@ -79,7 +79,7 @@ class EntryMapper:
             raise CorruptError(
                 self._path, f"the data cluster of guest offset {position} is not cluster-aligned ({cluster:#x})"
             )
-        host = cluster + (position & (self._cluster_size - 1))
+        host = HostOffset(cluster) + (position & (self._cluster_size - 1))
         inside = file_size - host
         if inside >= length:
             append_run(runs, Kind.DATA, length, host)

@@ -32,7 +32,7 @@ def clusters_of(path: Path) -> list[int]:
     """Where each cluster of an image lies in its file."""
 
     async def find() -> list[int]:
-        found = []
+        found: list[int] = []
         async with open_image(path, read_only=True) as image:
             size = image.geometry.cluster_size
             for offset in range(0, image.size, size):

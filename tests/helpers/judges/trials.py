@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.pages import PagePool
+from qedfuse.sizes import TableIndex
 from tests.helpers.doubles.faults import Fault, FaultStorage
 from tests.helpers.doubles.ram import Chaos
 from tests.helpers.images.images import (
@@ -45,7 +46,7 @@ class StubbornGuest(Guest):
     def __post_init__(self) -> None:
         drop = self.image.clusters.drop_table
 
-        async def drop_table(index: int) -> None:
+        async def drop_table(index: TableIndex) -> None:
             try:
                 await drop(index)
             except OSError:

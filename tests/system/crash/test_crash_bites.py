@@ -19,7 +19,7 @@ from qedfuse.qed.pages import PageMap
 from qedfuse.qed.resize import Resizer
 from qedfuse.qed.tables import Tables
 from qedfuse.qed.tail import CutOff
-from qedfuse.sizes import round_up
+from qedfuse.sizes import GuestOffset, HostOffset, TableIndex, round_up
 from tests.helpers.doubles.crash import SEED
 from tests.helpers.doubles.schedule import run_seeded
 from tests.helpers.images.scenarios import (
@@ -92,7 +92,7 @@ def test_tables_swapped_with_the_barrier(monkeypatch: pytest.MonkeyPatch) -> Non
 
     async def broken(self: Committer, durable: bool) -> None:
         tables = self._tables
-        tables.new_tables.update(dict.fromkeys(range(tables.geometry.table_entries), 0))
+        tables.new_tables.update(dict.fromkeys(map(TableIndex, range(tables.geometry.table_entries)), HostOffset(0)))
         await original(self, durable)
 
     monkeypatch.setattr(Committer, "_commit", broken)
@@ -123,7 +123,7 @@ def test_a_discard_that_no_flush_makes_durable(monkeypatch: pytest.MonkeyPatch) 
 def test_discards_that_give_up_their_cluster(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
     """It is punched, and handed out again while the old entry may still be in the file."""
 
-    async def give_up(self: ClusterWriter, offset: int, size: int, image_end: int) -> int:
+    async def give_up(self: ClusterWriter, offset: GuestOffset, size: int, image_end: GuestOffset) -> int:
         kind, length, host = (await self._tables.map(offset, size))[0]
         if kind is not Kind.DATA or offset % CLUSTER or length % CLUSTER:
             return await original(self, offset, size, image_end)
@@ -141,7 +141,7 @@ def test_lost_clusters_come_back_before_the_punch_is_durable(monkeypatch: pytest
     """Without a backing file: what was not written shows beside what was."""
 
     async def punch_now(guest: Guest) -> None:
-        def lose_and_find(self: Allocator, offset: int, size: int) -> None:
+        def lose_and_find(self: Allocator, offset: HostOffset, size: int) -> None:
             guest.image.storage.apply_punch(offset, size)  # type: ignore[attr-defined]
             self.put_free([(offset, size)])
 
@@ -205,7 +205,7 @@ def test_shrink_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch, backing: str
     """What is cut off is zeroed before the smaller size is durable."""
     original = Committer.shrink
 
-    async def broken(self: Committer, size: int) -> None:
+    async def broken(self: Committer, size: GuestOffset) -> None:
         await self.flush()
         header = self.header.with_image_size(size)
         await CutOff(self._storage, header, self._tables, begin_change_of(self)).punch()
@@ -219,7 +219,7 @@ def test_grow_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The larger size is written before the entries that hide the backing file."""
     original = Resizer.grow
 
-    async def broken(self: Resizer, size: int) -> None:
+    async def broken(self: Resizer, size: GuestOffset) -> None:
         committer = self._committer
         await committer._write_header(committer.header.with_image_size(size))
         await original(self, size)
@@ -240,7 +240,7 @@ def test_shrink_to_whole_sectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is cut off inside of a sector stays."""
     original = Resizer.shrink
 
-    async def rounded(self: Resizer, end: int) -> None:
+    async def rounded(self: Resizer, end: GuestOffset) -> None:
         await original(self, round_up(end, 512))
 
     monkeypatch.setattr(Resizer, "shrink", rounded)
@@ -251,7 +251,7 @@ def test_shrink_before_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is cut off is zeroed while the image may still have it after a crash."""
     original = Resizer.shrink
 
-    async def early(self: Resizer, end: int) -> None:
+    async def early(self: Resizer, end: GuestOffset) -> None:
         await (await self._begin_change()).clear_tail(round_up(end, 512), growing=False)
         await original(self, end)
 
@@ -265,7 +265,7 @@ def test_shrink_before_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tail_is_cut_before_its_entries_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a backing file the image is marked, and the repair drops what points outside."""
 
-    async def broken(self: Committer, end: int) -> None:
+    async def broken(self: Committer, end: HostOffset) -> None:
         await self.growth.give_up(end)
         await self.flush()
 
@@ -276,7 +276,7 @@ def test_the_tail_is_cut_before_its_entries_are_gone(monkeypatch: pytest.MonkeyP
 def test_the_tail_is_used_before_the_cut_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes of a table show beside what was written."""
 
-    async def broken(self: Committer, end: int) -> None:
+    async def broken(self: Committer, end: HostOffset) -> None:
         await self.flush()
         await self.growth.give_up(end)
 
@@ -287,7 +287,7 @@ def test_the_tail_is_used_before_the_cut_is_durable(monkeypatch: pytest.MonkeyPa
 def test_the_tail_is_used_again_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is not cut at all."""
 
-    async def broken(self: Committer, end: int) -> None:
+    async def broken(self: Committer, end: HostOffset) -> None:
         await self.flush()
         self._allocator.cut(end)
 
@@ -311,7 +311,7 @@ def test_a_tail_with_what_stays_in_it(monkeypatch: pytest.MonkeyPatch, backing: 
 def test_dropped_tables_stay_in_memory(monkeypatch: pytest.MonkeyPatch, scenario: Scenario, backing: str) -> None:
     """Changes go to pages whose place in the file is somebody else's."""
 
-    def broken(self: Tables, l1_index: int) -> None:
+    def broken(self: Tables, l1_index: TableIndex) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(PageMap, "drop", lambda *_: None)
             original(self, l1_index)
@@ -325,7 +325,7 @@ def test_dropped_tables_stay_in_memory(monkeypatch: pytest.MonkeyPatch, scenario
 def test_tables_dropped_before_the_size_is_durable(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
     original = Committer.shrink
 
-    async def broken(self: Committer, size: int) -> None:
+    async def broken(self: Committer, size: GuestOffset) -> None:
         await self.flush()
         cut_off = CutOff(self._storage, self.header.with_image_size(size), self._tables, begin_change_of(self))
         tail = await cut_off.find_tail()

@@ -14,10 +14,11 @@ import trio
 from qedfuse.check.check import Repair, check_image
 from qedfuse.errors import QedfuseError
 from qedfuse.qed import growth as growing
-from qedfuse.qed.allocator import Allocator
+from qedfuse.qed.allocator import Allocator, HostRun
 from qedfuse.qed.cluster_map import ClusterMap
 from qedfuse.qed.growth import DeviceGrowth
 from qedfuse.qed.reserve import Reserve
+from qedfuse.sizes import HostOffset, PageIndex
 from tests.helpers.doubles.crash import SEED, CrashStorage
 from tests.helpers.doubles.faults import Fault
 from tests.helpers.doubles.ram import RamFile, RamStorage
@@ -125,7 +126,7 @@ def expect_failure(scenario: Scenario, backing: str) -> None:
 def test_stale_bytes(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
     """Handed out as they are."""
 
-    async def broken(self: DeviceGrowth, runs: list[tuple[int, int]]) -> None:
+    async def broken(self: DeviceGrowth, runs: list[HostRun]) -> None:
         self._allocator.put_free(runs)
 
     monkeypatch.setattr(DeviceGrowth, "_zero", broken)
@@ -135,7 +136,7 @@ def test_stale_bytes(monkeypatch: pytest.MonkeyPatch, backing: str) -> None:
 def test_zeroes_that_are_not_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backing file, the barrier would do."""
 
-    async def broken(self: DeviceGrowth, runs: list[tuple[int, int]]) -> None:
+    async def broken(self: DeviceGrowth, runs: list[HostRun]) -> None:
         for run in runs:
             await self._storage.punch(*run)
         self._allocator.put_free(runs)
@@ -184,7 +185,7 @@ def test_tables_that_are_younger_than_the_disk() -> None:
         await guest.zero(CLUSTER, CLUSTER)
         storage.punches = True
         image = guest.image
-        page = image.tables.page_nowait(0)
+        page = image.tables.page_nowait(PageIndex(0))
         assert page is not None
         await storage.write(image.tables.l2.hosts[0], [bytes(page)])  # the commit's step 4, and the end
         guest = Guest(await open_chain(chain, storage), history, CLUSTER, tag=100)
@@ -584,7 +585,7 @@ def test_a_device_hands_out_only_what_is_free() -> None:
     for ask in (lambda: allocator.allocate(1), allocator.allocate_table):
         with raises_errno(errno.ENOSPC):
             ask()
-    allocator.put_free([(9 * CLUSTER, CLUSTER)])
+    allocator.put_free([(HostOffset(9 * CLUSTER), CLUSTER)])
     assert allocator.allocate(4) == (9 * CLUSTER, CLUSTER)
-    allocator.take_back(9 * CLUSTER, CLUSTER)
+    allocator.take_back(HostOffset(9 * CLUSTER), CLUSTER)
     assert allocator.end == 10 * CLUSTER and allocator.trim() == 10 * CLUSTER
