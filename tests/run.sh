@@ -25,6 +25,7 @@ if [ $# = 0 ]; then
         ! $alone true 2>/dev/null || python="$alone python"
     done
     # Files stay whole: their tests count together. Not reordered, or those with a few long tests come last.
-    set -- --durations=15 --dist=loadfile --no-loadscope-reorder --tx="$((processors < 4 ? processors : 4))*popen//python=$python"
+    set -- --durations=15 --dist=loadfile --no-loadscope-reorder
+    set -- "$@" --tx="$((processors < 4 ? processors : 4))*popen//python=$python"
 fi
 exec pytest "$@"

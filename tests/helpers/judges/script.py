@@ -6,6 +6,8 @@ made, `.` stands for zeroes.
 
     new 256k [over B 64k]        an image with clusters of 4 KiB [over a raw file of 64 KiB of B]; must come first
     write OFFSET SIZE a          also zero, discard OFFSET SIZE; resize SIZE
+    rebase C 64k                 another backing file, of C; without words: none. (It should hold the same; here one
+                                 sees where what is read comes from.)
     fsync                        also timer (a commit without sync), idle (what comes when nothing has happened), close
     map                          where everything is
     crash                        for each call of the command before: what a crash after it may leave
@@ -25,12 +27,12 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from qedfuse.check.check import check_image
+from qedfuse.layers.raw import RawLayer
 from qedfuse.layers.runs import Kind
-from qedfuse.qed.header import FEATURE_NEED_CHECK, HEADER_BYTES, Header
 from qedfuse.qed.image import Image
 from tests.helpers.doubles.crash import Change, CrashPoint, CrashStorage
 from tests.helpers.doubles.ram import RamFile, RamStorage
-from tests.helpers.images.images import Chain, new_chain, open_chain, raw_file, read_header
+from tests.helpers.images.images import Chain, backing_name, new_chain, open_chain, raw_file, read_header
 from tests.helpers.judges.history import SECTOR, Clock
 
 INDENT = "    "
@@ -106,7 +108,7 @@ class Script:
 
     async def _change(self, command: str, *words: str) -> None:
         image = self._image
-        numbers = [number(word) for word in words[:2]]
+        numbers = [number(word) for word in words[:2] if word[0].isdigit()]
         match command:
             case "write":
                 content = b"\0" if words[2] == "." else words[2].encode()
@@ -117,6 +119,14 @@ class Script:
                 await image.discard(*numbers)
             case "resize":
                 await image.resize(*numbers)
+            case "rebase" if words:
+                name = f"other{len(self._chain.others)}"
+                file = raw_file(words[0].encode() * number(words[1]))
+                self._chain.others[name] = [(file, "raw")]
+                await image.set_backing(RawLayer.open(RamStorage(name, file, writable=False)), name)
+            case "rebase":
+                self._chain.others[""] = []
+                await image.set_backing(None)
             case "fsync":
                 await image.flush()
             case "timer":
@@ -152,7 +162,9 @@ class Script:
     def _written(self, change: Change, file: RamFile) -> str:
         header = read_header(self._storage.file)
         if change.offset < header.header_bytes:
-            return "header " + _describe(Header.decode(change.data[:HEADER_BYTES], "script"))
+            after = file.fork()
+            change.apply(after)
+            return "header " + _describe(after)
         found = letters(change.data)
         if "?" not in found:
             return "data " + " ".join(f"{letter}*{size(len(list(run)) * SECTOR)}" for letter, run in groupby(found))
@@ -254,9 +266,10 @@ def _words(table: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(table) // 8}Q", table)
 
 
-def _describe(header: Header) -> str:
-    flag = "NEED_CHECK, " if header.features & FEATURE_NEED_CHECK else ""
-    return f"{flag}size {size(header.image_size)}"
+def _describe(file: RamFile) -> str:
+    header, name = read_header(file), backing_name(file)
+    parts = [f"size {size(header.image_size)}", "NEED_CHECK" if header.needs_check else "", name and f"over {name}"]
+    return ", ".join(filter(None, parts))
 
 
 def _entries(changed: list[tuple[int, int]], step: int) -> str:
