@@ -14,7 +14,7 @@ from functools import partial
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import look
-from qedfuse.host.storage import Storage
+from qedfuse.host.storage import ReadStorage
 from qedfuse.qed.image import Image
 
 _DELETED = " (deleted)"
@@ -31,18 +31,18 @@ async def check_not_replaced(image: Image) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
-def _is_replaced(storage: Storage) -> bool:
+def _is_replaced(storage: ReadStorage) -> bool:
     return any(_is_another(path, storage) for path in {storage.path, _last_name(storage)})
 
 
-def _is_another(path: str, storage: Storage) -> bool:
+def _is_another(path: str, storage: ReadStorage) -> bool:
     try:
         return FileId.at(path) != FileId.of(storage.stat())
     except OSError:
         return False
 
 
-def _last_name(storage: Storage) -> str:
+def _last_name(storage: ReadStorage) -> str:
     """It may have been renamed since it was opened. Source: proc(5) on /proc/pid/fd."""
     if not isinstance(storage, FileStorage):
         return storage.path

@@ -9,7 +9,7 @@ import struct
 import sys
 from array import array
 
-from qedfuse.host.storage import Storage, fill
+from qedfuse.host.storage import ReadStorage, Storage, fill
 from qedfuse.host.waiting import Breather
 from qedfuse.sizes import ENTRY_SIZE, PAGE_SIZE, round_down, round_up
 
@@ -53,7 +53,7 @@ class TableChunks:
     Raises OSError. Holes of the file cost nothing, however large the table.
     """
 
-    def __init__(self, storage: Storage, offset: int, size: int, breathe: Breather) -> None:
+    def __init__(self, storage: ReadStorage, offset: int, size: int, breathe: Breather) -> None:
         self._storage = storage
         self._offset = offset
         self._size = size

@@ -1,4 +1,4 @@
-"""The only way to a host file, as everything above sees it: an asynchronous protocol.
+"""The only way to a host file, as everything above sees it: asynchronous protocols, to read one and to write it.
 
 The real file is in `file_storage.py`; tests plug in RAM, faults and a crash log. What is cached is done inline
 (`*_nowait`), what could block the event loop goes to a thread. Callers see all of a transfer or an OSError.
@@ -40,8 +40,8 @@ class HostExtent(NamedTuple):
     is_data: bool
 
 
-class Storage(Protocol):
-    """A host file.
+class ReadStorage(Protocol):
+    """A host file that is read: of a layer below, it is all that is asked.
 
     Offsets and sizes are bytes. Errors are OSErrors with the host's errno. A call that was cancelled has either
     happened whole or, for a write, may have happened in part. `fixed`: a block device. Its size cannot be changed, all
@@ -49,7 +49,6 @@ class Storage(Protocol):
     """
 
     path: str
-    writable: bool
     fixed: bool
 
     def size(self) -> int:
@@ -63,6 +62,34 @@ class Storage(Protocol):
     async def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` from `offset`; what the file's last sector lacks is zeroes. Raises EIO if it ends before."""
         ...
+
+    def stat(self) -> os.stat_result:
+        """The file's attributes (times, owner, st_blocks); of a block device those of its node."""
+        ...
+
+    def next_data(self, offset: int) -> int | None:
+        """The first offset at or behind `offset` that holds data, None if there is none before the end of the file."""
+        ...
+
+    def next_hole(self, offset: int) -> int:
+        """The first offset at or behind `offset` that holds none (the end of the file counts as one)."""
+        ...
+
+    async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
+        """What is data and what are holes in ranges (start, end), sorted and not empty: in each from its start on, and
+        not more than `most` extents, at least one. An extent may begin before a range that it covers, and end behind
+        it. What is only reserved (unwritten) counts as the file system says."""
+        ...
+
+    async def close(self) -> None:
+        """Release the file. Idempotent; makes nothing durable."""
+        ...
+
+
+class Storage(ReadStorage, Protocol):
+    """A host file that is written, too, if it is `writable`."""
+
+    writable: bool
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """Write all of `data` at `offset` inline (into the page cache). False: not done at all, use `write`."""
@@ -93,36 +120,14 @@ class Storage(Protocol):
         done, and some of them may be as they were. A device has nothing to deallocate: zeroes are written there."""
         ...
 
-    def stat(self) -> os.stat_result:
-        """The file's attributes (times, owner, st_blocks); of a block device those of its node."""
-        ...
 
-    def next_data(self, offset: int) -> int | None:
-        """The first offset at or behind `offset` that holds data, None if there is none before the end of the file."""
-        ...
-
-    def next_hole(self, offset: int) -> int:
-        """The first offset at or behind `offset` that holds none (the end of the file counts as one)."""
-        ...
-
-    async def find_extents(self, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
-        """What is data and what are holes in ranges (start, end), sorted and not empty: in each from its start on, and
-        not more than `most` extents, at least one. An extent may begin before a range that it covers, and end behind
-        it. What is only reserved (unwritten) counts as the file system says."""
-        ...
-
-    async def close(self) -> None:
-        """Release the file. Idempotent; makes nothing durable."""
-        ...
-
-
-async def fill(storage: Storage, offset: int, target: memoryview) -> None:
-    """As `Storage.read_into`, inline if that needs no waiting."""
+async def fill(storage: ReadStorage, offset: int, target: memoryview) -> None:
+    """As `ReadStorage.read_into`, inline if that needs no waiting."""
     if not storage.read_into_nowait(offset, target):
         await storage.read_into(offset, target)
 
 
-async def read(storage: Storage, offset: int, size: int) -> bytes:
+async def read(storage: ReadStorage, offset: int, size: int) -> bytes:
     """`size` bytes from `offset`; see `fill`."""
     buffer = bytearray(size)
     with memoryview(buffer) as target:
@@ -130,8 +135,8 @@ async def read(storage: Storage, offset: int, size: int) -> bytes:
     return bytes(buffer)
 
 
-def find_extents(storage: Storage, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
-    """See `Storage.find_extents`; with one call for an extent, as a rule, inline. All is data where the file
+def find_extents(storage: ReadStorage, ranges: Sequence[tuple[int, int]], most: int) -> list[HostExtent]:
+    """See `ReadStorage.find_extents`; with one call for an extent, as a rule, inline. All is data where the file
     system does not tell."""
     found: list[HostExtent] = []
     position = -1  # up to where all is known since the start of the range before
@@ -147,7 +152,7 @@ def find_extents(storage: Storage, ranges: Sequence[tuple[int, int]], most: int)
     return found
 
 
-def _extent_at(storage: Storage, position: int, is_data: bool | None) -> HostExtent:
+def _extent_at(storage: ReadStorage, position: int, is_data: bool | None) -> HostExtent:
     """`is_data`: what is there, as far as that has been told; but the file may change meanwhile."""
     try:
         if not is_data:
@@ -165,11 +170,11 @@ def _extent_at(storage: Storage, position: int, is_data: bool | None) -> HostExt
         raise
 
 
-def held_bytes(storage: Storage) -> int:
+def held_bytes(storage: ReadStorage) -> int:
     """Bytes that the host stores for a file; of a device, all."""
     return storage.size() if storage.fixed else storage.stat().st_blocks * 512
 
 
-def size_in_sectors(storage: Storage) -> int:
+def size_in_sectors(storage: ReadStorage) -> int:
     """The file's size in bytes, rounded up to whole sectors: up to there it can be read."""
     return whole_sectors(storage.size())

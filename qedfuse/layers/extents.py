@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
-from qedfuse.host.storage import HostExtent, Storage
+from qedfuse.host.storage import HostExtent, ReadStorage
 
 #: Extents that are asked for at a time: at first, and at most.
 _FEW = 8
@@ -28,7 +28,7 @@ class HostExtents:
     Offsets are bytes of the file. `ahead`: how many ranges `learn` likes to be given.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: ReadStorage) -> None:
         self.ahead = _FEW
         self._storage = storage
         self._starts: list[int] = []

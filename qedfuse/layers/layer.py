@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from qedfuse.host.storage import Storage
+from qedfuse.host.storage import ReadStorage
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.runs import Run
 
@@ -17,7 +17,9 @@ class Layer(Protocol):
 
     path: str
     format: str
-    storage: Storage
+
+    @property
+    def storage(self) -> ReadStorage: ...
 
     @property
     def size(self) -> int: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qedfuse.host.storage import Storage, size_in_sectors
+from qedfuse.host.storage import ReadStorage, size_in_sectors
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.runs import Kind, Run
@@ -15,13 +15,13 @@ class RawLayer:
     format = "raw"
     version = 0
 
-    def __init__(self, storage: Storage, size: int) -> None:
+    def __init__(self, storage: ReadStorage, size: int) -> None:
         self.path = storage.path
         self.storage = storage
         self._size = size
 
     @classmethod
-    def open(cls, storage: Storage) -> RawLayer:
+    def open(cls, storage: ReadStorage) -> RawLayer:
         """`size` is the file's in whole sectors, taken once: a read-only backing file does not grow under us."""
         return cls(storage, size_in_sectors(storage))
 

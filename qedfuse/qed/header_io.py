@@ -5,18 +5,18 @@ It waits by `waiting.py` alone: a command that only looks at headers runs this w
 
 from __future__ import annotations
 
-from qedfuse.host.storage import Storage, read
+from qedfuse.host.storage import ReadStorage, Storage, read
 from qedfuse.qed.header import HEADER_BYTES, Header
 from qedfuse.text import decode_backing_name
 
 
-async def read_fields(storage: Storage) -> Header:
+async def read_fields(storage: ReadStorage) -> Header:
     """The header of a QED image by itself, whatever else its file holds. Raises NotQedError, FormatError,
     UnsupportedError; OSError."""
     return Header.decode(await read(storage, 0, min(HEADER_BYTES, storage.size())), storage.path)
 
 
-async def read_header(storage: Storage) -> Header:
+async def read_header(storage: ReadStorage) -> Header:
     """The header of a QED image, validated against its file. Raises as `read_fields` does; CorruptError if the file is
     cut off."""
     header = await read_fields(storage)
@@ -24,7 +24,7 @@ async def read_header(storage: Storage) -> Header:
     return header
 
 
-async def read_backing_name(storage: Storage, header: Header) -> str | None:
+async def read_backing_name(storage: ReadStorage, header: Header) -> str | None:
     """The backing file's name as stored in a QED image, None if it has none. Raises FormatError, OSError."""
     if not header.has_backing_file:
         return None

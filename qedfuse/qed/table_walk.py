@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import compress
 
 from qedfuse.host.chunks import TableChunks, unpack_entries
-from qedfuse.host.storage import Storage
+from qedfuse.host.storage import ReadStorage
 from qedfuse.host.waiting import Breather
 from qedfuse.qed.header import Header
 from qedfuse.sizes import ENTRY_SIZE, round_down, whole_sectors
@@ -19,7 +19,7 @@ from qedfuse.sizes import ENTRY_SIZE, round_down, whole_sectors
 class L1Entries:
     """Index and value of every L1 entry that is not 0, also those past the image's end. Raises OSError."""
 
-    def __init__(self, storage: Storage, header: Header, breathe: Breather) -> None:
+    def __init__(self, storage: ReadStorage, header: Header, breathe: Breather) -> None:
         self._chunks = TableChunks(storage, header.l1_table_offset, header.geometry.table_bytes, breathe)
         self._found: Iterator[tuple[int, int]] = iter(())
         self._breathe = breathe

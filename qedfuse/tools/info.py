@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
-from qedfuse.host.storage import Storage
+from qedfuse.host.storage import ReadStorage
 from qedfuse.host.waiting import run_blocking
 from qedfuse.qed.header import FEATURE_BACKING_FILE, FEATURE_BACKING_FORMAT_NO_PROBE, FEATURE_NEED_CHECK, Header
 from qedfuse.qed.header_io import read_backing_name, read_header
@@ -150,7 +150,7 @@ def opened(path: str, *, share: bool) -> Iterator[FileStorage]:
         run_blocking(storage.close())
 
 
-async def info_of(storage: Storage, header: Header | None = None) -> ImageInfo:
+async def info_of(storage: ReadStorage, header: Header | None = None) -> ImageInfo:
     """What a QED image says of itself. `header`: if it has been read already."""
     header = header or await read_header(storage)
     name = await read_backing_name(storage, header)
@@ -161,7 +161,7 @@ async def info_of(storage: Storage, header: Header | None = None) -> ImageInfo:
     )
 
 
-def _host_info(storage: Storage, format: str, size: int) -> ImageInfo:
+def _host_info(storage: ReadStorage, format: str, size: int) -> ImageInfo:
     actual = storage.stat().st_blocks * 512
     return ImageInfo(storage.path, format, size, actual, storage.size(), on_device=storage.fixed)
 

@@ -20,7 +20,7 @@ from typing import Generic, NamedTuple, TypeVar
 import trio
 
 from qedfuse.errors import CorruptError
-from qedfuse.host.storage import Storage, read
+from qedfuse.host.storage import ReadStorage, read
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.qcow2.entries import (
@@ -85,7 +85,7 @@ class _PageMissing(Exception):
         self.page = page
 
 
-async def read_qcow2_header(storage: Storage) -> Qcow2Header:
+async def read_qcow2_header(storage: ReadStorage) -> Qcow2Header:
     """The header of a qcow2 image, validated against the file; reads its first cluster at most.
 
     Raises FormatError, UnsupportedError, CorruptError (see `Qcow2Header.decode`), OSError of the host.
@@ -110,7 +110,7 @@ class Qcow2Layer:
     format = "qcow2"
     version = 0
 
-    def __init__(self, storage: Storage, header: Qcow2Header, backing: Layer | None) -> None:
+    def __init__(self, storage: ReadStorage, header: Qcow2Header, backing: Layer | None) -> None:
         self.path = storage.path
         self.storage = storage
         self.header = header
@@ -122,7 +122,7 @@ class Qcow2Layer:
         self._unpackers = [trio.Lock() for _ in range(_UNPACKERS)]
 
     @classmethod
-    async def open(cls, storage: Storage, backing: Layer | None) -> Qcow2Layer:
+    async def open(cls, storage: ReadStorage, backing: Layer | None) -> Qcow2Layer:
         """Read the header and make the layer, for a caller who knows the backing layer. Errors: `read_qcow2_header`."""
         return cls(storage, await read_qcow2_header(storage), backing)
 

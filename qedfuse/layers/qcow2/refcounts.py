@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from qedfuse.errors import CorruptError
 from qedfuse.host.chunks import TableChunks
-from qedfuse.host.storage import Storage, held_bytes
+from qedfuse.host.storage import ReadStorage, held_bytes
 from qedfuse.host.waiting import Breather
 from qedfuse.layers.qcow2.header import Qcow2Header
 from qedfuse.sizes import ENTRY_SIZE, round_down, round_up
@@ -20,7 +20,7 @@ from qedfuse.sizes import ENTRY_SIZE, round_down, round_up
 _MAX_BLOCKS = 1 << 16
 
 
-async def is_preallocated(storage: Storage, header: Qcow2Header) -> bool:
+async def is_preallocated(storage: ReadStorage, header: Qcow2Header) -> bool:
     """Whether the image's mapped clusters may be holes of the host. False if its reference counts make no sense.
 
     Raises OSError. Takes time as the file's size, at most some seconds.
@@ -56,7 +56,7 @@ async def is_preallocated(storage: Storage, header: Qcow2Header) -> bool:
     return False
 
 
-def _chunks(storage: Storage, offset: int, size: int, breathe: Breather) -> TableChunks:
+def _chunks(storage: ReadStorage, offset: int, size: int, breathe: Breather) -> TableChunks:
     """See `TableChunks`. Raises CorruptError for what does not lie inside the file."""
     end = round_down(storage.size(), ENTRY_SIZE)
     if offset >= end or offset % ENTRY_SIZE:
