@@ -26,13 +26,13 @@ from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import INLINE_WRITE_LIMIT
 from qedfuse.host.waiting import Breather
 from qedfuse.layers.layer import Layer
-from qedfuse.layers.mapping import MapEntry, walk
 from qedfuse.layers.resolve import read_layer_into
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header
 from qedfuse.qed.new_image import new_header
 from qedfuse.sizes import SECTOR_SIZE, round_down, round_up
 from qedfuse.tools.blocks import are_data, differ, runs
+from qedfuse.tools.convert_ranges import Range, data_ranges, differing_ranges, files_of, whole_range, widened
 from qedfuse.tools.convert_target import Target, new_qed_target, old_qed_target, raw_target
 
 #: So many zeroes in a row become a hole: qemu-img's default.
@@ -40,15 +40,11 @@ SPARSE_SIZE = 4096
 MAX_SPARSE_SIZE = 16 << 20
 #: Bytes of one step: no more than what is written inline. Threads to read and to write at once gain nothing.
 _STEP = INLINE_WRITE_LIMIT
-#: Bytes of a range to copy after which it is begun with, before more of the map is read.
-_RANGE = 64 << 20
 #: A larger block than this is stored in parts.
 _MAX_BLOCK = 4 << 20
 
 #: Told (done, total) in bytes of the guest.
 Progress = Callable[[int, int], None]
-#: (start, end, whether to copy), in bytes of the guest.
-_Range = tuple[int, int, bool]
 
 
 async def convert_image(
@@ -138,12 +134,12 @@ class _Copy:
         if progress:
             progress(self._size, self._size)
 
-    def _ranges(self) -> AsyncGenerator[_Range, None]:
+    def _ranges(self) -> AsyncGenerator[Range, None]:
         if self._whole:
-            return _everything(self._size)
+            return whole_range(self._size)
         if self._below:
-            return _widened(_differences(self._source, self._below, self._size), self._block, self._size)
-        return _widened(_data(self._source, self._size), self._block, self._size)
+            return widened(differing_ranges(self._source, self._below, self._size), self._block, self._size)
+        return widened(data_ranges(self._source, self._size), self._block, self._size)
 
     async def _copy_step(self, start: int, end: int) -> None:
         data = self._buffer[: end - start]
@@ -171,82 +167,8 @@ def _new_buffer(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-# -- what is to be copied ---------------------------------------------------------------------------------------------
-
-
-async def _everything(size: int) -> AsyncGenerator[_Range, None]:
-    yield 0, size, True
-
-
-async def _data(source: Layer, size: int) -> AsyncGenerator[_Range, None]:
-    """Ranges with data, and the zeroes between them."""
-    async with aclosing(walk(source, 0, size)) as entries:
-        async for entry in entries:
-            yield entry.start, entry.start + entry.length, entry.data
-
-
-async def _differences(one: Layer, other: Layer, size: int) -> AsyncGenerator[_Range, None]:
-    """Ranges of `one` that may differ from `other`: all but zeroes in both, and the same bytes of the same file."""
-    files, others = _files(one), _files(other)
-    rest = min(size, other.size)
-    async with aclosing(walk(one, 0, size)) as entries, aclosing(walk(other, 0, rest)) as below:
-        under = await anext(below, None)
-        async for entry in entries:
-            position, end = entry.start, entry.start + entry.length
-            while position < end:
-                while under is not None and under.start + under.length <= position:
-                    under = await anext(below, None)
-                stop = end if under is None else min(end, under.start + under.length)
-                yield position, stop, not _is_same(entry, files, under, others)
-                position = stop
-
-
-def _is_same(one: MapEntry, files: dict[str, FileId], other: MapEntry | None, others: dict[str, FileId]) -> bool:
-    """Whether two entries are of the same bytes where they overlap, by where those are."""
-    if not one.data or other is None or not other.data:
-        return not one.data and (other is None or not other.data)
-    if files[one.filename or ""] != others[other.filename or ""] or one.compressed != other.compressed:
-        return False
-    if one.offset is None or other.offset is None:
-        return True
-    return one.offset - one.start == other.offset - other.start
-
-
-async def _widened(ranges: AsyncGenerator[_Range, None], block: int, size: int) -> AsyncGenerator[_Range, None]:
-    """The ranges to copy as whole blocks, merged, and what is between them, up to `size`."""
-    start = end = 0  # what is to be copied, and not yielded yet
-    async with aclosing(ranges):
-        async for first, last, copy in ranges:
-            if not copy:
-                continue
-            first, last = round_down(first, block), min(round_up(last, block), size)
-            if start < end and (first > end or end - start >= _RANGE):
-                yield start, end, True
-                start = end
-            if first > end:
-                yield end, first, False
-                start = end = first
-            end = max(end, last)
-    if start < end:
-        yield start, end, True
-    if end < size:
-        yield end, size, False
-
-
-def _layers(top: Layer | None) -> list[Layer]:
-    found = []
-    while top is not None:
-        found.append(top)
-        top = top.backing
-    return found
-
-
-def _files(top: Layer) -> dict[str, FileId]:
-    return {layer.path: FileId.of(layer.storage.stat()) for layer in _layers(top)}
-
-
 def _names(top: Layer) -> dict[FileId, str]:
-    return {found: path for path, found in _files(top).items()}
+    return {found: path for path, found in files_of(top).items()}
 
 
 async def _close(layer: Layer) -> None:
