@@ -4,9 +4,9 @@ trio's way to a thread and back costs 140 µs, and an fdatasync of a fast disk h
 own, takes one call at a time, and the event loop waits for it inline, in poll(2), for as long as a fast disk may take:
 40 µs instead. With the fast path there is a second worker, for calls of kind SYNC alone, which does not need the GIL.
 
-The inline wait ends after `PATIENCE_MS` (milliseconds), and at once when a request of the kernel arrives (`watch`): the
-loop is never away for longer than for a burst of the fast path. A call that takes longer goes on in its worker, and a
-task waits for it. One that comes while the workers are busy is made in one of trio's threads.
+The inline wait ends after `INLINE_WAIT_MS` milliseconds, and at once when a request of the kernel arrives (`watch`):
+the loop is never away for longer than for a burst of the fast path. A call that takes longer goes on in its worker, and
+a task waits for it. One that comes while the workers are busy is made in one of trio's threads.
 
 A server that does not answer keeps the threads that wait for it, perhaps for ever. So each file system has a number of
 trio's threads of its own (`_THREADS`), and a file behind a server never gets a worker.
@@ -31,7 +31,7 @@ from qedfuse.host.host_call import CallKind, HostCall
 Call = Callable[[], object]
 
 #: How long the loop waits inline.
-PATIENCE_MS = 1
+INLINE_WAIT_MS = 1
 
 #: Threads of trio's that may wait for one file system.
 _THREADS = 40
@@ -53,8 +53,8 @@ class Worker(ABC):
 
     @abstractmethod
     def attempt(self, call: HostCall) -> bool:
-        """Begin a call, and wait for it inline, for `PATIENCE_MS`. Returns whether it is done; in any case `finish` or
-        `finish_later` must come next."""
+        """Begin a call, and wait for it inline, for `INLINE_WAIT_MS`. Returns whether it is done; in any case `finish`
+        or `finish_later` must come next."""
 
     async def wait_long(self) -> None:
         """Wait with the event loop until the call is done, whatever is cancelled."""
@@ -104,7 +104,7 @@ class _Thread(Worker):
 
     def attempt(self, call: HostCall) -> bool:
         self._calls.put(call)
-        return any(fd == self.done for fd, _events in self._poll.poll(PATIENCE_MS))
+        return any(fd == self.done for fd, _events in self._poll.poll(INLINE_WAIT_MS))
 
     def _finish(self) -> object:
         os.eventfd_read(self.done)
@@ -143,7 +143,7 @@ class _SyncThread(Worker):
     def attempt(self, call: HostCall) -> bool:
         [fd] = call.args
         assert isinstance(fd, int)
-        return self._syncer.attempt(fd, PATIENCE_MS)
+        return self._syncer.attempt(fd, INLINE_WAIT_MS)
 
     def _finish(self) -> object:
         code = self._syncer.finish()
@@ -252,7 +252,7 @@ async def offload(call: HostCall) -> object:
     ends. Raises what it raises."""
     if time.monotonic() > _offload.due:  # a turn for the others now and then, not with each call
         await trio.lowlevel.cancel_shielded_checkpoint()
-        _offload.due = time.monotonic() + PATIENCE_MS / 1000
+        _offload.due = time.monotonic() + INLINE_WAIT_MS / 1000
     worker = idle_worker(call)
     if worker is not None:
         return worker.finish() if worker.attempt(call) else await worker.finish_later()

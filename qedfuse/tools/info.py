@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
 from qedfuse.host.storage import ReadStorage
@@ -21,7 +22,6 @@ from qedfuse.qed.header_io import read_backing_name, read_header
 from qedfuse.sizes import SECTOR_SIZE, round_up
 
 if TYPE_CHECKING:
-    from qedfuse.chain.policy import BackingPolicy
     from qedfuse.layers.layer import Layer
     from qedfuse.layers.qcow2.header import Qcow2Header
 
@@ -166,12 +166,11 @@ def _host_info(storage: ReadStorage, format: str, size: int) -> ImageInfo:
     return ImageInfo(storage.path, format, size, actual, storage.size(), on_device=storage.fixed)
 
 
-async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy | None = None) -> list[ImageInfo]:
+async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy = ANY_BACKING) -> list[ImageInfo]:
     """The image and every file below it, top first. Opens the whole chain; see `chain.open_layer` for the errors."""
     from qedfuse.chain.chain import open_layer
-    from qedfuse.chain.policy import ANY_BACKING
 
-    top = await open_layer(path, "qed", share=share, policy=policy or ANY_BACKING)
+    top = await open_layer(path, "qed", share=share, policy=policy)
     try:
         infos: list[ImageInfo] = []
         layer: Layer | None = top

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from qedfuse.host import offload as module
-from qedfuse.host.offload import PATIENCE_MS, in_background
+from qedfuse.host.offload import INLINE_WAIT_MS, in_background
 from tests.helpers.doubles.host_calls import local_call
 
 
@@ -101,10 +101,10 @@ def test_cancellation_waits_for_the_call() -> None:
     trio.run(main)
 
 
-def test_a_request_ends_the_waiting_on_the_spot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience would be five seconds; somebody wants the loop after a tenth of one."""
+def test_a_request_ends_the_inline_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inline wait would be five seconds; a request arrives after a tenth of one."""
     reader, writer = os.pipe()
-    monkeypatch.setattr(module, "PATIENCE_MS", 5000)
+    monkeypatch.setattr(module, "INLINE_WAIT_MS", 5000)
     monkeypatch.setattr(module, "_offload", module._Offload())
     module.watch(reader)
     served = []
@@ -126,7 +126,7 @@ def test_a_request_ends_the_waiting_on_the_spot(monkeypatch: pytest.MonkeyPatch)
     trio.run(main)
     os.close(reader)
     os.close(writer)
-    assert PATIENCE_MS <= 2
+    assert INLINE_WAIT_MS <= 2
 
 
 def test_a_child_process_has_a_worker_of_its_own() -> None:

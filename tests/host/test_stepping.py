@@ -49,7 +49,7 @@ def slow() -> int:
 
 
 def test_quick_calls_are_made_inline_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload_module, "PATIENCE_MS", 5000)
+    monkeypatch.setattr(offload_module, "INLINE_WAIT_MS", 5000)
     stepper, outcomes = calls(threading.get_ident, fail, lambda: 7)
     assert stepper.run_inline(FOREVER)
     assert outcomes[1:] == [errno.EDOM, 7, "ended"]
@@ -88,7 +88,7 @@ def test_what_the_coroutine_raises_comes_out(monkeypatch: pytest.MonkeyPatch) ->
     async def work() -> None:
         await in_thread(local_call(fail))
 
-    monkeypatch.setattr(offload_module, "PATIENCE_MS", 5000)
+    monkeypatch.setattr(offload_module, "INLINE_WAIT_MS", 5000)
     with raises_errno(errno.EDOM):
         Stepper(work()).run_inline(FOREVER)
 
