@@ -90,7 +90,7 @@ class Peeker:
         key = FileId.of(status)
         known = self._known.get(key)
         if known is None or known.mark != FileMark.of(status):
-            known = self._known[key] = _Known(FileMark.of(status), *run_blocking(_read_header(path)))
+            known = self._known[key] = _Known(FileMark.of(status), *_read_header(path))
         writable = os.access(path, os.W_OK, effective_ids=True)
         return Peek(now, status, known.is_qed, known.header, writable)
 
@@ -99,14 +99,14 @@ class Peeker:
         self._known = {key: self._known[key] for key in keys if key in self._known}
 
 
-async def _read_header(path: str) -> tuple[bool, Header | None]:
+def _read_header(path: str) -> tuple[bool, Header | None]:
     """Whether there is a QED image, and its header."""
     try:
         storage = FileStorage.open(path, False)
         try:
-            return True, await read_fields(storage)
+            return True, run_blocking(read_fields(storage))
         finally:
-            await storage.close()
+            os.close(storage.fileno())
     except (FormatError, UnsupportedError) as error:
         return not isinstance(error, NotQedError), None
     except OSError:
