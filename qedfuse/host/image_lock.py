@@ -24,7 +24,7 @@ for everything it reads, raw backing files included: a raw file that changes und
 
 On a block device the locks are the same, on its node: two nodes of one device do not exclude each other.
 
-Source: QEMU block/file-posix.c (image locking), fcntl(2) "Open file description locks", proc(5) on fdinfo.
+Source: QEMU block/file-posix.c (image locking), fcntl(2) "Open file description locks".
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import os
 import struct
 
 from qedfuse.errors import InUseError
+from qedfuse.host.lock_holder import find_holder, name_of
 
 _HELD_BASE = 100
 _UNSHARED_BASE = 200
@@ -147,58 +148,9 @@ def _explain(fd: int, byte: int) -> str:
         what = "lets nobody read it"
     else:
         what = "lets nobody write to it"
-    pid = _find_holder(fd, byte)
+    pid = find_holder(fd, byte)
     if pid is None:
         return f"is in use by another process (of unknown pid), which {what}; close it there first"
     if pid == os.getpid():
         return f"is in use by this process (pid {pid}), which {what}; close it first"
-    return f"is in use by another process ({_name_of(pid)}pid {pid}), which {what}; close it there first"
-
-
-def _find_holder(fd: int, byte: int) -> int | None:
-    """The pid of a process with a lock on `byte`, as far as we may look into others.
-
-    The kernel names no owner of such a lock (it may be shared by several), but lists each descriptor's in fdinfo. The
-    files themselves are left alone: one may lie in a mount that this very process serves, and that would wait for us.
-    """
-    inode = os.fstat(fd).st_ino
-    ours = os.getpid(), fd
-    for pid in _numbers("/proc"):
-        for number in _numbers(f"/proc/{pid}/fdinfo"):
-            try:
-                if (pid, number) != ours and _has_lock(pid, number, inode, byte):
-                    return pid
-            except OSError:  # it was closed meanwhile
-                continue
-    return None
-
-
-def _has_lock(pid: int, number: int, inode: int, byte: int) -> bool:
-    """Whether a line like `lock: 1: OFDLCK ADVISORY READ -1 fe:00:2146512 100 101` is for the file and the byte.
-
-    The device is not compared: with some file systems (btrfs) it is another one than stat(2) gives.
-    """
-    with open(f"/proc/{pid}/fdinfo/{number}", encoding="utf-8") as info:
-        for line in info:
-            words = line.split()
-            if words[:1] == ["lock:"] and words[-3].endswith(f":{inode}"):
-                first, last = words[-2:]
-                if int(first) <= byte and (last == "EOF" or byte <= int(last)):
-                    return True
-    return False
-
-
-def _numbers(directory: str) -> list[int]:
-    try:
-        return [int(name) for name in os.listdir(directory) if name.isdecimal()]
-    except OSError:  # another user's process, or gone
-        return []
-
-
-def _name_of(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-            name = comm.read().strip()
-    except OSError:
-        return ""
-    return f"{name}, " if name.isprintable() else ""
+    return f"is in use by another process ({name_of(pid)}pid {pid}), which {what}; close it there first"

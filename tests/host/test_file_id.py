@@ -38,4 +38,4 @@ def test_nothing_else_tells_files_apart() -> None:
     """A comparison of inodes is wrong for block devices. What the kernel lists of a lock has the inode alone."""
     compares = re.compile(r"\.st_ino\b(?! = )|samefile")
     files = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if compares.search(file.read_text())}
-    assert files == {"host/file_id.py", "host/image_lock.py"}
+    assert files == {"host/file_id.py", "host/lock_holder.py"}
