@@ -36,6 +36,9 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+FILE_OF = {module_of(path): path for path in FILES}
+
+
 def imports_of(source: str) -> set[str]:
     """All modules that a source imports, anywhere in it, or names in a string (some are loaded by name)."""
     found: set[str] = set()
@@ -57,18 +60,17 @@ def test_every_module_of_the_package_is_imported_by_it() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].values()
     imported |= {script.partition(":")[0] for script in scripts}
     modules = {module_of(path) for path in inside if path.name != "__init__.py"}
-    assert not modules - imported - PROGRAMS
+    lonely = modules - imported - PROGRAMS
+    assert not lonely
 
 
 def test_every_helper_is_imported() -> None:
     imported = {name for source in SOURCES.values() for name in imports_of(source)}
-    helpers = {module_of(path) for path in FILES if path.is_relative_to(TESTS) and not path.stem.startswith("test_")}
-    assert (
-        not {name for name in helpers if not name.endswith("conftest")}
-        - imported
-        - PROGRAMS
-        - {"tests.bench", "tests.fuzz"}
-    )
+    helpers = {module_of(path) for path in FILES if path.is_relative_to(TESTS) and path not in TEST_FILES}
+    lonely = {
+        name for name in helpers - imported - PROGRAMS if FILE_OF[name].name not in ("conftest.py", "__init__.py")
+    }
+    assert not lonely
 
 
 def definitions(source: str) -> set[str]:
