@@ -157,7 +157,7 @@ async def walk(
     sparse: Container[Layer] = (),
     below: bool = True,
 ) -> AsyncGenerator[MapEntry, None]:
-    """As `map_image`, but not merged: for who looks for something, and reads no more of the tables than it takes.
+    """As `map_image`, but not merged: a search that ends early has read no more of the tables than it needs.
 
     `below` False: what the top layer has not counts as zeroes.
     """

@@ -4,8 +4,9 @@ A hole is what reads as zeroes without any bytes being stored for it: zero clust
 what the host has holes for in the image's clusters and its backing files'. Data is everything else, even if it consists
 of zeroes.
 
-Whoever waits for an lseek cannot be killed. A hostile image makes a search through exabytes of tables out of one, and
-so a search is given up after `PATIENCE` seconds, with an answer that is allowed for any file: here may be data.
+A process that waits for an lseek cannot be killed. A hostile image makes a search through exabytes of tables out of
+one, and so a search is given up after `PATIENCE` seconds, with an answer that is allowed for any file: here may be
+data.
 
 Source: lseek(2).
 """
@@ -45,7 +46,7 @@ class Segments(NamedTuple):
 
 
 async def find_segments(layer: Layer, offset: int, *, data: bool, ahead: float = 0) -> Segments:
-    """What is at `offset`, and where it ends: a hole where data begins, data where a hole begins, for whoever seeks one
+    """What is at `offset`, and where it ends: a hole where data begins, data where a hole begins, if that is sought
     (not `data`), and where that hole ends. Nothing from the layer's end on. Raises OSError.
 
     `ahead`: seconds for which the search goes on after that, for what will be asked for next. After `PATIENCE` it is

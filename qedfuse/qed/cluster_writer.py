@@ -225,8 +225,10 @@ class ClusterWriter:
     # -- for the fast path --------------------------------------------------------------------------------------------
 
     def offer(self) -> tuple[HostOffset, HostOffset]:
-        """Start and end, in bytes of the file, of clusters that may be taken from the front, without a call, before
-        anything else happens here. They read as zeroes, durably, and the file covers them."""
+        """Start and end of clusters that C may take, from the front, without a call: bytes of the file, multiples of
+        the cluster size; equal if there are none. They read as zeroes, durably, and the file covers them.
+
+        Valid until anything is allocated or given back here, that is until the next await or `take_offered`."""
         return self._allocator.next_free(self._committer.growth.file_size)
 
     def take_offered(self, offset: HostOffset, size: int, lost: int, filled: int, pages: Sequence[PageIndex]) -> None:

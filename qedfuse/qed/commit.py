@@ -14,7 +14,7 @@ instant (the group: copies of the dirty pages, so that later changes stay out) a
     2 new      pages of L2 tables to which the file's L1 table does not refer yet
     3 barrier  backing file: sync
     4 tables   pages of the other L2 tables, pages of the L1 table
-    5 sync     if somebody waits for durability, if clusters were lost, if the image size has grown. Before it, clusters
+    5 sync     if a caller waits for durability, if clusters were lost, if the image size has grown. Before it, clusters
                that were lost before the group was taken are punched; after it, they are free
     6 size     a grown image_size goes to the header; sync
 
@@ -57,7 +57,7 @@ file cut, which another sync makes durable before a cluster is handed out there 
 device, what is free is looked for anew.) Three things make it safe to drop a table:
 
     - all that it refers to goes with it, or is no cluster of the file.
-    - a page of it is not written once its clusters can be somebody else's: all was flushed before, the whole image is
+    - a page of it is not written once its clusters can be another's: all was flushed before, the whole image is
       locked, so that no page of it is pinned or becomes so (changed, in a new table, or in the group of a commit).
     - a page that is being read while its table is dropped does not come into memory (`tables.py`).
 
@@ -204,8 +204,12 @@ class Committer:
             raise OSError(group.error.errno, group.error.strerror) from group.error
 
     def begin_flush(self) -> Coroutine[Any, Any, None] | None:
-        """`flush`, as a coroutine for a `Stepper`, to be driven from now to its end. None: it would have to wait for
-        somebody. Raises OSError."""
+        """`flush` without a task: a coroutine of which each await is one host call (a write, a sync, a punch), to be
+        driven to its end by a `waiting.Stepper`, call by call, on the spot or in a thread.
+
+        None if it would wait for anything else: another commit, or the file to be extended. The answer is valid until
+        the next await: its first step must follow at once. It covers what was written before that step, and holds the
+        turn to commit until its end. Raises OSError: EIO after a failed sync, EBADF after `close`."""
         self.check()
         if self._committing or not (self._header_known and self.growth.covers()):
             return None

@@ -9,7 +9,7 @@ import trio
 
 from qedfuse.qed.commit import Committer
 
-#: Seconds until a change of the tables is written without anybody asking.
+#: Seconds until a change of the tables is written without a flush.
 COMMIT_DELAY = 1.0
 #: Seconds without a change after which NEED_CHECK is cleared (QEMU's time, too).
 IDLE_DELAY = 5.0

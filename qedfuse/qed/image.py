@@ -120,7 +120,7 @@ class Image:
             await commit_in_time(self._committer, self.path)
 
     async def begin_writing(self, header: Header, exchange: Callable[[], None]) -> None:
-        """From an image that is open for reading to one that is open for writing, for all who use it.
+        """From an image that is open for reading to one that is open for writing, for every task that uses it.
 
         `exchange` makes its storage writable. `header` is in the file now, which is consistent, and as this image's is
         but for its features. Raises what `exchange` raises; the image is then as it was.
@@ -176,7 +176,7 @@ class Image:
 
     @property
     def tables(self) -> Tables:
-        """The mapping. Nobody else changes it."""
+        """The mapping, which this image and its committer alone change."""
         return self._tables
 
     @property
@@ -275,11 +275,12 @@ class Image:
                     if end > self.size:
                         await self._resizer.grow(GuestOffset(round_up(end, SECTOR_SIZE)))
             async with self._locks.hold(*self._clusters(offset, len(data)), exclusive=True):
-                if end <= self.size:  # nobody shrank it meanwhile
+                if end <= self.size:  # it has not shrunk meanwhile
                     return await clusters.write(GuestOffset(offset), data, self.size)
 
     def keep_zeroes(self) -> None:
-        """From now on zeroes that are written take space as other data does: for who wants an image allocated."""
+        """From now on, and for good, `write` allocates clusters for zeroes as for other data, so that an image can be
+        allocated in full. `zero` and `discard` are as before. Raises ReadOnlyError."""
         self._committer_of()
         self._writer.keep_zeroes = True
 
@@ -295,7 +296,7 @@ class Image:
             step = min(end, self.geometry.start_of_cluster(offset) + most) - offset
             async with self._locks.hold(*self._clusters(offset, step), exclusive=True):
                 step = min(step, self.size - offset)
-                if step <= 0:  # somebody shrank it meanwhile
+                if step <= 0:  # it has shrunk meanwhile
                     return
                 if version != self.version:
                     extents, version = HostExtents(self.storage), self.version
@@ -346,12 +347,12 @@ class Image:
         raw = os.fsencode(name)
         if (layer is None) is not (not raw) or b"\0" in raw:
             raise ValueError("a layer and its name belong together")
-        old = self._backing
 
         def replaced() -> None:
             self._backing = layer
 
         async with self._locks.hold(0, FOREVER, exclusive=True):  # nothing is being read through the old layer
+            old = self._backing
             is_raw = layer is not None and layer.format == "raw"
             await committer.replace_backing(raw, is_raw=is_raw, replaced=replaced)
         return old
@@ -365,7 +366,7 @@ class Image:
             await self._committer.flush()
 
     def begin_flush(self) -> Coroutine[Any, Any, None] | None:
-        """See `Committer.begin_flush`."""
+        """See `Committer.begin_flush`. Of a read-only image, which has nothing to commit, it ends at once."""
         return self._committer.begin_flush() if self._committer else _nothing()
 
     async def write_back(self) -> None:

@@ -3,7 +3,7 @@
 A page is 4 KiB of an L1 or L2 table, 512 little-endian 64-bit entries, viewed in place (`memoryview` of format "Q").
 Pages of every open image share one pool, so memory is bounded for a directory of thousands as for one. Clean pages
 leave in the order they came; a pinned page (changed, not yet written) stays. If all are pinned the pool grows for a
-while: whoever pins pages must see to it that they get written. A pool is for one thread.
+while: what pins pages must see to it that they get written. A pool is for one thread.
 
 A view must not be kept across an `await`: the page may leave meanwhile.
 """

@@ -1,6 +1,6 @@
 """Locks on ranges of guest clusters, shared or exclusive, granted in the order of asking.
 
-Whoever waits (for a disk, a table page, a backing file) between looking a cluster up and using it holds the lock:
+A task that waits (for a disk, a table page, a backing file) between looking a cluster up and using it holds the lock:
 shared to read, exclusive to allocate, free or resize. Work that is done on the spot, without an await, needs none.
 """
 
@@ -39,7 +39,7 @@ class RangeLock:
         self._claims: list[_Claim] = []  # held and waiting, in the order of asking
 
     def __bool__(self) -> bool:
-        """Whether anybody holds or wants any range."""
+        """Whether any range is held or waited for."""
         return bool(self._claims)
 
     @asynccontextmanager

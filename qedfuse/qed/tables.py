@@ -251,7 +251,7 @@ class Tables:
         await self._load_page(self.l1, l1_page, self._l1_offset + l1_page * PAGE_SIZE)
 
     async def _load_page(self, level: PageMap, index: int, host: int) -> None:
-        """Read one page, once at a time: nobody may change a page while an old copy of it is on its way."""
+        """Read one page, once at a time: it must not be changed while an old copy of it is on its way."""
         busy = self._loading.get((level, index))
         if busy is not None:
             await busy.wait()
@@ -268,8 +268,12 @@ class Tables:
             done.set()
 
     def take_page(self, level: PageMap, index: int, host: int, content: bytes) -> bool:
-        """A page of a level that was read past this module, at `host`, just now and because it is not in memory.
-        Returns whether it is taken: not while it is being read here, for a task that might change it next."""
+        """Put a page into memory that was read past this module: `content` is its 4 KiB as in the file, `index` its
+        index in `level` (`l1` or `l2`), `host` its place in the file, bytes. It must have been read after it was found
+        missing and without an await since then, or it may be older than what was changed meanwhile.
+
+        Returns whether it is in memory now by this call. False: it was there, or a task is reading it, to change it
+        next perhaps. Of a table that is not in the file yet zeroes are taken, whatever was read there."""
         if index in level.pages or (level, index) in self._loading:
             return False
         new = level is self.l2 and index >> self.geometry.table_page_bits in self.new_tables

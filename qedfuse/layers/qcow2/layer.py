@@ -232,7 +232,7 @@ class Qcow2Layer:
         entries = array("Q", await read(self.storage, page.host, page.size))
         if sys.byteorder == "little":
             entries.byteswap()
-        # Somebody else's image in use grows. What a table points at was there before the table.
+        # An image that another process writes grows. What a table points at was there before the table.
         self._end_of_file = self.storage.size()
         self._tables.put(page, entries)
 
