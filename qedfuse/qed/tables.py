@@ -11,7 +11,6 @@ Source: QEMU docs/interop/qed_spec, "Tables" and "Cluster offset translation".
 
 from __future__ import annotations
 
-import struct
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -22,12 +21,12 @@ from qedfuse.host.storage import Storage, fill, size_in_sectors
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.runs import NO_PLACE, Kind, Run, append_run
 from qedfuse.qed.allocator import Allocator, HostRun
-from qedfuse.qed.geometry import UNALLOCATED, ZERO_CLUSTER
+from qedfuse.qed.entry_runs import end_of_run, unallocated_from
+from qedfuse.qed.geometry import ZERO_CLUSTER
 from qedfuse.qed.header import Header
 from qedfuse.qed.pages import ZERO_PAGE, Page, PageMap, PagePool
 from qedfuse.qed.table_walk import Bounds
 from qedfuse.sizes import (
-    ENTRY_SIZE,
     PAGE_BITS,
     PAGE_ENTRIES,
     PAGE_SIZE,
@@ -40,13 +39,6 @@ from qedfuse.sizes import (
 
 _PAGE_MASK = PAGE_ENTRIES - 1
 _MAX_STEPS = 256
-
-#: The bytes of a page that says one thing throughout: comparing with it is faster than looking at each entry.
-_UNIFORM = {entry: entry.to_bytes(ENTRY_SIZE, "little") * PAGE_ENTRIES for entry in (UNALLOCATED, ZERO_CLUSTER)}
-#: Pages as one number, in which each entry is 1, or its own index: whether a page is one run is told by arithmetic six
-#: times faster than by looking at each entry.
-_EACH_1 = int.from_bytes(_UNIFORM[ZERO_CLUSTER], "little")
-_EACH_NEXT = int.from_bytes(struct.pack(f"<{PAGE_ENTRIES}Q", *range(PAGE_ENTRIES)), "little")
 
 
 class FileEnd:
@@ -153,27 +145,13 @@ class Tables:
         first = cluster & _PAGE_MASK
         stop = min(PAGE_ENTRIES, first + limit)
         entry = page[first]
-        here = first + 1
-        if entry <= ZERO_CLUSTER:
-            if page[first:stop].tobytes() == _UNIFORM[entry][: (stop - first) * ENTRY_SIZE]:
-                here = stop
-            while here < stop and page[here] == entry:
-                here += 1
-            return (Kind.ZERO if entry else Kind.UNALLOCATED), here - first, NO_PLACE
         step = self.geometry.cluster_size
-        following = entry + step
-        if (
-            stop - first == PAGE_ENTRIES
-            and page[-1] == entry + _PAGE_MASK * step
-            and int.from_bytes(page.tobytes(), "little") == entry * _EACH_1 + step * _EACH_NEXT
-        ):
-            here, following = stop, entry + PAGE_ENTRIES * step
-        while here < stop and page[here] == following:
-            here += 1
-            following += step
-        if self.holds(entry, following - entry):
-            return Kind.DATA, here - first, HostOffset(entry)
-        if here - first > 1:  # find the good part
+        count = end_of_run(page, first, stop, step) - first
+        if entry <= ZERO_CLUSTER:
+            return (Kind.ZERO if entry else Kind.UNALLOCATED), count, NO_PLACE
+        if self.holds(entry, count * step):
+            return Kind.DATA, count, HostOffset(entry)
+        if count > 1:  # find the good part
             return self._run_in_page(page, cluster, 1)
         if self._may_be_missing(entry, step):
             return Kind.UNALLOCATED, 1, NO_PLACE
@@ -192,9 +170,7 @@ class Tables:
         page = self.l1.pages[index >> PAGE_BITS]
         tables = 1  # also where `lenient` made it so
         if index & _PAGE_MASK < _PAGE_MASK:
-            rest = page[(index & _PAGE_MASK) + 1 :].tobytes()
-            same = rest == _UNIFORM[UNALLOCATED][: len(rest)]
-            tables += (len(rest) if same else len(rest) - len(rest.lstrip(b"\0"))) // ENTRY_SIZE
+            tables += unallocated_from(page, (index & _PAGE_MASK) + 1)
         return (index + tables) * entries - cluster
 
     def _table_nowait(self, l1_index: TableIndex) -> HostOffset | None:
@@ -358,6 +334,3 @@ class Tables:
         """Give the pages back to the pool."""
         self.l1.clear()
         self.l2.clear()
-
-
-assert UNALLOCATED == 0 and ZERO_CLUSTER == 1
