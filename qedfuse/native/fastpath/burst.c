@@ -3,7 +3,7 @@
 #include "burst.h"
 #include "view.h"
 
-uint64_t bursts;
+static uint64_t bursts;
 
 void burst_begin(struct burst *burst, int fd)
 {

@@ -4,20 +4,18 @@
 
 #include "layer.h"
 
-/* What has become of a request. HANDED: to Python, which should have its turn. PASS, MISS, WAIT: nothing was replied; to
- * pyfuse3. WAIT: the host has begun to read what is missing. */
+/* What has become of a request. HANDED: to Python, which should have its turn. PASS, MISS, WAIT: nothing was replied;
+ * to pyfuse3. WAIT: the host has begun to read what is missing. */
 enum outcome { DONE, HANDED, PASS, MISS, WAIT };
 
 struct burst {
-    uint64_t number;
+    uint64_t number;       /* what Python told in one of another number (`Layer.burst`) is old */
     int fd;                /* the session's */
     void *request;         /* the one at hand */
     PyThreadState *thread; /* NULL: we have the GIL */
     Layer *wrote[8];       /* images that were written, and whose Python does not know yet */
     unsigned writes;
 };
-
-extern uint64_t bursts; /* counts them; what Python has told (`Layer.burst`) holds for one, and for less if Python ran */
 
 void burst_begin(struct burst *burst, int fd);
 

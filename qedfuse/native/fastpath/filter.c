@@ -1,8 +1,8 @@
 /*
  * The fast path: a request filter in front of pyfuse3. receive.c takes requests from the kernel; requests.c tells them
- * apart; handles.c knows their images; layer.c where an image's bytes are; transfer.c and allocate.c read and write them,
- * by batch.c; reply.c answers, parked.c later, hand.c by way of Python; view.c is what C knows of Python, module.c what
- * Python knows of C.
+ * apart; handles.c knows their images; layer.c where an image's bytes are; transfer.c and allocate.c read and write
+ * them, by batch.c; reply.c answers, parked.c later, hand.c by way of Python; view.c is what C knows of an image in
+ * Python, module.c what Python knows of C.
  *
  * How it gets there. This module defines `fuse_session_receive_buf`, the libfuse function by which pyfuse3 takes a
  * request from the kernel. It is loaded with RTLD_GLOBAL before pyfuse3, so the dynamic linker binds pyfuse3's call to
@@ -12,10 +12,10 @@
  *
  * What it does. It reads requests from the session's descriptor. READs, WRITEs that overwrite allocated clusters, and
  * most WRITEs into new ones it answers at once and goes on to the next request (a *burst*). FALLOCATE and LSEEK, for
- * which pyfuse3 has no handlers, and FSYNC, which is quicker this way, it hands to Python (bypass.py).
- * The first request that is anything else ends the burst and is returned to pyfuse3 untouched. At the end of a burst
- * without such a request it returns -EINTR, upon which pyfuse3 waits for the descriptor as it always does. The GIL is
- * released but for the moments when Python is asked or told something.
+ * which pyfuse3 has no handlers, and FSYNC, which is quicker this way, it hands to Python (bypass.py). The first
+ * request that is anything else ends the burst and is returned to pyfuse3 untouched. At the end of a burst without such a
+ * request it returns -EINTR, upon which pyfuse3 waits for the descriptor as it always does. The GIL is released but for
+ * the moments when Python is asked or told something.
  *
  * What it never does: choose clusters, bring a table to the file, block on a disk, report an error. Whatever is not
  * plainly fine (an entry that points nowhere, data that the host does not come up with, a failed write) goes to Python,
@@ -29,11 +29,11 @@
  * Python's pool if Python agrees (`NativeView.take_l2_page`), which it does not while it is reading that page itself.
  *
  * New clusters. Python offers a run of them, all of which read as zeroes and lie inside the file, whenever no range is
- * locked (native_view.py, `refresh`). They are taken from the front: data first, with what the layers below
- * have around it, then the entries in the page in memory. Python is told how many were taken and which pages have
- * changed, before it runs again (`note_taken`), so for allocator.py and commit.py it is as if Python had done it. A
- * cluster whose write failed is told of as lost: what is in it must not show up in anything else. Both sides check: the
- * numbers are not asked for while there is something to tell, and what is told must be what was offered.
+ * locked (native_view.py, `refresh`). They are taken from the front: data first, with what the layers below have around
+ * it, then the entries in the page in memory. Python is told how many were taken and which pages have changed, before
+ * it runs again (`note_taken`), so for allocator.py and commit.py it is as if Python had done it. A cluster whose write
+ * failed is told of as lost: what is in it must not show up in anything else. Both sides check: the numbers are not
+ * asked for while there is something to tell, and what is told must be what was offered.
  *
  * Why the mapping cannot change under it. The tables have one place, the page pool of pages.py; this file reads the
  * entries there, by way of an index (page number -> address) that pages.py keeps up to date. Python changes tables,

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <structmember.h>
 
-/* -- the object --------------------------------------------------------------------------------------------------------- */
+/* -- the object ---------------------------------------------------------------------------------------------------- */
 
 static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
@@ -86,8 +86,8 @@ static PyObject *layer_missing_of(PyObject *object, PyObject *argument)
 
 static PyMethodDef layer_methods[] = {
     {"run", layer_run_of, METH_VARARGS,
-     "run(offset, size) -> (kind, bytes, offset in the file): what the pages in memory say of a range inside the layer, "
-     "from its start on. For tests."},
+     "run(offset, size) -> (kind, bytes, offset in the file): what the pages in memory say of a range inside the "
+     "layer, from its start on. For tests."},
     {"missing", layer_missing_of, METH_O,
      "missing(offset) -> (of the L1 table?, index, offset in the file): the page that is to be read where `run` says "
      "ABSENT, or None if it can be nowhere. For tests."},
@@ -102,8 +102,8 @@ static PyMemberDef layer_members[] = {
 
 PyTypeObject LayerType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qedfuse.native._fastpath.Layer",
-    .tp_doc = "Layer(fd, size, *, view=None, below=None): an image of a chain. fd: -1 is opaque. size: bytes, of what has "
-              "no view. view: a NativeView. below: a Layer, where this one has nothing.",
+    .tp_doc = "Layer(fd, size, *, view=None, below=None): an image of a chain. fd: -1 is opaque. size: bytes, of what "
+              "has no view. view: a NativeView. below: a Layer, for where this one has nothing.",
     .tp_basicsize = sizeof(Layer),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = layer_new,
@@ -112,7 +112,7 @@ PyTypeObject LayerType = {
     .tp_members = layer_members,
 };
 
-/* -- the mapping ------------------------------------------------------------------------------------------------------- */
+/* -- the mapping --------------------------------------------------------------------------------------------------- */
 
 /* Whether clusters or a table of `size` bytes can lie here in the file: aligned, behind the header, inside. */
 static inline bool inside(const Layer *layer, uint64_t host, uint64_t size)

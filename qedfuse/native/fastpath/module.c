@@ -114,7 +114,7 @@ static PyObject *counters(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)
 static PyMethodDef methods[] = {
     {"bind", bind_library, METH_VARARGS, "bind(path): find libfuse's functions behind pyfuse3's library."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
-     "configure(enabled, *, spin=True, handlers=None): handlers has a method for each kind of request that is handed over."},
+     "configure(enabled, *, spin=True, handlers=None): handlers has a method for each kind of request handed over."},
     {"attach", attach_handle, METH_VARARGS, "attach(fh, layer, writable): answer requests for this handle."},
     {"suspend", suspend_handle, METH_O, "suspend(fh): pass its READs and WRITEs to pyfuse3, until attach."},
     {"detach", detach_handle, METH_O, "detach(fh): no longer."},

@@ -19,7 +19,7 @@ void reply(int fd, uint64_t unique, int error, size_t size)
 }
 
 
-/* -- from Python ---------------------------------------------------------------------------------------------------------- */
+/* -- from Python --------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     PyObject_HEAD
@@ -112,8 +112,8 @@ static PyMethodDef request_methods[] = {
     {"reply_data", request_reply_data, METH_O, "reply_data(bytes): to a READ."},
     {"reply_offset", request_reply_offset, METH_O, "reply_offset(offset): to an LSEEK."},
     {"invalidate", request_invalidate, METH_VARARGS,
-     "invalidate(offset, size): have the kernel write what it has for a range (size 0: to the end) of the request's file, "
-     "and forget it. No reply. Waits for these writes to be answered."},
+     "invalidate(offset, size): have the kernel write what it has for a range (size 0: to the end) of the request's "
+     "file, and forget it. No reply. Waits for these writes to be answered."},
     {NULL, NULL, 0, NULL},
 };
 

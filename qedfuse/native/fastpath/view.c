@@ -60,7 +60,7 @@ bool view_prepare(void)
     return taken_names != NULL;
 }
 
-/* -- asked -------------------------------------------------------------------------------------------------------------- */
+/* -- asked --------------------------------------------------------------------------------------------------------- */
 
 static bool fetch(const Layer *layer, enum name name, uint64_t *value)
 {
@@ -133,7 +133,7 @@ bool view_take_page(const Layer *layer, bool is_l1, uint64_t number, uint64_t ho
     return taken == Py_True;
 }
 
-/* -- told --------------------------------------------------------------------------------------------------------------- */
+/* -- told ---------------------------------------------------------------------------------------------------------- */
 
 /* The L2 pages in which entries were set, as a tuple. */
 static PyObject *pages_of(const Layer *layer)
