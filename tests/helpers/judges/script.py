@@ -5,6 +5,7 @@ are commands, `#` begins a comment. Sizes and offsets may end in k or M; content
 made, `.` stands for zeroes.
 
     new 256k [over B 64k]        an image with clusters of 4 KiB [over a raw file of 64 KiB of B]; must come first
+                                 or [on 1M], a block device of 1 MiB with stale bytes behind the image
     write OFFSET SIZE a          also zero, discard OFFSET SIZE; resize SIZE
     rebase C 64k                 another backing file, of C; without words: none. (It should hold the same; here one
                                  sees where what is read comes from.)
@@ -15,8 +16,7 @@ made, `.` stands for zeroes.
     reopen                       by the next start, which repairs what it must
 
 A crash's outcome is what each sector may read as once the image has been opened again, and what a check finds before
-that. Where there are too many states, some are drawn, always the same. An L2 page's entries
-count from its start.
+that. Where there are too many states, some are drawn, always the same. An L2 page's entries count from its start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qedfuse.layers.runs import Kind
 from qedfuse.qed.image import Image
 from tests.helpers.doubles.crash import Change, CrashPoint, CrashStorage
 from tests.helpers.doubles.ram import RamFile, RamStorage
-from tests.helpers.images.images import Chain, backing_name, new_chain, open_chain, raw_file, read_header
+from tests.helpers.images.images import Chain, backing_name, new_chain, on_device, open_chain, raw_file, read_header
 from tests.helpers.judges.history import SECTOR, Clock
 
 INDENT = "    "
@@ -94,8 +94,10 @@ class Script:
         if command == "map":
             return await self._map()
         if command == "new":
-            below = [(raw_file(words[2].encode() * number(words[3])), "raw")] if len(words) > 1 else []
+            below = [(raw_file(words[2].encode() * number(words[3])), "raw")] if "over" in words else []
             self._chain = await new_chain(number(words[0]), below=below)
+            if "on" in words:
+                self._chain.file = on_device(self._chain.file, number(words[2]))
         if command in ("new", "reopen"):
             self._storage = CrashStorage("image", self._chain.file.fork(), Clock())
             self._before = 0
