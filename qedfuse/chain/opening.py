@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from functools import partial
+from contextlib import asynccontextmanager
 from typing import TypedDict, Unpack
 
 import trio
@@ -15,14 +14,9 @@ from qedfuse.chain.chain import Chain
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.chain.probe import QED
 from qedfuse.chain.recovery import recover
-from qedfuse.errors import InUseError, UsageError
-from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.image_lock import add_writers_locks, drop_writers_locks, share_writers_locks
-from qedfuse.host.lookups import enter, look
+from qedfuse.errors import UsageError
 from qedfuse.host.offload import to_its_end
-from qedfuse.host.remote_file import RemoteFile, isolate
-from qedfuse.qed.header import FEATURE_NEED_CHECK, Header
-from qedfuse.qed.header_io import read_header
+from qedfuse.qed.header import Header
 from qedfuse.qed.image import Image
 
 _log = logging.getLogger("qedfuse")
@@ -98,57 +92,3 @@ async def open_image(path: str | os.PathLike[str], **options: Unpack[Options]) -
             _log.error("%s: closing failed: %s", image.path, error)
         raise
     await to_its_end(image.close)
-
-
-async def make_writable(image: Image) -> None:
-    """Open for writing what `open_image` has opened for reading only, for all its users, which go on meanwhile.
-
-    From a reader's locks to a writer's, a check if the image was not closed cleanly. Not to be called twice at a time.
-    Raises as `open_image` does, InUseError if another process reads the image, too; the image is then as it was.
-    """
-    readers = image.storage
-    assert isinstance(readers, FileStorage)
-    storage = await look(partial(_claim, readers), discard=partial(_unclaim, readers))
-    try:
-        header = await read_header(storage)
-        if _kind_of(header) != _kind_of(image.header):
-            raise InUseError(image.path, "was changed by another process while it was read here")
-        header = await recover(storage, header)
-        await image.begin_writing(header, partial(readers.become, storage))
-    except BaseException:
-        with trio.CancelScope(shield=True):
-            with suppress(OSError):
-                await look(partial(_give_locks_back, readers))
-            with suppress(OSError):
-                await storage.close()
-        raise
-
-
-def _kind_of(header: Header) -> Header:
-    """All of a header that `recover` does not change."""
-    return header.with_feature(FEATURE_NEED_CHECK, False).with_known_autoclear()
-
-
-def _claim(readers: FileStorage) -> FileStorage:
-    """A second opening of a file, with a writer's locks. Blocks."""
-    if isinstance(readers, RemoteFile):
-        enter(readers.mount)
-    storage = FileStorage.open(readers.path, True, pin=readers.fileno())  # before the locks: it may not be allowed
-    try:
-        add_writers_locks(readers.fileno(), readers.path)
-        share_writers_locks(storage.fileno())
-        return storage if readers.local else isolate(storage)
-    except BaseException:
-        _unclaim(readers, storage)
-        raise
-
-
-def _unclaim(readers: FileStorage, storage: FileStorage) -> None:
-    """`_claim` undone, as far as it came."""
-    os.close(storage.fileno())
-    _give_locks_back(readers)
-
-
-def _give_locks_back(readers: FileStorage) -> None:
-    with suppress(OSError, ValueError):  # this file system has no locks, or it was closed meanwhile
-        drop_writers_locks(readers.fileno())

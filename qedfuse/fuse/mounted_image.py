@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from qedfuse.chain.opening import make_writable
+from qedfuse.chain.upgrade import make_writable
 from qedfuse.errors import QedfuseError
 from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.page_cache import TICK, CachedPages
@@ -209,7 +209,7 @@ class MountedImage:
 
     async def make_writable(self) -> None:
         """Have the image open for writing, for one who uses it; unless the file may not be written, or is not to be.
-        Raises what `opening.make_writable` raises."""
+        Raises what `upgrade.make_writable` raises."""
         assert self._users
         if self.read_only:
             return

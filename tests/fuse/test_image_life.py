@@ -17,8 +17,9 @@ from typing import NoReturn
 import pytest
 import trio
 
-from qedfuse.chain import opening
-from qedfuse.chain.opening import make_writable, open_for_use, open_image
+from qedfuse.chain import upgrade
+from qedfuse.chain.opening import open_for_use, open_image
+from qedfuse.chain.upgrade import make_writable
 from qedfuse.errors import InUseError
 from qedfuse.fuse import tree as tree_module
 from qedfuse.fuse.image_slot import ImageSlot
@@ -347,7 +348,7 @@ def test_an_upgrade_of_an_image_that_is_closed_meanwhile_leaves_nothing_open(
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
             with monkeypatch.context() as patch:
-                patch.setattr(opening, "read_header", close)
+                patch.setattr(upgrade, "read_header", close)
                 with pytest.raises(OSError, match="Input/output error"):
                     await make_writable(image)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from qedfuse.chain.opening import make_writable, open_for_use
+from qedfuse.chain.opening import open_for_use
+from qedfuse.chain.upgrade import make_writable
 from qedfuse.errors import InUseError, QedfuseError
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.page_cache import TICK
