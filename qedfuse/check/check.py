@@ -28,12 +28,13 @@ from dataclasses import replace
 from enum import Enum
 
 from qedfuse.check.release import fill_gaps, punch
-from qedfuse.check.repair import Progress, extend, repair_tables
+from qedfuse.check.repair import extend, repair_tables
 from qedfuse.check.result import MAX_PROBLEMS, CheckResult
 from qedfuse.errors import QedfuseError, ReadOnlyError
 from qedfuse.host.chunks import TableChunks, unpack_entries
 from qedfuse.host.storage import Storage
 from qedfuse.host.waiting import Breather
+from qedfuse.progress import Report
 from qedfuse.qed.cluster_map import ClusterMap, Marks
 from qedfuse.qed.header import FEATURE_NEED_CHECK, Header
 from qedfuse.qed.header_io import write_header
@@ -56,7 +57,7 @@ class Repair(Enum):
 
 
 async def check_image(
-    storage: Storage, header: Header, *, repair: Repair = Repair.NONE, progress: Progress | None = None
+    storage: Storage, header: Header, *, repair: Repair = Repair.NONE, progress: Report | None = None
 ) -> CheckResult:
     """Check an image, and repair it as far as `repair` says. The caller sees to it that nothing else writes it.
 
@@ -86,7 +87,7 @@ async def check_image(
 
 
 async def _repair(
-    storage: Storage, found: CheckResult, used: ClusterMap, progress: Progress | None, *, crash: bool
+    storage: Storage, found: CheckResult, used: ClusterMap, progress: Report | None, *, crash: bool
 ) -> CheckResult:
     """The steps of the rulebook in `repair.py`. `found` and `used` are from the scan before."""
     header = found.header
@@ -118,7 +119,7 @@ async def _repair(
 
 
 async def _scan_again(
-    storage: Storage, header: Header, progress: Progress | None, before: CheckResult
+    storage: Storage, header: Header, progress: Report | None, before: CheckResult
 ) -> tuple[CheckResult, ClusterMap]:
     result, used = await _scan(storage, header, progress)
     result.problems = (result.problems + before.problems)[:MAX_PROBLEMS]  # first what is still wrong
@@ -126,7 +127,7 @@ async def _scan_again(
     return result, used
 
 
-async def _scan(storage: Storage, header: Header, progress: Progress | None) -> tuple[CheckResult, ClusterMap]:
+async def _scan(storage: Storage, header: Header, progress: Report | None) -> tuple[CheckResult, ClusterMap]:
     """One walk over all tables, in QEMU's order and with its idea of what counts."""
     geometry = header.geometry
     file_size = storage.size()

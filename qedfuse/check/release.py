@@ -13,11 +13,11 @@ from dataclasses import replace
 from itertools import compress
 
 from qedfuse.check.compaction import Layout, Moves, plan
-from qedfuse.check.repair import Progress
 from qedfuse.errors import CorruptError
 from qedfuse.host.chunks import TableChunks, entry_at, pack_entry, unpack_entries, write_changes
 from qedfuse.host.storage import Storage, fill
 from qedfuse.host.waiting import Breather
+from qedfuse.progress import Report
 from qedfuse.qed.cluster_map import ClusterMap
 from qedfuse.qed.header import Header
 from qedfuse.qed.header_io import write_header
@@ -68,7 +68,7 @@ async def _cut(storage: Storage, end: int) -> None:
         await storage.truncate(end)
 
 
-async def fill_gaps(storage: Storage, header: Header, used: ClusterMap, progress: Progress | None = None) -> Header:
+async def fill_gaps(storage: Storage, header: Header, used: ClusterMap, progress: Report | None = None) -> Header:
     """Step 6: the file gets as short as what is in use. Returns the header, which a moved L1 table changes.
 
     `used` is of tables that are in order, and good for nothing afterwards. `progress(done, total)` counts clusters.
@@ -82,7 +82,7 @@ async def fill_gaps(storage: Storage, header: Header, used: ClusterMap, progress
 class _Filling:
     """`_moved`, `_total`: clusters, for the progress. `_full`: the host has no room for a whole batch."""
 
-    def __init__(self, storage: Storage, header: Header, progress: Progress | None) -> None:
+    def __init__(self, storage: Storage, header: Header, progress: Report | None) -> None:
         self._storage = storage
         self._header = header
         self._size = header.cluster_size

@@ -65,6 +65,7 @@ from qedfuse.errors import CorruptError
 from qedfuse.host.chunks import TableChunks, entry_at, pack_entry, unpack_entries, write_changes
 from qedfuse.host.storage import Storage, held_bytes
 from qedfuse.host.waiting import Breather
+from qedfuse.progress import Report
 from qedfuse.qed.cluster_map import ClusterMap
 from qedfuse.qed.geometry import ZERO_CLUSTER
 from qedfuse.qed.header import Header
@@ -78,7 +79,6 @@ MAX_COPIES = 4 << 20
 #: What an entry becomes, of its value and the size (bytes) of what it refers to.
 Fate = Callable[[int, int], int]
 
-Progress = Callable[[int, int], None]
 
 #: Added to an offset by step 2: no cluster is aligned to less than 4 KiB.
 _FENCE = 0xFED
@@ -90,7 +90,7 @@ async def extend(storage: Storage, size: int) -> None:
     await storage.sync()
 
 
-async def repair_tables(storage: Storage, header: Header, *, overlaps: bool, progress: Progress | None = None) -> None:
+async def repair_tables(storage: Storage, header: Header, *, overlaps: bool, progress: Report | None = None) -> None:
     """Steps 2 to 4. `overlaps`: something is referenced twice. `progress` as for `check.check_image`.
 
     Raises OSError; CorruptError, with nothing changed, if too much would have to be copied. Cancellation is harmless.
@@ -123,7 +123,7 @@ class _TableRepair:
     of the tables that are not copied. `_start`: where copies begin.
     """
 
-    def __init__(self, storage: Storage, bounds: Bounds, progress: Progress) -> None:
+    def __init__(self, storage: Storage, bounds: Bounds, progress: Report) -> None:
         self._storage = storage
         self._progress = progress
         self._breathe = Breather()

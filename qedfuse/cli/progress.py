@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qedfuse.progress import Progress
+
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress as RichBar
+    from rich.progress import TaskID
 
 #: Seconds that work must take before a terminal shows its progress.
 _DELAY = 1.0
@@ -22,7 +25,7 @@ class Bar:
         self._what = what
         self._wanted = wanted
         self._start = time.monotonic()
-        self._progress: Progress | None = None
+        self._progress: RichBar | None = None
         self._task: TaskID | None = None
 
     def __call__(self, done: int, total: int) -> None:
@@ -30,9 +33,9 @@ class Bar:
             return
         if self._progress is None:
             from rich.console import Console
-            from rich.progress import Progress
+            from rich.progress import Progress as RichBar
 
-            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._progress = RichBar(console=Console(stderr=True), transient=True)
             self._task = self._progress.add_task(self._what)
             self._progress.start()
         assert self._task is not None
@@ -50,7 +53,7 @@ class Percentage:
         self._shown = -1.0
 
     def __call__(self, done: int, total: int) -> None:
-        percentage = 100 * done / total if total else 100.0
+        percentage = Progress(done, total).percentage
         if percentage >= self._shown + 1 or self._shown < percentage == 100:
             self._shown = percentage
             click.echo(f"    ({percentage:.2f}/100%)\r", nl=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 
 import trio
@@ -27,6 +27,7 @@ from qedfuse.host.file_storage import INLINE_WRITE_LIMIT
 from qedfuse.host.waiting import Breather
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.resolve import read_layer_into
+from qedfuse.progress import Report
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header
 from qedfuse.qed.new_image import new_header
@@ -43,9 +44,6 @@ _STEP = INLINE_WRITE_LIMIT
 #: A larger block than this is stored in parts.
 _MAX_BLOCK = 4 << 20
 
-#: Told (done, total) in bytes of the guest.
-Progress = Callable[[int, int], None]
-
 
 async def convert_image(
     source: str,
@@ -60,7 +58,7 @@ async def convert_image(
     sparse_size: int = SPARSE_SIZE,
     share: bool = False,
     policy: BackingPolicy = ANY_BACKING,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Header | None:
     """Copy the disk in `source` (raw, qed or qcow2, with its chain) to `target` (raw or qed); durable on return.
 
@@ -116,7 +114,7 @@ class _Copy:
         self._buffer = _new_buffer(self._step)
         self._old = _new_buffer(self._step)
 
-    async def run(self, progress: Progress | None) -> None:
+    async def run(self, progress: Report | None) -> None:
         if self._whole:
             self._target.keep_zeroes()
         breathe = Breather()

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "qedfuse"
 
 #: A room's modules may import those of rooms on earlier lines, and each other.
 ROOMS = """
-    errors sizes text
+    errors sizes text progress
     host
     layers
     qed
@@ -25,6 +25,7 @@ ROOMS = """
     chain
     library
     tools
+    jobs
     fuse
     daemon
     cli
@@ -41,8 +42,15 @@ NATIVE = {
 }
 
 #: No I/O, no event loop; all that these know of the machine is text.
-PURE = ["errors", "sizes", "text", "layers.runs", "qed.geometry", "qed.header", "chain.probe", "tools.blocks"]
-PURE += ["layers.qcow2.header", "layers.qcow2.entries", "check.compaction", "check.result", "chain.policy"]
+PURE = ["errors", "sizes", "text", "progress", "layers.runs", "qed.geometry", "qed.header", "chain.probe"]
+PURE += [
+    "tools.blocks",
+    "layers.qcow2.header",
+    "layers.qcow2.entries",
+    "check.compaction",
+    "check.result",
+    "chain.policy",
+]
 PURE_OS_NAMES = {"PathLike", "fspath", "fsencode", "fsdecode", "strerror"}
 IMPURE = {"asyncio", "ctypes", "fcntl", "io", "mmap", "pathlib", "pyfuse3", "shutil", "signal", "socket", "subprocess"}
 IMPURE |= {"tempfile", "threading", "trio"}
