@@ -1,14 +1,8 @@
-"""How a command talks to the daemon of a mount: what is said, and the commands' side. No event loop.
+"""How a command talks to the daemon of a mount: the commands' side. No event loop. `protocol.py` has what is said.
 
 The daemon listens on a Unix socket that is found by the mount's owner and device number (see `rendezvous.py`), which
 every process finds in mountinfo. Both sides look at who the other one is: the daemon answers root and its own user, a
-command believes root and the mount's owner. Requests and answers are JSON objects, one a line:
-
-    {"command": "status"}  ->  {"pid": ..., "mountpoint": ..., "images": [...], ...}
-    {"command": "flush"}   ->  {"error": null | text, "unwritten": null | text}, when all that was completed is durable;
-                               "unwritten" is what may be written yet (no space), "error" is all that went wrong
-    {"command": "wait"}    ->  {"waiting": true}, and when all is closed: {"closed": true, "error": null | text};
-                               if it cannot be, for some time: {"closed": false, "error": text}
+command believes root and the mount's owner.
 
 When the daemon has left the kernel and closes the images it stops listening, but keeps those who wait. A daemon with a
 /run and a /tmp of its own is found by its abstract socket, which there is for that. Source: unix(7).
@@ -25,6 +19,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from qedfuse.daemon.protocol import MAX_ANSWER, Request, why_refused
 from qedfuse.daemon.rendezvous import abstract_name, find
 from qedfuse.errors import QedfuseError
 from qedfuse.host.mountinfo import Mount
@@ -32,9 +27,6 @@ from qedfuse.host.mountinfo import Mount
 if TYPE_CHECKING:
     import trio
 
-#: Bytes of a request, and of an answer (it lists the images).
-MAX_REQUEST = 4096
-_MAX_ANSWER = 64 << 20
 #: Seconds that a daemon has for an answer that needs no waiting.
 _PATIENCE = 30.0
 
@@ -47,10 +39,6 @@ def peer_uid(connection: socket.socket | trio.socket.SocketType) -> int:
     return int(_UCRED.unpack(raw)[1])
 
 
-def encode(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
 class Client:
     """A connection to the daemon of `mount`. Raises QedfuseError if there is none to be had."""
 
@@ -59,15 +47,28 @@ class Client:
         self._socket = _connect(mount)
         self._socket.settimeout(_PATIENCE)
         self._lines = self._socket.makefile("rb")
+        self._more = False  # whether the last answer was not the last one
 
-    def ask(self, command: str, seconds: float | None = _PATIENCE) -> dict[str, Any]:
-        """Send a command; its first answer, which must come within `seconds` if that is not None."""
+    def ask(self, command: str, seconds: float | None = _PATIENCE, **arguments: Any) -> dict[str, Any]:
+        """Send a command; its first answer, which must come within `seconds` if that is not None. Raises QedfuseError,
+        also if the daemon does not know the command."""
+        self._send(Request(command, arguments), seconds)
+        return self._receive()
+
+    def follow(self, command: str, *, detached: bool = False, **arguments: Any) -> Iterator[dict[str, Any]]:
+        """Send a command; its answers as they come, to the last. `detached`: it goes on when this connection ends."""
+        self._send(Request(command, arguments, detached), _PATIENCE)
+        self._socket.settimeout(None)
+        self._more = True
+        while self._more:
+            yield self._receive()
+
+    def _send(self, request: Request, seconds: float | None) -> None:
         self._socket.settimeout(seconds)
         try:
-            self._socket.sendall(encode({"command": command}))
+            self._socket.sendall(request.encode())
         except OSError as error:
             raise QedfuseError(self._path, "its daemon is gone", error.errno) from None
-        return self._receive()
 
     def wait(self, seconds: float | None = None) -> dict[str, Any] | None:
         """The next answer, however long it takes; None if none has come after `seconds`."""
@@ -77,7 +78,7 @@ class Client:
 
     def _receive(self) -> dict[str, Any]:
         try:
-            line = self._lines.readline(_MAX_ANSWER)
+            line = self._lines.readline(MAX_ANSWER)
         except TimeoutError:
             raise QedfuseError(self._path, "its daemon does not answer in time") from None
         except OSError as error:
@@ -90,6 +91,9 @@ class Client:
             answer = None
         if not isinstance(answer, dict):
             raise QedfuseError(self._path, "its daemon answers nonsense")
+        if (reason := why_refused(answer)) is not None:
+            raise QedfuseError(self._path, reason)
+        self._more = bool(answer.pop("more", False))
         return answer
 
     def __enter__(self) -> Client:

@@ -1,35 +1,61 @@
-"""The daemon's side of the control socket; see `control.py`."""
+"""The daemon's side of the control socket; see `control.py`, and `protocol.py` for what is said."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
+import select
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import trio
 
-from qedfuse.daemon.control import MAX_REQUEST, encode, peer_uid
+from qedfuse.daemon.control import peer_uid
+from qedfuse.daemon.protocol import MAX_REQUEST, Refused, decode, encode, refusal, unknown
 from qedfuse.daemon.rendezvous import Address, abstract_name, bind
-from qedfuse.text import describe
+from qedfuse.text import describe, printable
 
 #: Seconds: for a client to ask, to take an answer, and for a predecessor with our device number to vanish.
 _PATIENCE = 10.0
 _BIND_PATIENCE = 3.0
+#: Seconds between two looks at a client that will send no more.
+_GONE_PERIOD = 0.25
 #: Clients that may wait to be accepted.
 _BACKLOG = 128
 
 _log = logging.getLogger("qedfuse")
 
 
-class ControlServer:
-    """Answers questions about a mount by `commands`, and tells who waits for it when all is closed."""
+class Call:
+    """A request that is being carried out. `arguments`: of any types."""
 
-    def __init__(self, commands: dict[str, Callable[[], Awaitable[dict[str, Any]]]]) -> None:
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.arguments: Mapping[str, Any] = {}
+        self._stream = stream
+        self._gone = False
+
+    async def send(self, answer: Mapping[str, Any], *, last: bool = False) -> None:
+        """An answer, which `more` of them follow if it is not the `last`. One that the client does not take in time, or
+        at all, is lost, and so are those that follow."""
+        if self._gone:
+            return
+        self._gone = True
+        with trio.move_on_after(_PATIENCE), contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self._stream.send_all(encode(answer if last else {**answer, "more": True}))
+            self._gone = False
+
+
+#: Returns the last answer; raises OSError, which becomes one. Cancelled when its client goes away.
+Command = Callable[[Call], Awaitable[dict[str, Any]]]
+
+
+class ControlServer:
+    """Answers requests by `commands`, and tells those that wait for the mount when all is closed."""
+
+    def __init__(self, commands: dict[str, Command]) -> None:
         self._commands = commands
         self._address: Address | None = None
         self._listeners: list[trio.SocketListener] = []
@@ -133,41 +159,79 @@ class ControlServer:
     async def _answer(self, stream: trio.SocketStream) -> None:
         """Serve one connection. It stays open for `finish` if its client waits when this is cancelled."""
         try:
-            if peer_uid(stream.socket) in (0, os.geteuid()):
-                await self._handle(stream)
-        except trio.Cancelled:
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                if peer_uid(stream.socket) in (0, os.geteuid()):
+                    await self._handle(stream)
+            self._waiting.discard(stream)
+        finally:
             if stream not in self._waiting:
                 await trio.aclose_forcefully(stream)
-            raise
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-        self._waiting.discard(stream)
-        await trio.aclose_forcefully(stream)
         self._keep_spare()
 
     async def _handle(self, stream: trio.SocketStream) -> None:
-        """Answer one request; one that waits is under way until the client loses patience."""
-        request = bytearray()
-        with trio.move_on_after(_PATIENCE):
-            while not request.endswith(b"\n"):
-                piece = await stream.receive_some(MAX_REQUEST)
-                if not piece or len(request) > MAX_REQUEST:
-                    return
-                request += piece
+        """One request, from its first byte to the last answer."""
+        line = await _receive_line(stream)
+        if line is None:
+            return
+        call = Call(stream)
         try:
-            command = json.loads(request).get("command")
-        except (ValueError, AttributeError, RecursionError):
-            command = None
-        run = self._commands.get(command) if isinstance(command, str) else None
-        answer: dict[str, Any]
-        if command == "wait":
-            self._waiting.add(stream)
-            answer = {"waiting": True}
-        elif run is not None:
-            answer = await run()
-        else:
-            answer = {"error": "unknown command"}
-        with trio.move_on_after(_PATIENCE):
-            await stream.send_all(encode(answer))
-        if stream in self._waiting:
-            await stream.receive_some(1)
+            request = decode(line)
+            if request.command == "wait":
+                await self._wait(stream, call)
+                return
+            command = self._commands.get(request.command)
+            if command is None:
+                raise unknown()
+        except Refused as refused:
+            await call.send(refusal(refused), last=True)
+            return
+        call.arguments = request.arguments
+        async with trio.open_nursery() as nursery:
+            if not request.detached:
+                nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
+            await call.send(await _run(command, call, request.command), last=True)
+            nursery.cancel_scope.cancel()
+
+    async def _wait(self, stream: trio.SocketStream, call: Call) -> None:
+        """It is under way until the client loses patience, or `finish` has told it."""
+        self._waiting.add(stream)
+        await call.send({"waiting": True})
+        await stream.receive_some(1)
+
+
+async def _receive_line(stream: trio.SocketStream) -> bytes | None:
+    """None: there is none, or not in time, or it is too long."""
+    line = bytearray()
+    with trio.move_on_after(_PATIENCE):
+        while not line.endswith(b"\n"):
+            piece = await stream.receive_some(MAX_REQUEST)
+            if not piece or len(line) > MAX_REQUEST:
+                return None
+            line += piece
+    return bytes(line)
+
+
+async def _run(command: Command, call: Call, name: str) -> dict[str, Any]:
+    """The last answer. What a command raises ends nothing but the command."""
+    try:
+        return await command(call)
+    except OSError as error:
+        return {"error": describe(error)}
+    except Exception as error:
+        _log.error("control socket: %s: internal error", printable(name), exc_info=error)
+        return {"error": f"internal error: {type(error).__name__}: {error}; this is a bug"}
+
+
+async def _cancel_when_gone(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+    """Cancel when the client has closed its connection. One that has only closed its half of it waits for an answer,
+    and nothing wakes us when it goes: have a look now and then."""
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        while await stream.receive_some(MAX_REQUEST):
+            pass
+        poll = select.poll()
+        poll.register(stream.socket.fileno(), 0)  # POLLHUP is always asked for
+        while True:
+            if poll.poll(0):
+                break
+            await trio.sleep(_GONE_PERIOD)
+    scope.cancel()

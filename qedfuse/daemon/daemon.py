@@ -71,7 +71,7 @@ class Daemon:
         self._config = config
         self._options = config.options
         self._link = link
-        self._control = ControlServer({"status": self.status, "flush": self.flush})
+        self._control = ControlServer({"status": lambda _call: self.status(), "flush": lambda _call: self.flush()})
         self._starting = trio.CancelScope()
         self._ended = trio.Event()
         self._stopping = False

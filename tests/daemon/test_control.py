@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import pytest
 import trio
 
 from qedfuse.daemon import control_server
-from qedfuse.daemon.control import MAX_REQUEST, Client
-from qedfuse.daemon.control_server import ControlServer
+from qedfuse.daemon.control import Client
+from qedfuse.daemon.control_server import Call, Command, ControlServer
+from qedfuse.daemon.protocol import MAX_REQUEST, VERSION
 from qedfuse.daemon.rendezvous import abstract_name
 from qedfuse.errors import QedfuseError
 from qedfuse.host.mountinfo import Mount
@@ -26,11 +29,11 @@ from tests.helpers.qemu.cli import environment, qemu_img
 DEVICE = f"test:{os.getpid()}"
 
 
-async def status() -> dict[str, Any]:
+async def status(_call: Call) -> dict[str, Any]:
     return {"pid": 42}
 
 
-async def other_status() -> dict[str, Any]:
+async def other_status(_call: Call) -> dict[str, Any]:
     return {"pid": 43}
 
 
@@ -39,11 +42,11 @@ def mount(owner: int | None = None) -> Mount:
     return Mount(1, 0, DEVICE, "/", "/mnt", "fuse.qedfuse", "x", options)
 
 
-def with_server(body: Callable[[ControlServer], Awaitable[None]]) -> None:
+def with_server(body: Callable[[ControlServer], Awaitable[None]], **commands: Command) -> None:
     async def main() -> None:
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
-                server = ControlServer({"status": status})
+                server = ControlServer({"status": status, **commands})
                 await server.listen(DEVICE)
                 nursery.start_soon(server.serve)
                 await body(server)
@@ -61,7 +64,8 @@ def ask(command: str) -> dict[str, Any]:
 def test_questions_and_answers() -> None:
     async def body(server: ControlServer) -> None:
         assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
-        assert await trio.to_thread.run_sync(ask, "nonsense") == {"error": "unknown command"}
+        with pytest.raises(QedfuseError, match="its daemon refuses: unknown command"):
+            await trio.to_thread.run_sync(ask, "nonsense")
 
     with_server(body)
 
@@ -129,6 +133,11 @@ def test_nobody_else_is_believed() -> None:
         pytest.skip("needs root to be somebody else")
 
 
+def refused(answer: bytes) -> bool:
+    """With a line that says so, or without a word."""
+    return not answer or (json.loads(answer).keys() == {"version", "error"} and answer.endswith(b"\n"))
+
+
 def test_nonsense_is_survived() -> None:
     def send(data: bytes) -> bytes:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -150,15 +159,175 @@ def test_nonsense_is_survived() -> None:
             b"\xff\n",
             b'{"command": 5}\n',
             b'{"command": []}\n',
+            b'{"command": "status", "version": null}\n',
+            b'{"command": "status", "version": 1e400}\n',
+            b'{"command": "status", "arguments": []}\n',
+            b'{"command": "status", "detached": 1}\n',
             b"{" * 3000,
         ):
-            answer = await trio.to_thread.run_sync(send, data)
-            assert answer in (b"", b'{"error": "unknown command"}\n'), data
+            assert refused(await trio.to_thread.run_sync(send, data)), data
         assert await trio.to_thread.run_sync(send, b"x" * (MAX_REQUEST * 100)) == b""
-        assert await trio.to_thread.run_sync(send, b"[" * 4000 + b"\n") in (b"", b'{"error": "unknown command"}\n')
+        assert refused(await trio.to_thread.run_sync(send, b"[" * 4000 + b"\n"))
         assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
 
     with_server(body)
+
+
+# -- answers that come one by one, arguments, versions ----------------------------------------------------------------
+
+
+def connect() -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(30)
+    connection.connect(abstract_name(DEVICE))
+    return connection
+
+
+class Counting:
+    """A command that counts, as far as its argument says, and notices when it is cancelled."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.ended = trio.Event()
+        self.cancelled = False
+        self._pause = pause
+
+    async def __call__(self, call: Call) -> dict[str, Any]:
+        try:
+            for number in range(call.arguments["to"]):
+                await call.send({"number": number})
+                await trio.sleep(self._pause)
+        except trio.Cancelled:
+            self.cancelled = True
+            raise
+        finally:
+            self.ended.set()
+        return {"counted": True}
+
+
+def test_answers_come_one_by_one() -> None:
+    def follow() -> list[dict[str, Any]]:
+        with Client(mount()) as client:
+            return list(client.follow("count", to=3))
+
+    async def body(server: ControlServer) -> None:
+        answers = await trio.to_thread.run_sync(follow)
+        assert answers == [{"number": 0}, {"number": 1}, {"number": 2}, {"counted": True}]
+
+    with_server(body, count=Counting())
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_what_was_asked_for_ends_with_its_client_unless_it_is_detached(detached: bool) -> None:
+    counting = Counting(0.01)
+
+    def begin() -> None:
+        with Client(mount()) as client:
+            assert next(client.follow("count", detached=detached, to=100)) == {"number": 0}
+
+    async def body(server: ControlServer) -> None:
+        await trio.to_thread.run_sync(begin)
+        await counting.ended.wait()
+        assert counting.cancelled is not detached
+
+    with_server(body, count=counting)
+
+
+def test_a_client_that_sends_no_more_waits_for_its_answer() -> None:
+    counting = Counting(0.4)
+
+    def ask_half() -> list[bytes]:
+        with connect() as connection:
+            connection.sendall(b'{"version": 2, "command": "count", "arguments": {"to": 1}}\n')
+            connection.shutdown(socket.SHUT_WR)
+            return connection.makefile("rb").readlines()
+
+    def leave() -> None:
+        with connect() as connection:
+            connection.sendall(b'{"version": 2, "command": "count", "arguments": {"to": 1000}}\n')
+            connection.shutdown(socket.SHUT_WR)
+
+    async def body(server: ControlServer) -> None:
+        assert (await trio.to_thread.run_sync(ask_half))[-1] == b'{"counted": true}\n'
+        assert not counting.cancelled
+        counting.ended = trio.Event()
+        await trio.to_thread.run_sync(leave)
+        await counting.ended.wait()
+        assert counting.cancelled
+
+    with_server(body, count=counting)
+
+
+def test_a_client_that_takes_no_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_server, "_PATIENCE", 0.2)
+    flooded = trio.Event()
+
+    async def flood(call: Call) -> dict[str, Any]:
+        for _ in range(100):
+            await call.send({"text": "x" * 1_000_000})
+        flooded.set()
+        return {}
+
+    async def body(server: ControlServer) -> None:
+        with await trio.to_thread.run_sync(connect) as connection:
+            connection.sendall(b'{"version": 2, "command": "flood"}\n')
+            await flooded.wait()
+            assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
+
+    with_server(body, flood=flood)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("to"), "internal error: KeyError: 'to'; this is a bug"),
+        (OSError(errno.ENOSPC, "No space left on device", "disk.qed"), "disk.qed: no space left on device"),
+    ],
+)
+def test_a_command_that_fails_ends_nothing_else(error: Exception, told: str) -> None:
+    async def fail(_call: Call) -> dict[str, Any]:
+        raise error
+
+    async def body(server: ControlServer) -> None:
+        assert await trio.to_thread.run_sync(ask, "fail") == {"error": told}
+        assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
+
+    with_server(body, fail=fail)
+
+
+def test_versions_before_and_after() -> None:
+    def say(line: str) -> dict[str, Any]:
+        with connect() as connection:
+            connection.sendall(line.encode() + b"\n")
+            answer = json.loads(connection.makefile("rb").readline())
+            assert isinstance(answer, dict)
+            return answer
+
+    async def body(server: ControlServer) -> None:
+        assert await trio.to_thread.run_sync(say, '{"command": "status"}') == {"pid": 42}
+        answer = await trio.to_thread.run_sync(say, '{"command": "status", "version": 3}')
+        assert answer == {
+            "version": VERSION,
+            "error": "it speaks version 2 of the protocol, and is older than this command",
+        }
+
+    with_server(body)
+
+
+def test_a_daemon_of_the_first_version_is_told_apart() -> None:
+    def serve_one(listener: socket.socket) -> None:
+        connection, _address = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b'{"error": "unknown command"}\n')
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(abstract_name(DEVICE))
+        listener.listen()
+        thread = threading.Thread(target=serve_one, args=(listener,))
+        thread.start()
+        with pytest.raises(QedfuseError, match="its daemon is older than this command, and does not know it"):
+            ask("jobs")
+        thread.join()
 
 
 def test_silent_clients_do_not_keep_it_from_ending() -> None:

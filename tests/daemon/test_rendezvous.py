@@ -18,7 +18,7 @@ import trio
 
 from qedfuse.daemon import control, rendezvous
 from qedfuse.daemon.control import Client
-from qedfuse.daemon.control_server import ControlServer
+from qedfuse.daemon.control_server import Call, ControlServer
 from qedfuse.daemon.rendezvous import abstract_name, bind, file_name, find
 from qedfuse.errors import QedfuseError
 from qedfuse.host.mountinfo import Mount
@@ -176,7 +176,7 @@ def test_a_stranger_with_the_abstract_name_is_in_nobodys_way(places: Path) -> No
             assert await trio.to_thread.run_sync(ask) == {"pid": 42}
             server.stop_listening()
 
-    async def status() -> dict[str, Any]:
+    async def status(_call: Call) -> dict[str, Any]:
         return {"pid": 42}
 
     def ask() -> dict[str, Any]:

@@ -19,6 +19,7 @@ import qedfuse.fuse.fastpath  # isort: skip  # before pyfuse3 is loaded
 import qedfuse.daemon.daemon
 from qedfuse.chain.opening import open_for_use
 from qedfuse.cli.main import main
+from qedfuse.daemon.control_server import Call
 from qedfuse.daemon.daemon import Daemon
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.host.storage import Buffer
@@ -31,7 +32,7 @@ class ReplacingDaemon(Daemon):
         self._control._commands["replace"] = self.replace
         self._replaced = 0
 
-    async def replace(self) -> dict[str, Any]:
+    async def replace(self, _call: Call) -> dict[str, Any]:
         """The answer: `path`, where the image's file is by now, and `error`, what went wrong."""
         assert self._tree.root is not None
         mounted = self._tree.root.mounted
