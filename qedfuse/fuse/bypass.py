@@ -167,7 +167,7 @@ class HandOver:
             async with slot as image:
                 await fallocate(image, mode, offset, size)
         except Exception as error:
-            code = _errno_of(error, slot)
+            code = self._complaints.errno_of(error, "fallocate", quiet=True)
         _send(request.reply, code)
 
     def seek(self, request: Request, fh: int, offset: int, whence: int, /) -> bool:
@@ -196,7 +196,7 @@ class HandOver:
         try:
             found = await self._seek(request, slot, offset, whence)
         except Exception as error:
-            _send(request.reply, _errno_of(error, slot))
+            _send(request.reply, self._complaints.errno_of(error, "seek", quiet=True))
         else:
             _send(request.reply_offset, found)
 
@@ -243,14 +243,6 @@ class HandOver:
         finally:
             if not limiter.borrowed_tokens:
                 self._write_backs.pop(request.node, None)
-
-
-def _errno_of(error: Exception, slot: ImageSlot) -> int:
-    if isinstance(error, OSError) and error.errno:
-        return error.errno
-    path = slot.image.path if slot.image else ""
-    _log.error("%s: internal error: %r", path, error, exc_info=error)
-    return errno.EIO
 
 
 def _send(reply: Callable[[Unpack[Ts]], None], *args: *Ts) -> None:

@@ -1,4 +1,4 @@
-"""Errors at the edge: an errno for the kernel, and a line in the log unless the same was said a moment ago."""
+"""Errors at the edge: an errno for the kernel (`errnos.py`), and a line in the log unless that was said just now."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Container
 
-from qedfuse.errors import InUseError, QedfuseError, leaves
+from qedfuse.fuse.errnos import cause_of, errno_of
 from qedfuse.text import describe
 
 #: What is no news: the caller's own doing, or the kernel will ask again.
@@ -27,24 +27,17 @@ class Complaints:
     def __init__(self) -> None:
         self._said: dict[str, float] = {}
 
-    def errno_of(self, error: Exception, action: str, *, broken: bool = False) -> int:
-        """What the kernel is told instead of `error`.
+    def errno_of(self, error: Exception, action: str, *, broken: bool = False, quiet: bool = False) -> int:
+        """What the kernel is told instead of `error`; see `errnos.errno_of`.
 
-        `broken`: an image that is not valid, or that qedfuse does not support, is EIO whatever its error's errno says.
-        An exception that is no OSError is a bug: EIO, and its traceback in the log.
+        A bug goes to the log with its traceback, and everything else unless it is no news, or `quiet`: for requests
+        that say by an error what is so (a seek behind the last data, a hole that cannot be made).
         """
-        causes = list(leaves(error))
-        bug = next((cause for cause in causes if not isinstance(cause, OSError)), None)
-        if bug is not None:
-            self._say(f"{action}: internal error: {type(bug).__name__}: {bug}; this is a bug", error)
-            return errno.EIO
-        cause = causes[0]
-        assert isinstance(cause, OSError)
-        if broken and isinstance(cause, QedfuseError) and not isinstance(cause, InUseError):
-            code = errno.EIO
-        else:
-            code = cause.errno or errno.EIO
-        if code not in _SILENT:
+        cause = cause_of(error)
+        code = errno_of(error, broken=broken)
+        if not isinstance(cause, OSError):
+            self._say(f"{action}: internal error: {type(cause).__name__}: {cause}; this is a bug", error)
+        elif not quiet and code not in _SILENT:
             self._say(f"{action} failed: {describe(cause)}")
         return code
 
@@ -65,7 +58,7 @@ class Unopened:
         self._reasons: dict[str, str] = {}
 
     def note(self, path: str, error: Exception) -> None:
-        cause = next(leaves(error))
+        cause = cause_of(error)
         self._reasons.pop(path, None)
         self._reasons[path] = describe(cause, path) if isinstance(cause, OSError) else f"{path}: internal error"
         if len(self._reasons) > _LISTED:
