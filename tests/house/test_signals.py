@@ -30,7 +30,7 @@ def test_slow():
     place = pathlib.Path(__file__).parent
     try:
         (place / "begun").touch()
-        time.sleep(60)
+        time.sleep(200)
     finally:
         (place / "cleaned-up").touch()
 """
@@ -70,7 +70,7 @@ def test_a_run_that_is_told_to_end_cleans_up(tmp_path: Path) -> None:
         try:
             wait_until((tmp_path / "begun").exists)
             run.terminate()
-            assert run.wait(20) != 0
+            assert run.wait(100) != 0
         finally:
             run.kill()
     assert (tmp_path / "cleaned-up").exists()
