@@ -1,4 +1,4 @@
-"""The engine: one QED image, read and written as flat bytes.
+"""The engine: one QED image, read and written as flat bytes. How it is read is in `layer.py`.
 
 Data's way: `write` -> clusters -> allocator -> storage -> tables -> commit. A request that needs no waiting (its table
 pages are in memory, its clusters are allocated, the host has it in the page cache) is done on the spot by the `_nowait`
@@ -22,21 +22,18 @@ from qedfuse.host.waiting import Breather
 from qedfuse.layers.disk import Disk
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.layer import Layer
-from qedfuse.layers.resolve import read_extents, read_extents_nowait, resolve, resolve_nowait
-from qedfuse.layers.runs import Kind, Run
+from qedfuse.layers.runs import Kind
 from qedfuse.qed.allocator import Allocator
 from qedfuse.qed.cluster_writer import ClusterWriter
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.commit_timer import commit_in_time
-from qedfuse.qed.geometry import UNALLOCATED, ZERO_CLUSTER, Geometry
 from qedfuse.qed.header import Header
-from qedfuse.qed.pages import PagePool, shared_pool
-from qedfuse.qed.range_lock import FOREVER, RangeLock
+from qedfuse.qed.layer import QedLayer
+from qedfuse.qed.pages import PagePool
+from qedfuse.qed.range_lock import FOREVER
 from qedfuse.qed.resize import Resizer
-from qedfuse.qed.tables import Tables
-from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, SECTOR_SIZE, GuestOffset, round_up
+from qedfuse.sizes import PAGE_ENTRIES, SECTOR_SIZE, GuestOffset, round_up
 
-_ENTRY_MASK = PAGE_ENTRIES - 1
 #: One step of a long operation: bounds memory, lock time and the group.
 _STEP_BYTES = 8 << 20
 _STEP_CLUSTERS = 16 * PAGE_ENTRIES
@@ -55,7 +52,7 @@ class Stats(NamedTuple):
     lost_bytes: int
 
 
-class Image:
+class Image(QedLayer):
     """A QED image: a `Disk` and a `Layer`. Made by `opening.open_image`, which locks, checks and closes it.
 
     Offsets and sizes are bytes, any alignment, and not checked; no call need be a checkpoint. `library.Image` is what
@@ -68,8 +65,6 @@ class Image:
     the thread).
     """
 
-    format = "qed"
-
     def __init__(
         self,
         storage: Storage,
@@ -80,21 +75,10 @@ class Image:
         fixed_size: bool = False,
         pool: PagePool | None = None,
     ) -> None:
-        if header.has_backing_file is not (backing is not None):
-            raise ValueError(f"{storage.path}: the header and the layer below disagree on a backing file")
-        self.path = storage.path
-        self.storage = storage
-        self.geometry: Geometry = header.geometry
+        lenient = header.needs_check and not writable and backing is None
+        super().__init__(storage, header, backing, lenient=lenient, pool=pool)
         self.writable = writable
         self.fixed_size = fixed_size
-        self._backing = backing
-        self._header = header
-        self._bits = self.geometry.cluster_bits
-        self._mask = self.geometry.cluster_size - 1
-        lenient = header.needs_check and not writable and backing is None
-        self._tables = Tables(storage, header, pool or shared_pool(), lenient=lenient)
-        self._l2_pages = self._tables.l2.pages
-        self._locks = RangeLock()
         self._closed = False
         self._committer: Committer | None = None
         self._writing = trio.Event()
@@ -139,10 +123,6 @@ class Image:
         return self._committer.size if self._committer else GuestOffset(self._header.image_size)
 
     @property
-    def backing(self) -> Layer | None:
-        return self._backing
-
-    @property
     def header(self) -> Header:
         """As in the file, or on its way there."""
         return self._committer.header if self._committer else self._header
@@ -170,19 +150,9 @@ class Image:
         """Another one whenever what is a hole, or the size, may have changed. A write in place may fill a hole, of a
         table, too."""
         committer = self._committer
-        return (committer.changes, committer.writes, committer.size) if committer else (0, 0, self.size)
+        return (committer.changes, committer.writes, committer.size) if committer else super().version
 
     # -- its parts, for `native_view.py` ------------------------------------------------------------------------------
-
-    @property
-    def tables(self) -> Tables:
-        """The mapping, which this image and its committer alone change."""
-        return self._tables
-
-    @property
-    def locks(self) -> RangeLock:
-        """On ranges of guest clusters."""
-        return self._locks
 
     @property
     def committer(self) -> Committer | None:
@@ -193,56 +163,6 @@ class Image:
     def clusters(self) -> ClusterWriter:
         """Of an image that is open for writing."""
         return self._writer
-
-    # -- reading ------------------------------------------------------------------------------------------------------
-
-    def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
-        """As `read`, if it can be done on the spot; None if it can't."""
-        end = self.size
-        if offset + size > end:
-            size = max(0, end - offset)
-        if (offset ^ (offset + size - 1)) >> self._bits == 0:  # one cluster, the common case
-            cluster = offset >> self._bits
-            page = self._l2_pages.get(cluster >> PAGE_BITS)
-            if page is None:
-                return self._read_mapped_nowait(offset, size)
-            entry = page[cluster & _ENTRY_MASK]
-            if entry > ZERO_CLUSTER and self._tables.holds(entry, self._mask + 1):
-                buffer = bytearray(size)
-                host = entry + (offset & self._mask)
-                return buffer if self.storage.read_into_nowait(host, memoryview(buffer)) else None
-            if entry == ZERO_CLUSTER or (entry == UNALLOCATED and self._backing is None):
-                return bytes(size)
-        return self._read_mapped_nowait(offset, size)
-
-    def _read_mapped_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
-        extents = resolve_nowait(self, offset, size) if size else []
-        return None if extents is None else read_extents_nowait(extents, offset, size)
-
-    async def read(self, offset: int, size: int) -> bytes | bytearray:
-        """`size` bytes at `offset`; fewer, or none, at the end of the image. Raises OSError."""
-        data = self.read_nowait(offset, size)
-        if data is not None:
-            return data
-        async with self._locks.hold(*self._clusters(offset, size), exclusive=False):
-            size = max(0, min(size, self.size - offset))
-            return await read_extents(await resolve(self, offset, size), offset, size) if size else b""
-
-    def map_nowait(self, offset: int, size: int) -> list[Run] | None:
-        runs = self._tables.map_prefix(GuestOffset(offset), size)
-        return runs if sum(run.length for run in runs) == size else None
-
-    async def map(self, offset: int, size: int, extents: HostExtents | None = None) -> list[Run]:
-        """See `Layer.map`. Source of the entries' meaning: qed_spec, "Data cluster offsets"."""
-        if extents is not None:
-            version = self.version
-            blank = await self._tables.measure_blank(GuestOffset(offset), size, extents)
-            if blank and version == self.version:  # no page of a table has been written since, and left memory
-                return [Run(Kind.UNALLOCATED, blank)]
-        return await self._tables.map(GuestOffset(offset), size)
-
-    async def read_indirect(self, offset: int, size: int) -> bytes:
-        raise AssertionError("a qed image has nothing indirect")
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -412,15 +332,9 @@ class Image:
                 await self._committer.close()
         finally:
             self._timer.cancel()  # not before: closing needs the outcome of a commit that it may have begun
-            self._tables.close()
-            await self.storage.close()
-            if self._backing:
-                await self._backing.close()
+            await super().close()
 
     # -- small parts --------------------------------------------------------------------------------------------------
-
-    def _clusters(self, offset: int, size: int) -> tuple[int, int]:
-        return offset >> self._bits, (offset + size + self._mask) >> self._bits
 
     def _committer_of(self) -> Committer:
         if self._committer is None:

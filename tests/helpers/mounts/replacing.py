@@ -86,7 +86,7 @@ def make_slow() -> None:
         await pause()
         await write(self, offset, data)
 
-    Image.read, Image.write = slow_read, slow_write  # type: ignore[method-assign]
+    Image.read, Image.write = slow_read, slow_write  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":
