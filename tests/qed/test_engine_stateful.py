@@ -215,6 +215,23 @@ class ImageMachine(RuleBasedStateMachine):
         self.do(self.image.clean)
         assert not self.image.header.needs_check
 
+    @rule(again=st.booleans(), size=st.integers(1, MAX_SIZE))
+    def put_something_else_below(self, again: bool, size: int) -> None:
+        """The same once more, by another name; below an image that has nothing a file of zeroes, or away with that."""
+        assert self.image
+        below = self.chain.below
+        if not below:
+            below = [(RamFile(size=round_up(size, 512)), "raw")]
+        elif not again and not below[0][0].pages:
+            below = []
+        self.chain = Chain(self.chain.file, below)
+        self.below_before = [file.key() for file, _kind in below]
+        old = self.do(self.image.set_backing, self.chain.layer_below(), "another" if below else "")
+        if old is not None:
+            self.do(old.close)
+        assert self.do(contents, self.chain) == self.model  # all was committed
+        self.window = (0, 4 * CLUSTER)
+
     @rule(offset=offsets(MAX_SIZE + 10 * CLUSTER), size=long_sizes)
     def read(self, offset: int, size: int) -> None:
         assert self.image
