@@ -8,7 +8,6 @@ Source: preadv2(2), fallocate(2), fdatasync(2), sync_file_range(2), linux/fs.h.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import functools
@@ -16,13 +15,16 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from qedfuse.errors import QedfuseError
 from qedfuse.host.host_call import CallKind, Host, HostCall
 from qedfuse.host.storage import Buffer, HostExtent, check_type, find_extents, size_in_sectors
 from qedfuse.host.waiting import in_background, in_thread
 from qedfuse.sizes import round_down, round_up
+
+if TYPE_CHECKING:
+    from ctypes import CDLL
 
 T = TypeVar("T")
 
@@ -53,6 +55,8 @@ class FileStorage:
     def __init__(self, path: str, fd: int, writable: bool) -> None:
         self.path = path
         self.writable = writable
+        if writable:
+            _libc()  # while there are descriptors to load it
         status = os.fstat(fd)
         self.fixed = stat.S_ISBLK(status.st_mode)
         self._fd = fd
@@ -154,7 +158,7 @@ class FileStorage:
                 pending[0] = pending[0][count:]
 
     def write_behind(self, offset: int, size: int) -> None:
-        in_background(functools.partial(_libc.sync_file_range, self._fd, offset, size, _SYNC_FILE_RANGE_WRITE))
+        in_background(functools.partial(_libc().sync_file_range, self._fd, offset, size, _SYNC_FILE_RANGE_WRITE))
 
     async def sync(self) -> None:
         await self._wait_for(HostCall(self._host, os.fdatasync, (self._fd,), CallKind.SYNC))
@@ -273,9 +277,16 @@ class FileStorage:
             await self._in_thread(os.close, fd)
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+@functools.cache
+def _libc() -> CDLL:
+    """For calls that the os module lacks; musl has no fallocate64, but its off_t is 64 bits anyway. Not loaded for what
+    is only read: that takes longer than a look at a header."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return libc
 
 
 def _is_read_only(fd: int) -> bool:
@@ -287,8 +298,9 @@ def _is_read_only(fd: int) -> bool:
 
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
-    """fallocate(2), which the os module lacks. musl has no fallocate64 but its off_t is 64 bits anyway."""
-    while _libc.fallocate64(fd, mode, offset, size) != 0:
-        code = ctypes.get_errno()
+    from ctypes import get_errno
+
+    while _libc().fallocate64(fd, mode, offset, size) != 0:
+        code = get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))

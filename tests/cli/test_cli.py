@@ -143,7 +143,7 @@ class TestStart:
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
         loaded = set(done.stdout.splitlines()[-1].split())
         assert "qedfuse.cli.main" in loaded
-        assert not loaded & {"trio", "pyfuse3", "rich", "asyncio"}
+        assert not loaded & {"trio", "pyfuse3", "rich", "asyncio", "ctypes"}
 
     def test_info_starts_fast(self, image: str) -> None:
         # Processor time: what a person waits for on an idle machine, and the same on a busy one.

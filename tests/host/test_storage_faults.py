@@ -144,7 +144,7 @@ def test_interrupted_punch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             ctypes.set_errno(codes.pop(0))
             return -1
 
-    monkeypatch.setattr(module, "_libc", Libc())
+    monkeypatch.setattr(module, "_libc", Libc)
 
     async def main() -> None:
         path.write_bytes(b"x" * 10_000)
