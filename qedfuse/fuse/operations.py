@@ -18,20 +18,20 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from qedfuse.chain.peek import Peek
-from qedfuse.fuse.attributes import Attributes, directory_attributes, host_blocks, raw_attributes
+from qedfuse.fuse.attributes import Attributes, directory_attributes
 from qedfuse.fuse.complaints import Complaints, Unopened
 from qedfuse.fuse.image_slot import ImageSlot
+from qedfuse.fuse.node import Entry, Node
 from qedfuse.fuse.options import MountOptions
 from qedfuse.fuse.oversize import Oversize
 from qedfuse.fuse.replaced import check_not_replaced
 from qedfuse.fuse.request_counts import RequestCounts
 from qedfuse.fuse.setattr import change_owner, change_times
-from qedfuse.fuse.tree import ROOT, Entry, Node, Tree
+from qedfuse.fuse.shown import attributes_now, attributes_of, refresh
+from qedfuse.fuse.space import space_of
+from qedfuse.fuse.tree import ROOT, Tree
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import look
-from qedfuse.layers.layer import Layer
-from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE
 from qedfuse.qed.image import Image
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Operations(pyfuse3.Operations):
                     raise FUSEError(errno.EROFS)
                 if flags & os.O_TRUNC:  # ours to do: libfuse asks the kernel for that (FUSE_ATOMIC_O_TRUNC)
                     await image.resize(0)
-                await _refresh(image)
+                await refresh(image)
                 keep_cache = not self._options.direct_io and node.mounted.cached.may_keep(image)
         except BaseException:
             node.mounted.release()
@@ -235,8 +235,8 @@ class Operations(pyfuse3.Operations):
                         change()
                     else:
                         await look(change)
-                await _refresh(image)
-                entry = self._entry(node.id, self._attributes(node, image))
+                await refresh(image)
+                entry = self._entry(node.id, attributes_of(node, image, self._options))
             if fields.update_size and self.enable_writeback_cache:
                 # The kernel is the master of the size, and drops from its cache what lies behind the one it is told:
                 # with the image's, which is rounded up, bytes that were cut off would stay there, and be written again.
@@ -270,7 +270,7 @@ class Operations(pyfuse3.Operations):
             return self._entry(ROOT, directory_attributes(self._host, self._options))
         node = self._tree.node(inode)
         peek = None if node.mounted.opened else await self._tree.look(node)
-        return self._entry(inode, await self._attributes_now(node, peek))
+        return self._entry(inode, await attributes_now(node, peek, options=self._options))
 
     @_translated
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -287,7 +287,7 @@ class Operations(pyfuse3.Operations):
         if found is None:
             raise FUSEError(errno.ENOENT)
         found.node.lookups += 1
-        return self._entry(found.node.id, await self._attributes_now(found.node, found.peek))
+        return self._entry(found.node.id, await attributes_now(found.node, found.peek, options=self._options))
 
     async def forget(self, inode_list: Any) -> None:
         for inode, lookups in inode_list:
@@ -308,7 +308,7 @@ class Operations(pyfuse3.Operations):
         listing = self._listings[fh]
         for index in range(max(0, start_id - 2), len(listing)):
             name, node, peek = listing[index]
-            entry = self._entry(node.id, await self._attributes_now(node, peek, refresh=False))
+            entry = self._entry(node.id, await attributes_now(node, peek, fresh=False, options=self._options))
             if not pyfuse3.readdir_reply(token, name, entry, index + 3):
                 return
             node.lookups += 1
@@ -328,27 +328,11 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        """The host file system's space, or the block device's, as that is what runs out. f_bsize is the cluster size:
-        the loop driver takes its discard granularity from it. In a directory it is the largest one, a multiple of the
-        others."""
-        slots = [node.mounted.slot for node in self._tree.nodes if node.mounted.opened]
+        space = await space_of(self._tree)
         result = StatvfsData()
-        result.f_bsize = max((_image_in(slot).geometry.cluster_size for slot in slots), default=DEFAULT_CLUSTER_SIZE)
-        room = None
-        if slots:  # rather a local one, which answers
-            async with min(slots, key=lambda slot: not cast(FileStorage, _image_in(slot).storage).local) as image:
-                host = await cast(FileStorage, image.storage).statvfs()
-                room, cluster_size, end = image.room, image.geometry.cluster_size, image.storage.size()
-        else:
-            host = await self._tree.sources.statvfs()
-        result.f_frsize = host.f_frsize
-        result.f_blocks, result.f_bfree, result.f_bavail = host.f_blocks, host.f_bfree, host.f_bavail
-        if room is not None:
-            result.f_frsize = cluster_size
-            result.f_blocks = end // cluster_size
-            result.f_bfree = result.f_bavail = min(room // cluster_size, result.f_blocks)
+        result.f_bsize, result.f_frsize, result.f_namemax = space.cluster_size, space.unit, space.longest_name
+        result.f_blocks, result.f_bfree, result.f_bavail = space.blocks, space.free, space.available
         result.f_files, result.f_ffree, result.f_favail = len(self._tree.nodes), 0, 0
-        result.f_namemax = host.f_namemax
         return result
 
     # -- small parts --------------------------------------------------------------------------------------------------
@@ -364,25 +348,6 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(code) from None
         self.unopened.forget(node.mounted.path)
         return slot
-
-    async def _attributes_now(self, node: Node, peek: Peek | None, *, refresh: bool = True) -> Attributes:
-        """Of an open image what is true now, of another what a look has found."""
-        slot = node.mounted.slot
-        if slot.image is not None:
-            async with slot as image:
-                if refresh:
-                    await _refresh(image)
-                if slot.image is image:  # it was not closed meanwhile
-                    return self._attributes(node, image)
-        if peek is None:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        writable = not node.mounted.read_only and peek.writable
-        return raw_attributes(peek.status, peek.size, peek.status.st_blocks, writable=writable, options=self._options)
-
-    def _attributes(self, node: Node, image: Image) -> Attributes:
-        status = image.storage.stat()
-        writable = image.writable or (node.may_write and not node.mounted.read_only)
-        return raw_attributes(status, image.size, host_blocks(image), writable=writable, options=self._options)
 
     def _entry(self, inode: int, attributes: Attributes) -> EntryAttributes:
         entry = EntryAttributes()
@@ -407,15 +372,3 @@ class Operations(pyfuse3.Operations):
     def _take_handle(self) -> int:
         self._next_handle += 1
         return self._next_handle
-
-
-def _image_in(slot: ImageSlot) -> Image:
-    assert slot.image is not None
-    return slot.image
-
-
-async def _refresh(layer: Layer | None) -> None:
-    """Have the files of a chain tell what they are like now."""
-    while layer is not None:
-        await cast(FileStorage, layer.storage).refresh()
-        layer = layer.backing

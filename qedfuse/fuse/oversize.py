@@ -19,7 +19,7 @@ from functools import partial
 
 import trio
 
-from qedfuse.fuse.tree import Node
+from qedfuse.fuse.node import Node
 from qedfuse.host.lookups import abandonable
 from qedfuse.native import _sidecar
 from qedfuse.qed.image import Image

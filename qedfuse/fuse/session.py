@@ -6,40 +6,21 @@ Source: fuse(8), libfuse lib/mount.c; pyfuse3's documentation.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pyfuse3
 
 from qedfuse.errors import QedfuseError
 from qedfuse.fuse.connection import fuse_descriptors
+from qedfuse.fuse.libfuse import captured_stderr, option_words
 from qedfuse.fuse.options import MountOptions
-from qedfuse.host.mountinfo import SUBTYPE
 from qedfuse.host.offload import watch
-
-
-class _Option(str):
-    """A mount option in any bytes: pyfuse3 would encode it as ASCII."""
-
-    __slots__ = ()
-
-    def encode(self, encoding: str = "", errors: str = "") -> bytes:
-        return str.encode(self, sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
 def mount(operations: pyfuse3.Operations, mountpoint: str, source: str, options: MountOptions) -> None:
     """Mount. Requests may wait from now on. Raises QedfuseError with libfuse's reason."""
-    words = {f"subtype={SUBTYPE}", _Option("fsname=" + _escape(source)), *options.kernel}
-    if options.read_only:
-        words.add("ro")
-    if options.allow_other:
-        words.add("allow_other")
-    if options.checks_permissions:
-        words.add("default_permissions")
-    with _captured_stderr() as complaints:
+    with captured_stderr() as complaints:
         try:
-            pyfuse3.init(operations, mountpoint, words)
+            pyfuse3.init(operations, mountpoint, option_words(source, options))
         except RuntimeError as error:
             if "mount" in str(error):  # there is a session: pyfuse3 has no other way to tell
                 pyfuse3.close(unmount=False)
@@ -88,31 +69,3 @@ def tell_root_size(size: int) -> None:
     """
     if size:
         pyfuse3.notify_store(pyfuse3.ROOT_INODE, size - 1, b"\0")
-
-
-def _escape(source: str) -> str:
-    """libfuse splits options at commas and takes a backslash for an escape."""
-    return source.replace("\\", "\\\\").replace(",", "\\,")
-
-
-@contextmanager
-def _captured_stderr() -> Iterator[Callable[[], bytes]]:
-    """What libfuse and fusermount3 print: the call returns it. What the pipe does not hold is lost: nothing waits."""
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    saved = os.dup(2)
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-
-    def read() -> bytes:
-        try:
-            return os.read(reader, 65536)
-        except BlockingIOError:
-            return b""
-
-    try:
-        os.dup2(writer, 2)
-        yield read
-    finally:
-        os.dup2(saved, 2)
-        for fd in (saved, reader, writer):
-            os.close(fd)

@@ -12,7 +12,6 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import trio
 
@@ -20,6 +19,7 @@ from qedfuse.chain.peek import Peek
 from qedfuse.errors import InUseError, QedfuseError
 from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.mounted_image import MountedImage
+from qedfuse.fuse.node import Entry, Node
 from qedfuse.fuse.sources import Found, Sources, shown_name
 from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.qed.image import Image
@@ -31,47 +31,6 @@ _MANY = 4096
 
 #: Seconds that idle images may take to make way for one that they exclude.
 _WAY_PATIENCE = 5.0
-
-
-class Node:
-    """A raw file. `fixed`: its image stays open. `stale`: somebody else changed or replaced the image's file.
-
-    `key`, `mark` and `size` are the file, its state and the image's size when it was first looked at; `name` is how it
-    was last called; `may_write`: whether the host lets us write the file; `lookups` counts the kernel's references.
-    """
-
-    __slots__ = ("fixed", "id", "key", "lookups", "mark", "may_write", "mounted", "name", "size", "stale")
-
-    def __init__(self, id: int, mounted: MountedImage, key: FileId, mark: FileMark, size: int, *, fixed: bool) -> None:
-        self.id = id
-        self.mounted = mounted
-        self.key = key
-        self.mark = mark
-        self.size = size
-        self.name = b""
-        self.may_write = False
-        self.fixed = fixed
-        self.lookups = 0
-        self.stale = False
-
-    def is_at(self, peek: Peek) -> bool:
-        """Whether `peek` saw this node's file as we know it."""
-        if self.key != FileId.of(peek.status):
-            return False
-        if self.mounted.changing or peek.time <= self.mounted.closed_at:
-            return True  # it has changed since, but by us
-        known, size = (self.mounted.mark, self.mounted.size) if self.mounted.mark else (self.mark, self.size)
-        found = FileMark.of(peek.status)
-        # A new name, owner or mode has another ctime, too. If more than that has changed, `pagecache` drops the pages.
-        return found == known or (found[:2] == known[:2] and peek.size == size)
-
-
-class Entry(NamedTuple):
-    """A name in the directory. `peek` is None for an image of the command line: it is open."""
-
-    name: bytes
-    node: Node
-    peek: Peek | None
 
 
 class Tree:

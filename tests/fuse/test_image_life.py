@@ -24,7 +24,8 @@ from qedfuse.errors import InUseError
 from qedfuse.fuse import tree as tree_module
 from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.mounted_image import MountedImage
-from qedfuse.fuse.tree import Node, Tree
+from qedfuse.fuse.node import Node
+from qedfuse.fuse.tree import Tree
 from qedfuse.host import lookups as threads
 from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.host.file_storage import FileStorage
