@@ -20,7 +20,7 @@ from qedfuse.fuse.complaints import Complaints
 from qedfuse.fuse.fallocate import fallocate
 from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.last_seek import LastSegments
-from qedfuse.fuse.replaced import check_not_replaced, may_be_replaced
+from qedfuse.fuse.orphaned import check_not_orphaned, may_be_orphaned
 from qedfuse.host.lookups import abandonable
 from qedfuse.host.stepping import Stepper
 from qedfuse.host.storage import Buffer
@@ -118,7 +118,7 @@ class HandOver:
         end = time.monotonic() + _INLINE
         try:
             image = slot.ready
-            flush = None if image is None or may_be_replaced(image) else image.begin_flush()
+            flush = None if image is None or may_be_orphaned(image) else image.begin_flush()
             if flush is None:
                 self._begin(self._flush, request, slot)
                 return False
@@ -149,7 +149,7 @@ class HandOver:
         try:
             async with slot as image:
                 await image.flush()
-                await check_not_replaced(image)
+                await check_not_orphaned(image)
         except Exception as error:
             code = self._complaints.errno_of(error, "fsync")
         _send(request.reply, code)

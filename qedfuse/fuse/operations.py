@@ -23,8 +23,8 @@ from qedfuse.fuse.complaints import Complaints, Unopened
 from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.node import Entry, Node
 from qedfuse.fuse.options import MountOptions
+from qedfuse.fuse.orphaned import check_not_orphaned
 from qedfuse.fuse.oversize import Oversize
-from qedfuse.fuse.replaced import check_not_replaced
 from qedfuse.fuse.request_counts import RequestCounts
 from qedfuse.fuse.setattr import change_owner, change_times
 from qedfuse.fuse.shown import attributes_now, attributes_of, refresh
@@ -145,7 +145,7 @@ class Operations(pyfuse3.Operations):
                         await image.write(off, buf)
                     if durable:
                         await image.flush()
-                        await check_not_replaced(image)
+                        await check_not_orphaned(image)
             self.counts.writes += 1
             return len(buf)
         except Exception as error:
@@ -161,7 +161,7 @@ class Operations(pyfuse3.Operations):
         self.counts.syncs += 1
         async with self._slots[fh] as image:
             await image.flush()
-            await check_not_replaced(image)
+            await check_not_orphaned(image)
 
     @_translated
     async def flush(self, fh: int) -> None:

@@ -1,4 +1,4 @@
-"""What is written into a file that is gone is gone, too: an image whose file has been replaced while it was open.
+"""What is written into a file that is gone is gone, too: an orphan is an open image whose file has been replaced.
 
 Moving another image over it (rename(2)) leaves the open one without a name. It can be read and written as before, but
 nobody will find what is written, and so no sync of it succeeds. A file that was only deleted is its users' own affair,
@@ -20,18 +20,18 @@ from qedfuse.qed.image import Image
 _DELETED = " (deleted)"
 
 
-def may_be_replaced(image: Image) -> bool:
+def may_be_orphaned(image: Image) -> bool:
     """Whether its file has no name any more. Costs one fstat."""
     return image.storage.stat().st_nlink == 0
 
 
-async def check_not_replaced(image: Image) -> None:
+async def check_not_orphaned(image: Image) -> None:
     """Raises OSError(ESTALE) if the image's file has no name any more, and its old one is another file's."""
-    if may_be_replaced(image) and await look(partial(_is_replaced, image.storage)):
+    if may_be_orphaned(image) and await look(partial(_is_orphaned, image.storage)):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
-def _is_replaced(storage: ReadStorage) -> bool:
+def _is_orphaned(storage: ReadStorage) -> bool:
     return any(_is_another(path, storage) for path in {storage.path, _last_name(storage)})
 
 
