@@ -16,7 +16,9 @@ from qedfuse.check.check import Repair, check_image
 from qedfuse.check.result import CheckResult
 from qedfuse.errors import QedfuseError
 from qedfuse.host.storage import Buffer
+from qedfuse.layers.layer import Layer
 from qedfuse.layers.mapping import map_image
+from qedfuse.layers.raw import RawLayer
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import FEATURE_NEED_CHECK, HEADER_BYTES, Header
 from qedfuse.qed.image import Image
@@ -95,8 +97,11 @@ class Victim:
     places: list[int]
 
 
+BASE = raw_file(b"base" * 40_000)
+
+
 async def make_victim(geometry: Geometry, backing: bool) -> Victim:
-    below = [(raw_file(b"base" * 40_000), "raw")] if backing else None
+    below = [(BASE, "raw")] if backing else None
     chain = await new_chain(3 * MIB, geometry, below)
     image = await open_chain(chain)
     cluster = geometry.cluster_size
@@ -179,6 +184,12 @@ class Trial:
             return None
         return header
 
+    def below(self, header: Header) -> Layer | None:
+        """What lies below it by its header now."""
+        if not header.has_backing_file:
+            return None
+        return self.victim.chain.layer_below() or RawLayer.open(RamStorage("below", BASE, writable=False))
+
     async def look(self) -> None:
         """Check, map and read it; nothing is written."""
         storage = Fence("image", self.file, writable=False)
@@ -186,7 +197,7 @@ class Trial:
         if header is None:
             return
         await self.attempt(lambda: check_image(storage, header))
-        image = Image(storage, header, self.victim.chain.layer_below(), writable=False, pool=POOL)
+        image = Image(storage, header, self.below(header), writable=False, pool=POOL)
         for at in offsets(image):
             await self.attempt(lambda at=at: image.read(at, 20_000))  # type: ignore[misc]
             await self.attempt(lambda at=at: image.map(at, min(MIB, image.size - at)))  # type: ignore[misc]
@@ -202,7 +213,7 @@ class Trial:
         recovered = await self.attempt(lambda: recover(storage, header))
         if not isinstance(recovered, Header):
             return
-        image = Image(storage, recovered, self.victim.chain.layer_below(), writable=True, pool=POOL)
+        image = Image(storage, recovered, self.below(recovered), writable=True, pool=POOL)
         await self.change(image)
         await self.attempt(image.close)
 

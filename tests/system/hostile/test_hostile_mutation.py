@@ -188,7 +188,7 @@ def test_opened(
     file = mutate(victim, how, None, dirty)
     if name is not None:
         file.write(HEADER_BYTES, name)
-    path = victim.chain.dump(scratch, "mutant.qed", file)
+    path = dump(file, victim.chain.dump(scratch, "mutant.qed"))
     below = [(scratch / f"below{number}", lower) for number, (lower, _) in enumerate(victim.chain.below)]
 
     async def run() -> None:
