@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from qedfuse.chain.current import names_are_current
-from qedfuse.chain.opening import open_for_use
 from qedfuse.daemon.background import make_room
 from qedfuse.daemon.config import MountConfig
 from qedfuse.daemon.control_server import ControlServer
 from qedfuse.daemon.dirty_limit import become_flusher, fit_options, set_dirty_limit
+from qedfuse.daemon.images import MountImages
 from qedfuse.daemon.launch import Link
 from qedfuse.daemon.memory_limit import memory_limit
 from qedfuse.daemon.report import report
@@ -36,7 +35,6 @@ from qedfuse.fuse import session
 from qedfuse.fuse.closing import Hurry, close_all, flush_all
 from qedfuse.fuse.complaints import Complaints
 from qedfuse.fuse.connection import abort
-from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.operations import Operations
 from qedfuse.fuse.oversize import Oversize
 from qedfuse.fuse.tree import Tree
@@ -45,7 +43,6 @@ from qedfuse.host.lookups import NoAnswerError, look
 from qedfuse.host.mountinfo import Mount, find_mount
 from qedfuse.host.signals import ending_signals
 from qedfuse.host.unmount import unmount
-from qedfuse.qed.image import Image
 from qedfuse.text import describe
 
 if TYPE_CHECKING:
@@ -55,8 +52,6 @@ if TYPE_CHECKING:
 _GRACE = 5.0
 #: Seconds that requests have to come to an end when users are not waited for any longer.
 _MOMENT = 2.0
-#: Seconds that an image of a SOURCE directory stays open after its last use.
-LINGER = 0.5
 
 _log = logging.getLogger("qedfuse")
 
@@ -129,43 +124,10 @@ class Daemon:
             Complaints().errno_of(error, "listing")
 
     async def _open_images(self, nursery: trio.Nursery) -> None:
-        def make(path: str, *, in_directory: bool = True) -> MountedImage:
-            opener = partial(self._open, in_directory=in_directory)
-            return MountedImage(
-                path,
-                opener,
-                nursery,
-                read_only=self._options.read_only,
-                linger=LINGER,
-                is_current=lambda image: names_are_current(image, self._options.policy),
-            )
-
-        self._tree = Tree(self._config.directories, make)
-        writable = bool(self._config.directories)
-        for path in self._config.images:
-            mounted = make(path, in_directory=False)
-            async with await mounted.acquire(to_write=True) as image:
-                writable |= image.writable
-            try:
-                if self._config.over_file:
-                    self._tree.set_root(mounted)
-                else:
-                    self._tree.add(mounted)
-            except OSError:
-                await mounted.close()
-                raise
-        if not writable:
+        images = MountImages(self._config, self._options, nursery)
+        self._tree = images.tree
+        if not await images.open_named():
             self._options = replace(self._options, read_only=True)
-
-    async def _open(self, path: str, *, in_directory: bool) -> Image:
-        return await open_for_use(
-            path,
-            read_only=True,
-            fixed_size=self._options.fixed_size,
-            policy=self._options.policy,
-            in_directory=in_directory,
-            isolated=True,
-        )
 
     async def _mount_tree(self, nursery: trio.Nursery) -> None:
         mountpoint = self._config.mountpoint
