@@ -18,9 +18,9 @@ from functools import partial
 import trio
 
 from qedfuse.chain.backing import open_backing_file, resolve_backing, shown
+from qedfuse.chain.format_probe import PROBE_BYTES, probe_format
 from qedfuse.chain.link import Link, Reference, read_link
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
-from qedfuse.chain.probe import PROBE_BYTES, probe_format
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from qedfuse.chain.backing import shown
-from qedfuse.chain.probe import FORMATS, QCOW2, QED, RAW
+from qedfuse.chain.format_probe import FORMATS, QCOW2, QED, RAW
 from qedfuse.errors import UnsupportedError
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.storage import Storage

@@ -11,8 +11,8 @@ from typing import TypedDict, Unpack
 import trio
 
 from qedfuse.chain.chain import Chain
+from qedfuse.chain.format_probe import QED
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
-from qedfuse.chain.probe import QED
 from qedfuse.chain.recovery import recover
 from qedfuse.errors import UsageError
 from qedfuse.host.offload import to_its_end

@@ -27,7 +27,7 @@ from __future__ import annotations
 from dataclasses import replace
 from enum import Enum
 
-from qedfuse.check.release import fill_gaps, punch
+from qedfuse.check.gap_filling import fill_gaps, punch
 from qedfuse.check.repair import extend, repair_tables
 from qedfuse.check.result import MAX_PROBLEMS, CheckResult
 from qedfuse.errors import QedfuseError, ReadOnlyError

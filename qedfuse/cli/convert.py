@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qedfuse.chain.probe import FORMATS
+from qedfuse.chain.format_probe import FORMATS
 from qedfuse.cli.params import (
     BACKING_OPTIONS,
     GEOMETRY_HELP,

@@ -6,7 +6,7 @@ from functools import partial
 
 import click
 
-from qedfuse.chain.probe import FORMATS
+from qedfuse.chain.format_probe import FORMATS
 from qedfuse.cli.params import (
     BACKING_OPTIONS,
     GEOMETRY_HELP,

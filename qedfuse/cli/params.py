@@ -177,7 +177,7 @@ def parse_backing(
     options: Mapping[str, str], backing: str | None, format: str | None, letter: str
 ) -> tuple[str | None, str | None]:
     """A new image's backing file and its format, by `-o` or else by the options `letter` and -F. Raises UsageError."""
-    from qedfuse.chain.probe import FORMATS
+    from qedfuse.chain.format_probe import FORMATS
 
     backing = options.get("backing_file", backing)
     format = options.get("backing_fmt", format)

@@ -28,11 +28,11 @@ from qedfuse.daemon.dirty_limit import become_flusher, fit_options, set_dirty_li
 from qedfuse.daemon.images import MountImages
 from qedfuse.daemon.launch import Link
 from qedfuse.daemon.memory_limit import memory_limit
-from qedfuse.daemon.report import report
 from qedfuse.daemon.root_times import RootClock
+from qedfuse.daemon.status_report import report
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, leaves
 from qedfuse.fuse import session
-from qedfuse.fuse.closing import Hurry, close_all, flush_all
+from qedfuse.fuse.all_images import Hurry, close_all, flush_all
 from qedfuse.fuse.complaints import Complaints
 from qedfuse.fuse.connection import abort
 from qedfuse.fuse.operations import Operations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import trio
 
-from qedfuse.chain.current import names_are_current
 from qedfuse.chain.opening import open_for_use
+from qedfuse.chain.staleness import names_are_current
 from qedfuse.daemon.config import MountConfig
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.options import MountOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qedfuse.chain.peek import Peek
+from qedfuse.chain.header_peek import Peek
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.host.file_id import FileId, FileMark
 

@@ -6,7 +6,7 @@ import errno
 import os
 from typing import cast
 
-from qedfuse.chain.peek import Peek
+from qedfuse.chain.header_peek import Peek
 from qedfuse.fuse.attributes import Attributes, host_blocks, raw_attributes
 from qedfuse.fuse.node import Node
 from qedfuse.fuse.options import MountOptions

@@ -15,12 +15,12 @@ from functools import partial
 
 import trio
 
-from qedfuse.chain.peek import Peek
+from qedfuse.chain.header_peek import Peek
 from qedfuse.errors import InUseError, QedfuseError
 from qedfuse.fuse.image_slot import ImageSlot
+from qedfuse.fuse.image_sources import Found, Sources, shown_name
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.node import Entry, Node
-from qedfuse.fuse.sources import Found, Sources, shown_name
 from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.qed.image import Image
 

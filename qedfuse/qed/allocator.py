@@ -2,7 +2,7 @@
 
 Invariant: *every cluster handed out reads as zeroes on the disk, durably*. Fresh clusters lie past the end of the file
 as it was found (rounded up: a partial last cluster keeps its stale bytes to itself), and the file grows by truncate.
-On a block device there are none: what is handed out there is free, for `growth.py` has zeroed it.
+On a block device there are none: what is handed out there is free, for `file_growth.py` has zeroed it.
 
 A cluster to which an entry refers stays with its guest for good: zeroed or discarded, it becomes a hole of the host. So
 what is free is only what was handed out in vain. If nothing was written to it, it is so at once (`take_back`). If its

@@ -101,9 +101,9 @@ import trio
 from qedfuse.errors import QedfuseError
 from qedfuse.host.storage import Storage
 from qedfuse.qed.allocator import Allocator, HostRun
-from qedfuse.qed.growth import DeviceGrowth, FileGrowth, Growth
+from qedfuse.qed.file_growth import DeviceGrowth, FileGrowth, Growth
 from qedfuse.qed.header import FEATURE_NEED_CHECK, Header
-from qedfuse.qed.pages import PageMap
+from qedfuse.qed.table_pages import PageMap
 from qedfuse.qed.tables import Tables
 from qedfuse.sizes import GuestOffset, HostOffset
 

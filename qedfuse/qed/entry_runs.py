@@ -7,7 +7,7 @@ from __future__ import annotations
 import struct
 
 from qedfuse.qed.geometry import UNALLOCATED, ZERO_CLUSTER
-from qedfuse.qed.pages import Page
+from qedfuse.qed.table_pages import Page
 from qedfuse.sizes import ENTRY_SIZE, PAGE_ENTRIES
 
 #: The bytes of a page that says one thing throughout: comparing with it is faster than looking at each entry.

@@ -29,9 +29,9 @@ from qedfuse.qed.commit import Committer
 from qedfuse.qed.commit_timer import commit_in_time
 from qedfuse.qed.header import Header
 from qedfuse.qed.layer import QedLayer
-from qedfuse.qed.pages import PagePool
 from qedfuse.qed.range_lock import FOREVER
 from qedfuse.qed.resize import Resizer
+from qedfuse.qed.table_pages import PagePool
 from qedfuse.sizes import PAGE_ENTRIES, SECTOR_SIZE, GuestOffset, round_up
 
 #: One step of a long operation: bounds memory, lock time and the group.

@@ -13,8 +13,8 @@ from qedfuse.layers.resolve import read_extents, read_extents_nowait, resolve, r
 from qedfuse.layers.runs import Kind, Run
 from qedfuse.qed.geometry import UNALLOCATED, ZERO_CLUSTER, Geometry
 from qedfuse.qed.header import Header
-from qedfuse.qed.pages import PagePool, shared_pool
 from qedfuse.qed.range_lock import RangeLock
+from qedfuse.qed.table_pages import PagePool, shared_pool
 from qedfuse.qed.tables import Tables
 from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, GuestOffset
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from qedfuse.qed.cluster_writer import ClusterWriter
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.image import Image
-from qedfuse.qed.pages import PageWatcher
+from qedfuse.qed.table_pages import PageWatcher
 from qedfuse.sizes import HostOffset, PageIndex
 
 _NOTHING = (0, 0)

@@ -3,7 +3,7 @@
 A file's new clusters come from its end, which moves. A device has none that could move: its size is fixed, nothing says
 how far an image on it reaches, and everywhere there may be stale bytes. So the tables are read once, before the first
 cluster is handed out, and what they do not refer to is free: first what lies behind all the rest, then the gaps
-(clusters that leaked). `growth.py` zeroes it before it is handed out.
+(clusters that leaked). `file_growth.py` zeroes it before it is handed out.
 
 QEMU takes the device's end for the image's: it never allocates anything on a device.
 """

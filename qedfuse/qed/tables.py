@@ -1,6 +1,6 @@
 """An image's L1 and L2 tables in memory: look up, map, change. Reads pages on demand, writes nothing.
 
-Both levels are kept as pages of 4 KiB (`pages.py`): a cold look-up costs one page of each, and opening costs none.
+Both levels are kept as pages of 4 KiB (`table_pages.py`): a cold look-up costs one page of each, opening none.
 What is changed here is seen by every reader at once and waits, pinned, for `commit.py` to write it: `dirty_l1`,
 `dirty_l2` and `new_tables` are the two modules' interface.
 
@@ -24,7 +24,7 @@ from qedfuse.qed.allocator import Allocator, HostRun
 from qedfuse.qed.entry_runs import end_of_run, unallocated_from
 from qedfuse.qed.geometry import ZERO_CLUSTER
 from qedfuse.qed.header import Header
-from qedfuse.qed.pages import ZERO_PAGE, Page, PageMap, PagePool
+from qedfuse.qed.table_pages import ZERO_PAGE, Page, PageMap, PagePool
 from qedfuse.qed.table_walk import Bounds
 from qedfuse.sizes import (
     PAGE_BITS,

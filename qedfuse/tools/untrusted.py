@@ -30,7 +30,7 @@ def read_untrusted(
     another format, too (whose reader would see something else), and CorruptError for one whose tables are not in order
     (leaked clusters are harmless) or that was not closed cleanly.
     """
-    from qedfuse.chain.probe import PROBE_BYTES, other_format
+    from qedfuse.chain.format_probe import PROBE_BYTES, other_format
 
     deadline = time.monotonic() + time_limit
     with opened(path, share=share) as storage:

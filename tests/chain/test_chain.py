@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qedfuse.chain.chain import MAX_DEPTH, open_backing, open_layer
+from qedfuse.chain.format_probe import probe_format
 from qedfuse.chain.policy import BackingPolicy
-from qedfuse.chain.probe import probe_format
 from qedfuse.errors import CorruptError, FormatError, InUseError, UnsupportedError
 from tests.helpers.images.chains import (
     SIZE,

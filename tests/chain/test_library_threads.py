@@ -14,7 +14,7 @@ import trio
 
 import qedfuse
 from qedfuse.host.offload import idle_worker
-from qedfuse.qed.pages import PagePool, shared_pool
+from qedfuse.qed.table_pages import PagePool, shared_pool
 from tests.helpers.doubles.host_calls import local_call
 from tests.helpers.qemu.cli import qedfuse as qedfuse_command
 from tests.helpers.qemu.cli import qemu_img

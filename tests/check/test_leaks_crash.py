@@ -11,10 +11,10 @@ import random
 import pytest
 import trio
 
-from qedfuse.check import release
+from qedfuse.check import gap_filling as release
 from qedfuse.check.check import Repair
 from qedfuse.check.compaction import Moves
-from qedfuse.check.release import _Filling
+from qedfuse.check.gap_filling import _Filling
 from qedfuse.qed.cluster_map import ClusterMap
 from tests.helpers.doubles.image_ram import Ram
 from tests.helpers.images.check_faults import LEAKS, broken, leaks_in_the_middle

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 from qedfuse.qed.header import HEADER_BYTES, Header
-from qedfuse.qed.pages import PageMap, PagePool
+from qedfuse.qed.table_pages import PageMap, PagePool
 from tests.helpers.images.chains import check_is_clean
 from tests.helpers.images.host_holes import segments
 from tests.helpers.mounts.fastpath_modes import (

@@ -183,7 +183,7 @@ def test_clusters_are_taken_from_the_front() -> None:
 #: An extension of the real view.c, in which a rule can be broken.
 SOURCE = r"""
 #include "layer.c"
-#include "pages.c"
+#include "page_index.c"
 #include "view.c"
 
 static PyObject *refresh(PyObject *Py_UNUSED(module), PyObject *args)

@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from qedfuse.chain.opening import open_for_use
+from qedfuse.fuse.image_sources import shown_name
 from qedfuse.fuse.mounted_image import MountedImage
-from qedfuse.fuse.sources import shown_name
 from qedfuse.fuse.tree import Tree
 from qedfuse.tools.create import create_image
 from tests.helpers.judges.expect import raises_errno

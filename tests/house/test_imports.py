@@ -42,7 +42,7 @@ NATIVE = {
 }
 
 #: No I/O, no event loop; all that these know of the machine is text.
-PURE = ["errors", "sizes", "text", "progress", "layers.runs", "qed.geometry", "qed.header", "chain.probe"]
+PURE = ["errors", "sizes", "text", "progress", "layers.runs", "qed.geometry", "qed.header", "chain.format_probe"]
 PURE += [
     "tools.blocks",
     "layers.qcow2.header",

@@ -11,10 +11,10 @@ import pytest
 import trio
 
 from qedfuse.errors import QedfuseError
-from qedfuse.qed import growth as growing
+from qedfuse.qed import file_growth as growing
 from qedfuse.qed.commit import MAX_DIRTY_PAGES
 from qedfuse.qed.geometry import Geometry
-from qedfuse.qed.pages import PagePool
+from qedfuse.qed.table_pages import PagePool
 from tests.helpers.doubles.ram import Chaos
 from tests.helpers.doubles.schedule import run_seeded
 from tests.helpers.images.images import TINIEST, TINY, Chain, assert_sound, contents, new_chain, open_chain, raw_file

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from qedfuse.qed import growth as growing
+from qedfuse.qed import file_growth as growing
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.image import Image
-from qedfuse.qed.pages import PagePool
+from qedfuse.qed.table_pages import PagePool
 from qedfuse.sizes import round_up
 from tests.helpers.doubles.ram import Chaos, RamFile, RamStorage
 from tests.helpers.images.images import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from qedfuse.qed.entry_runs import end_of_run, unallocated_from
-from qedfuse.qed.pages import Page
+from qedfuse.qed.table_pages import Page
 from qedfuse.sizes import PAGE_ENTRIES
 
 CLUSTER = 4096

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import trio
 
-from qedfuse.qed import growth as growing
+from qedfuse.qed import file_growth as growing
 from tests.helpers.doubles.crash import SEED
 from tests.helpers.doubles.faults import Fault
 from tests.helpers.doubles.ram import Chaos

@@ -1,8 +1,8 @@
 /*
  * The fast path: a request filter in front of pyfuse3. receive.c takes requests from the kernel; requests.c tells them
  * apart; handles.c knows their images; layer.c where an image's bytes are; transfer.c and allocate.c read and write
- * them, by batch.c; reply.c answers, parked.c later, hand.c by way of Python; view.c is what C knows of an image in
- * Python, module.c what Python knows of C.
+ * them, by batch.c; reply.c answers, parked_reads.c later, handover.c by way of Python; view.c is what C knows of an
+ * image in Python, module.c what Python knows of C.
  *
  * How it gets there. This module defines `fuse_session_receive_buf`, the libfuse function by which pyfuse3 takes a
  * request from the kernel. It is loaded with RTLD_GLOBAL before pyfuse3, so the dynamic linker binds pyfuse3's call to
@@ -61,7 +61,7 @@
 #include "filter.h"
 #include "await.h"
 #include "counts.h"
-#include "parked.h"
+#include "parked_reads.h"
 #include "requests.h"
 
 #include <dlfcn.h>

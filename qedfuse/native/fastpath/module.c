@@ -3,10 +3,10 @@
 #include "filter.h"
 #include "await.h"
 #include "counts.h"
-#include "hand.h"
+#include "handover.h"
 #include "handles.h"
 #include "memory.h"
-#include "parked.h"
+#include "parked_reads.h"
 #include "reply.h"
 #include "view.h"
 

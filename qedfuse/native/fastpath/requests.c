@@ -2,7 +2,7 @@
 
 #include "requests.h"
 #include "counts.h"
-#include "hand.h"
+#include "handover.h"
 #include "handles.h"
 #include "memory.h"
 #include "reply.h"

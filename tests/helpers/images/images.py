@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qedfuse.chain.recovery import recover
 from qedfuse.check.check import Repair, _scan, check_image
-from qedfuse.check.release import _runs_with_data
+from qedfuse.check.gap_filling import _runs_with_data
 from qedfuse.check.result import CheckResult
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.raw import RawLayer
@@ -18,7 +18,7 @@ from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import HEADER_BYTES, Header
 from qedfuse.qed.image import Image
 from qedfuse.qed.new_image import new_header, write_image
-from qedfuse.qed.pages import PagePool
+from qedfuse.qed.table_pages import PagePool
 from tests.helpers.doubles.ram import Chaos, RamFile, RamStorage
 from tests.helpers.qemu.cli import tool
 

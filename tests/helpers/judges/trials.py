@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 
 from qedfuse.qed.geometry import Geometry
-from qedfuse.qed.pages import PagePool
+from qedfuse.qed.table_pages import PagePool
 from qedfuse.sizes import TableIndex
 from tests.helpers.doubles.faults import Fault, FaultStorage
 from tests.helpers.doubles.ram import Chaos

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qedfuse.qed import growth as growing
+from qedfuse.qed import file_growth as growing
 from qedfuse.qed.header import Header
 from tests.helpers.doubles.crash import SEED, STATES
 from tests.helpers.doubles.ram import Chaos, RamFile

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qedfuse.errors import CorruptError
-from qedfuse.qed import growth as growing
+from qedfuse.qed import file_growth as growing
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.header import HEADER_BYTES, Header
 from tests.helpers.doubles.crash import SEED, STATES

@@ -10,13 +10,13 @@ import pytest
 
 from qedfuse.errors import CorruptError
 from qedfuse.layers.runs import Kind
-from qedfuse.qed import growth as growing
+from qedfuse.qed import file_growth as growing
 from qedfuse.qed.allocator import Allocator
 from qedfuse.qed.cluster_writer import ClusterWriter
 from qedfuse.qed.commit import Committer
 from qedfuse.qed.header import FEATURE_NEED_CHECK
-from qedfuse.qed.pages import PageMap
 from qedfuse.qed.resize import Resizer
+from qedfuse.qed.table_pages import PageMap
 from qedfuse.qed.tables import Tables
 from qedfuse.qed.tail import CutOff
 from qedfuse.sizes import GuestOffset, HostOffset, TableIndex, round_up

@@ -13,10 +13,10 @@ import trio
 
 from qedfuse.check.check import Repair, check_image
 from qedfuse.errors import QedfuseError
-from qedfuse.qed import growth as growing
+from qedfuse.qed import file_growth as growing
 from qedfuse.qed.allocator import Allocator, HostRun
 from qedfuse.qed.cluster_map import ClusterMap
-from qedfuse.qed.growth import DeviceGrowth
+from qedfuse.qed.file_growth import DeviceGrowth
 from qedfuse.qed.reserve import Reserve
 from qedfuse.sizes import HostOffset, PageIndex
 from tests.helpers.doubles.crash import SEED, CrashStorage

@@ -1,8 +1,8 @@
 /* A few places in which READs are kept, with what is needed to answer them. */
 
-#include "parked.h"
+#include "parked_reads.h"
 #include "counts.h"
-#include "hand.h"
+#include "handover.h"
 #include "reply.h"
 #include "requests.h"
 

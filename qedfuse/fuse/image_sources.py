@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import trio
 
-from qedfuse.chain.peek import Peek, Peeker, cannot_tell
+from qedfuse.chain.header_peek import Peek, Peeker, cannot_tell
 from qedfuse.host.file_id import FileId
 from qedfuse.host.lookups import NoAnswerError, look
 from qedfuse.host.walk import LeadsBackError, Walk

@@ -1,6 +1,6 @@
 /* The way from a request to a Python method, and what must be done before and after. */
 
-#include "hand.h"
+#include "handover.h"
 #include "counts.h"
 #include "handles.h"
 #include "reply.h"
