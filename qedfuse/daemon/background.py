@@ -35,8 +35,8 @@ async def make_room(device: str) -> None:
 
 
 class _Limit:
-    """How many requests the kernel hands out at a time that nobody waits for one by one: readahead, direct reads and
-    writes, writing back. By default it is 12, for all files together.
+    """How many requests the kernel hands out at a time that no process waits for one by one: readahead, direct reads
+    and writes, writing back. By default it is 12, for all files together.
 
     `usual`: what it is by itself; None if it cannot be changed.
     """

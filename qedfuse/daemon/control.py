@@ -1,11 +1,11 @@
 """How a command talks to the daemon of a mount: the commands' side. No event loop. `protocol.py` has what is said.
 
 The daemon listens on a Unix socket that is found by the mount's owner and device number (see `rendezvous.py`), which
-every process finds in mountinfo. Both sides look at who the other one is: the daemon answers root and its own user, a
+every process finds in mountinfo. Both sides look at the other one's user: the daemon answers root and its own user, a
 command believes root and the mount's owner.
 
-When the daemon has left the kernel and closes the images it stops listening, but keeps those who wait. A daemon with a
-/run and a /tmp of its own is found by its abstract socket, which there is for that. Source: unix(7).
+When the daemon has left the kernel and closes the images it stops listening, but keeps the clients that wait. A daemon
+with a /run and a /tmp of its own is found by its abstract socket, which there is for that. Source: unix(7).
 """
 
 from __future__ import annotations

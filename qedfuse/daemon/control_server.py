@@ -84,7 +84,7 @@ class ControlServer:
 
     async def _listen_abstract(self, device: str) -> bool:
         """Whether the address could be had. The kernel gives a device number to the next mount while the daemon of the
-        last one may be closing its images still, so it may be taken for a moment; or somebody has taken it."""
+        last one may be closing its images still, so it may be taken for a moment; or a stranger has taken it."""
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         deadline = trio.current_time() + (_BIND_PATIENCE if self._address is None else 0)
         while True:
@@ -125,13 +125,13 @@ class ControlServer:
             nursery.start_soon(self._answer, stream)
 
     def _keep_spare(self) -> None:
-        """Keep a descriptor for somebody who asks when open images have taken all others."""
+        """Keep a descriptor for a client that asks when open images have taken all others."""
         if self._spare is None:
             with contextlib.suppress(OSError):
                 self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def stop_listening(self) -> None:
-        """Free the addresses; whoever waits goes on waiting."""
+        """Free the addresses; clients that wait go on waiting."""
         if self._address is not None:
             self._address.release()
             self._address = None
@@ -140,12 +140,12 @@ class ControlServer:
         self._scope.cancel()
 
     async def dismiss(self, error: str) -> None:
-        """Tell those who wait that they would wait for long. Once it has stopped listening."""
+        """Tell the clients that wait that it would be for long. Once it has stopped listening."""
         waiting, self._waiting = self._waiting, set()
         await self._send({"closed": False, "error": error}, waiting)
 
     async def finish(self, error: str | None) -> None:
-        """Tell those who wait how it ended."""
+        """Tell the clients that wait how it ended."""
         await self._send({"closed": True, "error": error}, set(self._waiting))
 
     async def _send(self, answer: dict[str, Any], streams: set[trio.SocketStream]) -> None:

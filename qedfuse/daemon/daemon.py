@@ -1,6 +1,6 @@
 """The life of a mount: open the images, mount, say so, serve, and take all of it down again.
 
-Whoever unmounts it (umount, fusermount3 -u, qedfuse umount) ends it. SIGTERM, SIGINT and SIGHUP unmount it themselves.
+It ends when it is unmounted (umount, fusermount3 -u, qedfuse umount). SIGTERM, SIGINT and SIGHUP unmount it themselves.
 If it is in use then (an open file, a loop device), the mount leaves its place at once, what was completed is made
 durable, and the daemon serves those users to their last close: their data is worth more than a quick exit. A second
 signal ends it there and then, and they get errors. However it ends, every image is flushed and closed, and only then
@@ -117,7 +117,7 @@ class Daemon:
             nursery.start_soon(self._look_for_hidden)
 
     async def _look_for_hidden(self) -> None:
-        """Two sources can have the same name: say so now, not only to whoever lists the directory."""
+        """Two sources can have the same name: say so now, not only when the directory is listed."""
         try:
             await self._tree.entries()
         except Exception as error:
@@ -190,7 +190,7 @@ class Daemon:
             async with self._fastpath.serving() if self._fastpath else nullcontext():
                 await session.serve(most_requests())
         except Exception as error:
-            # ECONNABORTED: somebody has ended the connection; or the mount, while the kernel handed a request out.
+            # ECONNABORTED: a process has ended the connection; or the mount, while the kernel handed a request out.
             if all(isinstance(leaf, ConnectionAbortedError) for leaf in leaves(error)):
                 _log.info("%s: the kernel has ended the connection", self._config.mountpoint)
             else:
@@ -245,7 +245,7 @@ class Daemon:
         self._ended.set()
 
     async def _leave(self) -> None:
-        """Unmount; if it is in use, go on for those who use it."""
+        """Unmount; if it is in use, go on for its users."""
         if await self._try_unmount(lazy=False):
             with trio.move_on_after(_GRACE):
                 await self._ended.wait()
@@ -319,8 +319,8 @@ class Daemon:
 
 
 def serve(config: MountConfig, link: Link | None = None) -> int:
-    """Mount and serve until the end, in this process. `link`: to whoever waits for the mount, if it is not in the
-    foreground. Returns the exit code; raises what `Daemon.run` raises."""
+    """Mount and serve until the end, in this process. `link`: to the process that waits for the mount, if it is
+    not in the foreground. Returns the exit code; raises what `Daemon.run` raises."""
     flusher = become_flusher()  # before there is another thread
     if (limit := raise_limits()) is not None:
         _log.warning("no file can grow beyond %d bytes here (ulimit -Hf): writes that need more fail", limit)

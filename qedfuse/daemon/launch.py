@@ -29,7 +29,7 @@ _log = logging.getLogger("qedfuse")
 
 def open_standard_files() -> None:
     """Make sure that descriptors 0 to 2 are taken, so that none of ours gets such a number: a caller may have closed
-    them, and all of them are replaced when the daemon leaves him."""
+    them, and all of them are replaced when the daemon leaves its caller."""
     fd = os.open(os.devnull, os.O_RDWR)
     while fd <= 2:
         fd = os.open(os.devnull, os.O_RDWR)
@@ -68,8 +68,8 @@ class Link:
         self._link = link
 
     def report_ready(self) -> None:
-        """The mount is usable: whoever waits for it may go, and so may who waits for the end of its output. The daemon
-        has nothing to do with either any more."""
+        """The mount is usable: the process that waits for it may end, and so may one that waits for the end of its
+        output. The daemon has nothing to do with either any more."""
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
@@ -86,14 +86,14 @@ class Link:
         try:
             self._link.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
-            pass  # nobody is interested any more
+            pass  # the process that waited has ended
         self._link.close()
 
 
 def run_in_background(serve: Callable[[Link], int], closing: Iterable[int]) -> int:
     """Run `serve` in a process of its own, without the descriptors `closing`, and from when it reports that the mount
-    is usable in a session of its own; what it raises is told, or logged if nobody listens any more. Returns when the
-    mount is usable; raises MountFailed if it never will be."""
+    is usable in a session of its own; what it raises is told, or logged if no process listens any more. Returns when
+    the mount is usable; raises MountFailed if it never will be."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:

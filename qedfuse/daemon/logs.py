@@ -1,6 +1,6 @@
 """Where the log goes: stderr in the foreground, else syslog if there is one, or a file.
 
-What is logged names images and backing files, whose names are whatever somebody put there: see `_make_printable`.
+What is logged names images and backing files, whose names may hold anything at all: see `_make_printable`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Where the daemon of a mount and a command meet: a Unix socket in a directory of the mount's owner, where nobody else
-can put or replace anything, named after the mount's device number.
+"""Where the daemon of a mount and a command meet: a Unix socket in a directory of the mount's owner, where no other
+user can put or replace anything, named after the mount's device number.
 
     /run/qedfuse                            root's
     /run/user/UID, XDG_RUNTIME_DIR          a user's (in qedfuse/ there)
     /tmp/qedfuse-UID, /tmp/qedfuse-UID-*    where those are missing or read-only: that which is the owner's alone
 
-An abstract socket, whose name is anybody's for the taking and belongs to a network namespace, is the last resort.
+An abstract socket, whose name belongs to a network namespace and can be taken by any user, is the last resort.
 
 Device numbers come again, and a daemon that was killed leaves its socket behind. A socket is bound and listens before
 it gets its name, so one that refuses is such a left one; the lock on the directory is held from the look to the change.
@@ -116,7 +116,7 @@ def find(owner: int, device: str) -> Iterator[str]:
 
 
 def _belongs_to(directory: int, owner: int) -> bool:
-    """Whether nobody but `owner` (and root) can have put anything there. Asks nothing of a file system that may not
+    """Whether no user but `owner` (and root) can have put anything there. Asks nothing of a file system that may not
     answer: a user can mount one at any name that is looked at here. Raises OSError."""
     if is_remote(find_by_id(mount_id(directory))):
         return False
@@ -201,7 +201,7 @@ def _locked(directory: int) -> Iterator[None]:
 
 
 def _remove_left(directory: int, names: Iterable[str]) -> None:
-    """Remove sockets where nobody listens any more."""
+    """Remove sockets on which no process listens any more."""
     for name in names:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)

@@ -2,7 +2,7 @@
 
 With the writeback cache the kernel is itself the master of a file's size and time of change: it takes both from the
 file system when it looks the file up, and keeps them from then on. The root of a mount is never looked up, and it
-exists before the cache is agreed on: its size is 0 until it is told otherwise (`kernel_mount.tell_root_size`), and its
+exists before the cache is agreed on: its size is 0 until it is told otherwise (`session.tell_root_size`), and its
 time of change stays what it is until a process sets it, as with touch(1). `sidecar.c` tells why that cannot simply be
 the daemon.
 """

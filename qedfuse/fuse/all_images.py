@@ -26,7 +26,7 @@ _log = logging.getLogger("qedfuse")
 
 
 class Hurry:
-    """How much of it there is in closing: `killed`, nobody is waited for who may not answer; `now`, for nobody."""
+    """How much of it there is in closing. `killed`: it waits for no host that may not answer. `now`: for nothing."""
 
     def __init__(self) -> None:
         self.killed = trio.Event()

@@ -204,8 +204,8 @@ class HandOver:
         """Where the data or the hole is, once the kernel has handed out the data that it may still have for a hole.
 
         The kernel does not do that itself before it asks. Nothing can be written meanwhile but through mmap: it holds
-        the file's lock. With nobody left who can write, it has handed out everything: it does so before it tells us of
-        a close. The slot is not held while the kernel writes.
+        the file's lock. With no handle left that can write, it has handed out everything: it does so before it tells us
+        of a close. The slot is not held while the kernel writes.
         """
         written_back = -1
         to_data = whence == os.SEEK_DATA

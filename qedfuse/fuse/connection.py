@@ -23,7 +23,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def abort(mountpoint: str, device: str) -> None:
-    """End the connection: whoever waits for an answer gets an error, and so does whoever asks from now on.
+    """End the connection: a process that waits for an answer gets an error, and so does one that asks from now on.
 
     This process must not try to answer, or to receive, afterwards.
     """

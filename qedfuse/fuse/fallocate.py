@@ -17,8 +17,8 @@ from qedfuse.qed.image import Image
 async def fallocate(image: Image, mode: int, offset: int, size: int) -> None:
     """fallocate(2) on the raw file. Bytes; `mode` as there. Raises OSError; EOPNOTSUPP for what cannot be done here.
 
-    PUNCH_HOLE and ZERO_RANGE make the range read as zeroes and give its space back where the host can. ZERO_RANGE past
-    the end grows the image, unless KEEP_SIZE is given.
+    PUNCH_HOLE and ZERO_RANGE make the range read as zeroes and deallocate it where the host can. ZERO_RANGE past the
+    end grows the image, unless KEEP_SIZE is given.
 
     Preallocation (mode 0) grows the image if the range ends past its end. It reserves nothing, as on other file systems
     that allocate on write, but is refused with ENOSPC if what the range lacks does not fit on the host now.

@@ -74,7 +74,7 @@ class ImageSlot:
         self.image = self.ready = image
 
     def take(self) -> Image:
-        """Empty the slot. Nobody must be using it whose outcome matters."""
+        """Empty the slot. No request whose outcome matters may be using it."""
         image, self.image, self.ready = self.image, None, None
         assert image is not None
         return image

@@ -1,17 +1,17 @@
 """One image of a mount: opened when first used, closed a little after its last use.
 
-An image is opened and closed by one task (`_keep`); users count themselves in and out. The
-lock is held while the image is being opened or closed, so that nobody uses it halfway, and a new user waits for the
-close to end (the image's own lock would refuse him before).
+An image is opened and closed by one task (`_keep`). Its users, the tasks and open files that have called `acquire`,
+count themselves in and out. The lock is held while the image is being opened or closed, so that no user finds it
+halfway, and a new user waits for the close to end (the image's own lock would refuse it before).
 
 Closing throws away what is in memory, so it comes after a flush that has succeeded. While the host has no space for
 what was written the image stays open, for the next user as well, and the flush is tried again. An image whose sync has
 failed stays open, too, until the mount ends: opened again, it would not know of it.
 
 Reading changes nothing: an image is opened for reading only, with a reader's locks, and not even repaired. The first
-user who wants to write has it opened for writing, for all who use it; if that cannot be, only he is told.
+user that wants to write has it opened for writing, for all its users; if that cannot be, only that user is told.
 
-An image that nobody uses is given to the next user only if he would get the same files by opening it.
+An image without users is given to the next one only if opening it would lead to the same files.
 
 What the users share is a slot (`image_slot.py`). Another image can be put there while they use it.
 """
@@ -57,7 +57,7 @@ _log = logging.getLogger("qedfuse")
 
 
 class MountedImage:
-    """An image that is open while somebody uses it, and `linger` seconds longer.
+    """An image that is open while it has users, and `linger` seconds longer.
 
     `read_only`: never opened for writing. `is_current`: whether the names of an open image's backing files still lead
     to what is open. `path`: where it is opened; may be changed, for a file that was renamed. `slot`: where the image is
@@ -157,7 +157,10 @@ class MountedImage:
 
     @property
     def busy(self) -> bool:
-        """Whether it is open, or on its way there or back, or wanted."""
+        """Whether the image is open, being opened or being closed, or has users, or tasks wait in `acquire` for it.
+
+        Valid until the next await. While it is False nothing here refers to an open image: the node may be dropped.
+        """
         return self._keeping or self._is_used()
 
     def _is_used(self) -> bool:
@@ -165,7 +168,7 @@ class MountedImage:
 
     @property
     def changing(self) -> bool:
-        """Whether we may have changed its file since `mark`, or somebody uses it who would lose it."""
+        """Whether we may have changed its file since `mark`, or it has users, which would lose it."""
         return self._ours or self._is_used()
 
     async def acquire(self, *, to_write: bool) -> ImageSlot:
@@ -201,14 +204,14 @@ class MountedImage:
             await retired.wait()
 
     async def _may_stay(self, image: Image) -> bool:
-        """Whether the image, which nobody has used for a moment, is what opening it would give. One that must be kept
+        """Whether the image, which has had no user for a moment, is what opening it would give. One that must be kept
         is."""
         if self.unwritten is not None or image.failed is not None:
             return True
         return self.cached.is_current(image) and (self._is_current is None or await self._is_current(image))
 
     async def make_writable(self) -> None:
-        """Have the image open for writing, for one who uses it; unless the file may not be written, or is not to be.
+        """Have the image open for writing, for one of its users; unless the file may not be written, or is not to be.
         Raises what `upgrade.make_writable` raises."""
         assert self._users
         if self.read_only:
@@ -237,8 +240,8 @@ class MountedImage:
             self._idle.set()
 
     async def close(self) -> None:
-        """Close the image whoever uses it, and wait for that: until all is written, however long that takes, unless
-        there is no hope or `give_up` is called. `failure` says whether it went well. Idempotent."""
+        """Close the image even if it has users, and wait for that: until all is written, however long that takes,
+        unless there is no hope or `give_up` is called. `failure` says whether it went well. Idempotent."""
         self._stop.set()
         self._idle.set()
         self._hurry.set()
@@ -397,7 +400,7 @@ class MountedImage:
         self.unwritten = error
 
     async def _wait_until_unused(self) -> None:
-        """Returns with the lock held, when nobody has used the image for a while, or must not any longer."""
+        """Returns with the lock held, when the image has had no user for a while, or may have none any longer."""
         while True:
             await self._idle.wait()
             with trio.move_on_after(self._linger):
@@ -421,7 +424,7 @@ class MountedImage:
 
     async def _leave_file(self, fd: int) -> None:
         """Set the time that the kernel wants, and remember how we left the file. The descriptor still holds the image's
-        lock: nobody else has changed it, and nobody does until that would show."""
+        lock: no other process has changed it, and none does until that would show."""
         try:
             status = await self._call(partial(self._set_times, fd))
             if not self._stop.is_set():
@@ -441,7 +444,7 @@ class MountedImage:
         return status
 
     async def _call(self, call: Callable[[], T]) -> T:
-        """On the spot, unless the host may not answer."""
+        """Inline, unless the host may not answer."""
         return call() if self.local else await look(call)
 
     def note_state(self, status: os.stat_result) -> None:

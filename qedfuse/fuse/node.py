@@ -10,7 +10,7 @@ from qedfuse.host.file_id import FileId, FileMark
 
 
 class Node:
-    """A raw file. `fixed`: its image stays open. `stale`: somebody else changed or replaced the image's file.
+    """A raw file. `fixed`: its image stays open. `stale`: another process changed or replaced the image's file.
 
     `key`, `mark` and `size` are the file, its state and the image's size when it was first looked at; `name` is how it
     was last called; `may_write`: whether the host lets us write the file; `lookups` counts the kernel's references.

@@ -49,7 +49,7 @@ _SYNC_FLAGS = os.O_SYNC | os.O_DSYNC
 
 
 def _nothing() -> None:
-    """Nobody wants to know."""
+    """Without the fast path it is not counted which requests Python works on."""
 
 
 def _no() -> bool:
@@ -338,7 +338,7 @@ class Operations(pyfuse3.Operations):
     # -- small parts --------------------------------------------------------------------------------------------------
 
     async def _acquire(self, node: Node, *, to_write: bool, by_name: bool = True) -> ImageSlot:
-        """See `Tree.acquire`. An image that is broken is EIO to whoever opens it, and a line in the log."""
+        """See `Tree.acquire`. Opening a broken image is EIO, and a line in the log."""
         try:
             slot = await self._tree.acquire(node, to_write=to_write, by_name=by_name)
         except Exception as error:

@@ -42,8 +42,8 @@ class MountOptions:
     def writeback(self) -> bool:
         """Whether the kernel may gather writes in its page cache and send them later.
 
-        Not with a fixed size: the kernel would let a file grow in its cache, and whoever writes past the end would
-        hear of it too late, or never stop.
+        Not with a fixed size: the kernel would let a file grow in its cache, and a process that writes past the end
+        would hear of it too late, or never stop.
         """
         return not (self.read_only or self.direct_io or self.fixed_size)
 
@@ -78,7 +78,7 @@ _FLAGS: dict[str, dict[str, bool]] = {
 def parse_mount_options(texts: Iterable[str]) -> MountOptions:
     """The options in the comma-separated `texts`; of two that contradict the later one counts.
 
-    Raises UsageError for a word that nobody knows, or a value that makes no sense.
+    Raises UsageError for an unknown word, or a value that makes no sense.
     """
     options = MountOptions()
     for text in texts:

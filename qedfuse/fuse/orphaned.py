@@ -1,8 +1,8 @@
 """What is written into a file that is gone is gone, too: an orphan is an open image whose file has been replaced.
 
 Moving another image over it (rename(2)) leaves the open one without a name. It can be read and written as before, but
-nobody will find what is written, and so no sync of it succeeds. A file that was only deleted is its users' own affair,
-and one that has another name keeps what is written.
+what is written can never be found, and so no sync of it succeeds. A file that was only deleted is its users' own
+affair, and one that has another name keeps what is written.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a mount shows: one image as the root itself, or a directory of raw files, one an image.
 
 Images named on the command line are open as long as the mount lives. Those of a SOURCE directory come and go: a name is
-looked up on the host each time, and a file is the same node as before if it is the same file and nobody else changed it
-meanwhile. A changed file becomes a new node, since the kernel keeps what it knows of the old one (pages and, with the
-writeback cache, the size).
+looked up on the host each time, and a file is the same node as before if it is the same file and no other process
+changed it meanwhile. A changed file becomes a new node, since the kernel keeps what it knows of the old one (pages and,
+with the writeback cache, the size).
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class Tree:
         self.sources.keep_only(present)
 
     def _drop(self, node: Node) -> None:
-        """Forget a node, unless somebody still refers to it."""
+        """Forget a node, unless it is `fixed`, the kernel refers to it or its image is busy."""
         if not node.fixed and node.lookups <= 0 and not node.mounted.busy:
             del self._nodes[node.id]
             if self._by_key.get(node.key) is node:

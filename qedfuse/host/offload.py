@@ -1,4 +1,8 @@
-"""System calls that may wait, in a thread: what the event loop does not know of the host's disk.
+"""System calls on host files, which may wait, in a thread; the event loop could not tell when a disk is done.
+
+A call (`HostCall`) is made once and to its end: cancellation waits for it, and until then its buffers stay in use. Its
+result is what the call returned, or raised, unchanged; it is handed out once, when the call is done, by `offload` or by
+the `finish` of the worker that made it. Only `in_background` promises less.
 
 trio's way to a thread and back costs 140 µs, and an fdatasync of a fast disk hardly more. So a worker, a thread of our
 own, takes one call at a time, and the event loop waits for it inline, in poll(2), for as long as a fast disk may take:

@@ -93,7 +93,7 @@ def _sort_runs(
 
 
 def read_extents_nowait(extents: list[Extent], offset: int, size: int) -> bytes | bytearray | None:
-    """The bytes of a resolved range if all of them are at hand without blocking, else None."""
+    """The bytes of a resolved range if all of them are cached, so that no read blocks, else None."""
     buffer = bytearray(size)
     if len(extents) == 1 and extents[0].layer is None:
         return buffer

@@ -22,7 +22,7 @@ from qedfuse.qed.tables import Tables
 from qedfuse.sizes import PAGE_BITS, PAGE_ENTRIES, GuestOffset, HostOffset, PageIndex, TableIndex, round_up
 
 _ENTRY_MASK = PAGE_ENTRIES - 1
-#: Zeroing less than this inside a cluster is a write, more is a punch, which gives space back.
+#: Zeroing less than this inside a cluster is a write, more is a punch, which deallocates.
 _PUNCH_MIN = 16 << 10
 _ZEROES = bytes(1 << 20)
 #: So many holes are made at a time.
@@ -55,7 +55,8 @@ class ClusterWriter:
         self._cluster_size = tables.geometry.cluster_size
         self._bits = tables.geometry.cluster_bits
         self._mask = self._cluster_size - 1
-        #: Zeroes that are written to unallocated clusters are stored, too.
+        #: Whether `write` allocates clusters for zeroes, too, as for other data. (`zero` is the same either way.)
+        #: Set once, by `Image.keep_zeroes`; valid for each `write` that begins from then on, until the image is closed.
         self.keep_zeroes = False
 
     @property
@@ -228,7 +229,7 @@ class ClusterWriter:
         """Start and end of clusters that C may take, from the front, without a call: bytes of the file, multiples of
         the cluster size; equal if there are none. They read as zeroes, durably, and the file covers them.
 
-        Valid until anything is allocated or given back here, that is until the next await or `take_offered`."""
+        Valid until anything is allocated or freed here, that is until the next await or `take_offered`."""
         return self._allocator.next_free(self._committer.growth.file_size)
 
     def take_offered(self, offset: HostOffset, size: int, lost: int, filled: int, pages: Sequence[PageIndex]) -> None:

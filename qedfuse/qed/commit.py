@@ -190,7 +190,7 @@ class Committer:
         else:  # as a rule; and without a trip through the event loop
             self._running.acquire_nowait()
         try:
-            if group is self._group:  # the first of it whose turn it is
+            if group is self._group:  # the first of it that has its turn
                 self._group = _Flush()
                 with trio.CancelScope(shield=True):
                     try:
@@ -205,7 +205,7 @@ class Committer:
 
     def begin_flush(self) -> Coroutine[Any, Any, None] | None:
         """`flush` without a task: a coroutine of which each await is one host call (a write, a sync, a punch), to be
-        driven to its end by a `waiting.Stepper`, call by call, on the spot or in a thread.
+        driven to its end by a `stepping.Stepper`, call by call, inline or in a thread.
 
         None if it would wait for anything else: another commit, or the file to be extended. The answer is valid until
         the next await: its first step must follow at once. It covers what was written before that step, and holds the

@@ -1,7 +1,7 @@
 """The engine: one QED image, read and written as flat bytes. How it is read is in `layer.py`.
 
 Data's way: `write` -> clusters -> allocator -> storage -> tables -> commit. A request that needs no waiting (its table
-pages are in memory, its clusters are allocated, the host has it in the page cache) is done on the spot by the `_nowait`
+pages are in memory, its clusters are allocated, the host has it in the page cache) is done inline by the `_nowait`
 functions, without a lock: nothing else runs meanwhile. Everything else holds a range lock from looking up to finishing.
 
 The order of writes that makes this safe is not decided here: `commit.py` owns it.
@@ -167,7 +167,7 @@ class Image(QedLayer):
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
-        """As `write`, if it overwrites allocated clusters and can be done on the spot. False: not done, use `write`."""
+        """As `write`, if it overwrites allocated clusters and can be done inline. False: not done, use `write`."""
         size, committer = len(data), self._committer
         if not size or committer is None or offset + size > committer.size or committer.failed:
             return False
@@ -199,13 +199,15 @@ class Image(QedLayer):
                     return await clusters.write(GuestOffset(offset), data, self.size)
 
     def keep_zeroes(self) -> None:
-        """From now on, and for good, `write` allocates clusters for zeroes as for other data, so that an image can be
-        allocated in full. `zero` and `discard` are as before. Raises ReadOnlyError."""
+        """Let `write` allocate clusters for zeroes as for other data, so that an image can be allocated in full.
+
+        Holds for every `write` that begins after this call, until the image is closed. Zeroes that were written before
+        stay unallocated; `zero` and `discard` are as before. Raises ReadOnlyError, with nothing changed."""
         self._committer_of()
         self._writer.keep_zeroes = True
 
     async def zero(self, offset: int, size: int) -> None:
-        """Make a range read as zeroes, as far as it lies inside the image; whole clusters give their space back."""
+        """Make a range read as zeroes, as far as it lies inside the image; whole clusters are deallocated."""
         end = min(offset + size, self.size)
         most = max(_STEP_CLUSTERS << self._bits, self.geometry.l2_coverage)  # exabytes without tables take no time
         breathe = Breather()
@@ -226,7 +228,7 @@ class Image(QedLayer):
                 offset += blank
 
     async def discard(self, offset: int, size: int) -> None:
-        """Give the clusters that lie wholly inside the range back; they read as zeroes. The edges stay as they are."""
+        """Deallocate the clusters that lie wholly inside the range; they read as zeroes. The edges stay as they are."""
         end = min(offset + size, self.size)
         last = end if end == self.size else self.geometry.start_of_cluster(end)
         first = round_up(offset, self.geometry.cluster_size)

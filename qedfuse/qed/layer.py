@@ -1,6 +1,6 @@
 """A QED image as it is read: what `image.py` can write.
 
-A request that needs no waiting (its table pages are in memory, the host has it in the page cache) is done on the spot
+A request that needs no waiting (its table pages are in memory, the host has it in the page cache) is done inline
 by the `_nowait` functions, without a lock: nothing else runs meanwhile. Everything else holds a range lock.
 """
 
@@ -75,7 +75,7 @@ class QedLayer:
         return self._locks
 
     def read_nowait(self, offset: int, size: int) -> bytes | bytearray | None:
-        """As `read`, if it can be done on the spot; None if it can't."""
+        """As `read`, if it can be done inline; None if it can't."""
         end = self.size
         if offset + size > end:
             size = max(0, end - offset)

@@ -1,7 +1,7 @@
 """Locks on ranges of guest clusters, shared or exclusive, granted in the order of asking.
 
 A task that waits (for a disk, a table page, a backing file) between looking a cluster up and using it holds the lock:
-shared to read, exclusive to allocate, free or resize. Work that is done on the spot, without an await, needs none.
+shared to read, exclusive to allocate, free or resize. Work that is done inline, without an await, needs none.
 """
 
 from __future__ import annotations

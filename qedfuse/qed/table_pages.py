@@ -88,7 +88,7 @@ def shared_pool() -> PagePool:
 
 
 class PageWatcher(Protocol):
-    """Who wants to know where the pages of a level are in memory."""
+    """An observer, which is told where the pages of a level are in memory."""
 
     def insert(self, index: int, page: Page, /) -> None: ...
 

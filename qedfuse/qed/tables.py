@@ -244,12 +244,15 @@ class Tables:
             done.set()
 
     def take_page(self, level: PageMap, index: int, host: int, content: bytes) -> bool:
-        """Put a page into memory that was read past this module: `content` is its 4 KiB as in the file, `index` its
-        index in `level` (`l1` or `l2`), `host` its place in the file, bytes. It must have been read after it was found
-        missing and without an await since then, or it may be older than what was changed meanwhile.
+        """Put a page that was read outside this module into memory. Returns whether it was put there.
 
-        Returns whether it is in memory now by this call. False: it was there, or a task is reading it, to change it
-        next perhaps. Of a table that is not in the file yet zeroes are taken, whatever was read there."""
+        `level`: `l1` or `l2`. `index`: the page's index in that level, in pages. `host`: its offset in the file, bytes.
+        `content`: its 4 KiB (512 entries) as in the file. They must have been read after the page was found missing,
+        and without an await since then, or they may be older than what was changed meanwhile.
+
+        True is valid until the next await, or until another page comes into the pool: this one, which is clean, may
+        leave it then. False: the page was in memory, or a task is reading it, to change it next perhaps. Of a table
+        that is not in the file yet zeroes are taken, whatever was read there."""
         if index in level.pages or (level, index) in self._loading:
             return False
         new = level is self.l2 and index >> self.geometry.table_page_bits in self.new_tables
@@ -331,6 +334,6 @@ class Tables:
         self.ends = allocator
 
     def close(self) -> None:
-        """Give the pages back to the pool."""
+        """Free all pages of the pool that are held here."""
         self.l1.clear()
         self.l2.clear()

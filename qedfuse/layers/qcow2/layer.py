@@ -41,7 +41,7 @@ _PAGE_OVERHEAD = 384
 CLUSTER_CACHE_BYTES = 2 << 20
 #: Compressed clusters unpacked at a time; bounds the memory in flight.
 _UNPACKERS = 4
-#: A cluster up to this size is unpacked on the spot, a larger one in a worker thread.
+#: A cluster up to this size is unpacked inline, a larger one in a worker thread.
 INLINE_UNPACK_LIMIT = 64 << 10
 #: L2 entries that one call of `map` looks at, at most: a few milliseconds.
 _WALK_ENTRIES = 16384
@@ -123,7 +123,7 @@ class Qcow2Layer:
 
     @classmethod
     async def open(cls, storage: ReadStorage, backing: Layer | None) -> Qcow2Layer:
-        """Read the header and make the layer, for a caller who knows the backing layer. Errors: `read_qcow2_header`."""
+        """Read the header and make the layer, for a caller that has the backing layer. Errors: `read_qcow2_header`."""
         return cls(storage, await read_qcow2_header(storage), backing)
 
     @property

@@ -4,7 +4,7 @@
  * A check looks at every entry of every table, 16 million of them for a full image of 1 TiB, in whatever order the guest
  * happened to write. Here that takes a few nanoseconds each, about a tenth of a millisecond a chunk: the GIL is kept.
  *
- * Entries come from a file that anybody may have written. An entry is used as an index only after it was found to be a
+ * Entries come from a file that is not to be trusted. An entry is used as an index only after it was found to be a
  * cluster that can be marked, and the only memory that it then leads to is the map's own.
  *
  * Memory: one bit for every cluster, in parts that exist once something in them is marked. How many there may be is the

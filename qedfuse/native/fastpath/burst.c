@@ -1,4 +1,4 @@
-/* Whose turn it is, and what Python must be told before it has its own. */
+/* When Python has its turn, and what it must be told before. */
 
 #include "burst.h"
 #include "view.h"

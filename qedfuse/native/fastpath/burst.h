@@ -11,9 +11,9 @@ enum outcome { DONE, HANDED, PASS, MISS, WAIT };
 struct burst {
     uint64_t number;       /* what Python told in one of another number (`Layer.burst`) is old */
     int fd;                /* the session's */
-    void *request;         /* the one at hand */
+    void *request;         /* the current one */
     PyThreadState *thread; /* NULL: we have the GIL */
-    Layer *wrote[8];       /* images that were written, and whose Python does not know yet */
+    Layer *wrote[8];       /* images that were written, of which Python does not know yet */
     unsigned writes;
 };
 

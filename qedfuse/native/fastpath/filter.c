@@ -35,21 +35,21 @@
  * failed is told of as lost: what is in it must not show up in anything else. Both sides check: the numbers are not
  * asked for while there is something to tell, and what is told must be what was offered.
  *
- * Why the mapping cannot change under it. The tables have one place, the page pool of pages.py; this file reads the
- * entries there, by way of an index (page number -> address) that pages.py keeps up to date. Python changes tables,
- * and the pool moves pages, only on the thread that runs trio, and this function is called by pyfuse3 on that thread:
- * until it returns, nothing else runs there, whoever has the GIL. The worker threads that may run meanwhile make
- * system calls on the host files (a slow read, a commit's fdatasync, a punch) and touch no table. So what is done here
- * is atomic for the engine, just as the engine's own `_nowait` functions are, and is right for the same reasons. The
- * two times that Python does something in a burst, a table page coming in and a request handed over, it is told of
- * writes first, and no pointer to a page is kept across.
+ * Why the mapping cannot change under it. The tables have one place, the page pool of table_pages.py; this file reads
+ * the entries there, by way of an index (page number -> address) that table_pages.py keeps up to date. Python changes
+ * tables, and the pool moves pages, only on the thread that runs trio, and this function is called by pyfuse3 on that
+ * thread: until it returns, nothing else runs there, whichever thread has the GIL. The worker threads that may run
+ * meanwhile make system calls on the host files (a slow read, a commit's fdatasync, a punch) and touch no table. So what
+ * is done here is atomic for the engine, just as the engine's own `_nowait` functions are, and is right for the same
+ * reasons. The two times that Python does something in a burst, a table page coming in and a request handed over, it is
+ * told of writes first, and no pointer to a page is kept across.
  * Numbers that live in Python objects (image size, end of the file, whether it may be written) are fetched once in a
  * burst, before the first request to an image is looked at, and again after a request was handed over. That something
  * was written is told to Python before the function returns, hence before any flush or sync can begin.
  *
  * How long it stays: at most BURST_REQUESTS requests or BURST_NS, a fraction of that while Python is known to have
  * requests of its own to work on; then trio's other tasks have their turn. When the queue becomes empty the next
- * request is awaited (await.c) by polling for SPIN_NS: a lone reader, who asks again when it is answered, is served
+ * request is awaited (await.c) by polling for SPIN_NS: a lone reader, which asks again when it is answered, is served
  * without a trip through the event loop. After a spin in vain ever more chances to spin are let pass, so that it costs
  * little where it does not pay off. Then it sleeps for WAIT_NS at most, which costs nothing and is still quicker than
  * the event loop. Neither happens while Python has requests to work on; an idle mount does neither, as there is nothing
@@ -90,7 +90,7 @@ static int next_request(struct burst *burst, struct fuse_session *session, struc
     return result;
 }
 
-/* Is the request a WRITE that must be durable when it is answered? If nobody can see it, it may be one. */
+/* Is the request a WRITE that must be durable when it is answered? If it cannot be seen, it may be one. */
 static bool asks_for_sync(const struct burst *burst, size_t size)
 {
     const struct fuse_in_header *in = burst->request;
@@ -133,7 +133,7 @@ EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_
 EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
 {
     static int prepared = -1;
-    Dl_info caller; /* `bind` has failed: who calls knows libfuse, and all goes on as without us */
+    Dl_info caller; /* `bind` has failed: the caller knows libfuse, and all goes on as without us */
     if (!libfuse.receive_buf && dladdr(__builtin_return_address(0), &caller))
         find_libfuse(caller.dli_fname);
     if (!libfuse.receive_buf)

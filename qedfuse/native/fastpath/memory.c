@@ -1,4 +1,4 @@
-/* One mapping for the requests at hand and their replies. */
+/* One mapping for the current requests and their replies. */
 
 #include "memory.h"
 

@@ -60,7 +60,7 @@ enum outcome read_image(struct burst *burst, const Layer *top, uint64_t offset, 
     return batch_do(&batch);
 }
 
-/* The run at `offset` in the top layer, whose table page is brought in if it is at hand. */
+/* The run at `offset` in the top layer, whose table page is brought into memory if it is cached. */
 static enum kind top_run(struct burst *burst, const Layer *top, uint64_t offset, uint64_t *length, uint64_t *host)
 {
     enum kind kind = layer_run(top, offset, length, host);

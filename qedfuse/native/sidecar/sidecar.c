@@ -2,6 +2,12 @@
  * The sidecar: a process that lives for one call, and sets the times or the size of a mount's file from outside the
  * daemon that serves it. Used by root_times.py and oversize.py, which tell why.
  *
+ * `set_times` takes times in nanoseconds since the epoch. `cut` takes a limit in bytes: for a larger file it asks for
+ * one byte more than that. Both take the mount's device number (st_dev) and touch nothing else that is at the path by
+ * now (ENODEV). They return the size in bytes that the kernel believed in just before the change; any writer may have
+ * changed it since. They raise OSError: what a system call said, ECANCELED if the sidecar was killed. They wait, without
+ * the GIL, until the daemon has answered, perhaps for ever: the caller needs a thread that it can abandon.
+ *
  * A thread of the daemon must not do it: once the request has been taken, not even SIGKILL interrupts a thread that
  * waits for the answer. If the daemon is killed meanwhile, its threads share the descriptor of /dev/fuse, which is what
  * the kernel waits for to be closed before it gives that thread an error: neither ever comes.
