@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from itertools import pairwise
 
 from qedfuse.chain.backing import open_backing_file
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.host.file_id import FileId
 from qedfuse.host.lookups import NoAnswerError, look
-from qedfuse.layers.layer import Layer
+from qedfuse.layers.layer import Layer, layers_of
 
 
 async def names_are_current(top: Layer, policy: BackingPolicy = ANY_BACKING) -> bool:
@@ -20,8 +21,8 @@ async def names_are_current(top: Layer, policy: BackingPolicy = ANY_BACKING) -> 
         return True
 
 
-def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
-    while (below := layer.backing) is not None:
+def _names_are_current(top: Layer, policy: BackingPolicy) -> bool:
+    for layer, below in pairwise(layers_of(top)):
         try:
             storage = open_backing_file(layer.path, below.path, policy)
         except NoAnswerError:
@@ -33,5 +34,4 @@ def _names_are_current(layer: Layer, policy: BackingPolicy) -> bool:
                 return False
         finally:
             os.close(storage.fileno())
-        layer = below
     return True

@@ -71,16 +71,12 @@ async def _map(as_json: bool, share: bool, policy: BackingPolicy, start: int, le
 
 async def _sparse_layers(top: Layer) -> list[Layer]:
     """The qcow2 images of a chain that QEMU takes for preallocated."""
+    from qedfuse.layers.layer import layers_of
     from qedfuse.layers.qcow2.layer import Qcow2Layer
     from qedfuse.layers.qcow2.refcounts import is_preallocated
 
-    found: list[Layer] = []
-    layer: Layer | None = top
-    while layer is not None:
-        if isinstance(layer, Qcow2Layer) and await is_preallocated(layer.storage, layer.header):
-            found.append(layer)
-        layer = layer.backing
-    return found
+    qcow2 = [layer for layer in layers_of(top) if isinstance(layer, Qcow2Layer)]
+    return [layer for layer in qcow2 if await is_preallocated(layer.storage, layer.header)]
 
 
 async def _print_json(entries: AsyncIterator[MapEntry]) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from qedfuse.fuse.options import MountOptions
 from qedfuse.host.storage import held_bytes
-from qedfuse.layers.layer import Layer
+from qedfuse.layers.layer import Layer, layers_of
 
 BLOCK_SIZE = 512
 
@@ -72,10 +72,6 @@ def _with_owner(
     )
 
 
-def host_blocks(layer: Layer | None) -> int:
+def host_blocks(top: Layer) -> int:
     """Blocks of 512 bytes that an open image and its backing files take on the host."""
-    blocks = 0
-    while layer is not None:
-        blocks += held_bytes(layer.storage) // BLOCK_SIZE
-        layer = layer.backing
-    return blocks
+    return sum(held_bytes(layer.storage) // BLOCK_SIZE for layer in layers_of(top))

@@ -28,7 +28,7 @@ from qedfuse.host.file_storage import (
     FileStorage,
 )
 from qedfuse.host.offload import sync_with
-from qedfuse.layers.layer import Layer
+from qedfuse.layers.layer import Layer, layers_of
 from qedfuse.layers.raw import RawLayer
 from qedfuse.layers.runs import Kind
 from qedfuse.qed.geometry import MAX_CLUSTER_SIZE, MAX_TABLE_SIZE, UNALLOCATED, ZERO_CLUSTER
@@ -188,11 +188,8 @@ class _Attached:
             native.suspend(fh)
 
     def _native(self, image: Image) -> native.Layer:
-        chain: list[Layer] = [image]
-        while chain[-1].backing is not None:
-            chain.append(chain[-1].backing)
         below: native.Layer | None = None
-        for layer in reversed(chain[1:]):
+        for layer in reversed([*layers_of(image.backing)]):
             below = self._layer(layer, below)
         return self._layer(image, below)
 

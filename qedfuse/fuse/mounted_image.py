@@ -38,7 +38,7 @@ from qedfuse.host.file_id import FileMark
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import look
 from qedfuse.host.offload import to_its_end
-from qedfuse.layers.layer import Layer
+from qedfuse.layers.layer import layers_of
 from qedfuse.qed.image import Image
 from qedfuse.text import describe
 
@@ -466,9 +466,6 @@ class MountedImage:
         }
 
 
-def _is_local(layer: Layer | None) -> bool:
-    while layer is not None:
-        if isinstance(layer.storage, FileStorage) and not layer.storage.local:
-            return False
-        layer = layer.backing
-    return True
+def _is_local(image: Image) -> bool:
+    storages = (layer.storage for layer in layers_of(image))
+    return all(storage.local for storage in storages if isinstance(storage, FileStorage))

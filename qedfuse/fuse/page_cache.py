@@ -17,6 +17,7 @@ import stat
 import time
 
 from qedfuse.host.file_id import FileId, FileMark
+from qedfuse.layers.layer import layers_of
 from qedfuse.qed.image import Image
 
 #: Nanoseconds: more than any host's clock tick; the same on file systems that keep whole seconds (or pairs of them).
@@ -90,12 +91,7 @@ class CachedPages:
         self._states[:1] = [self._state_of(status)]
 
     def _look_at(self, image: Image) -> list[_State | None]:
-        found = [self._state_of(image.storage.stat())]
-        layer = image.backing
-        while layer is not None:
-            found.append(self._state_of(layer.storage.stat()))
-            layer = layer.backing
-        return found
+        return [self._state_of(layer.storage.stat()) for layer in layers_of(image)]
 
     def _state_of(self, status: os.stat_result) -> _State | None:
         if stat.S_ISBLK(status.st_mode):

@@ -11,7 +11,7 @@ from qedfuse.fuse.attributes import Attributes, host_blocks, raw_attributes
 from qedfuse.fuse.node import Node
 from qedfuse.fuse.options import MountOptions
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.layers.layer import Layer
+from qedfuse.layers.layer import Layer, layers_of
 from qedfuse.qed.image import Image
 
 
@@ -38,8 +38,7 @@ def attributes_of(node: Node, image: Image, options: MountOptions) -> Attributes
     return raw_attributes(status, image.size, host_blocks(image), writable=writable, options=options)
 
 
-async def refresh(layer: Layer | None) -> None:
+async def refresh(top: Layer) -> None:
     """Have the files of a chain tell what they are like now."""
-    while layer is not None:
+    for layer in layers_of(top):
         await cast(FileStorage, layer.storage).refresh()
-        layer = layer.backing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from qedfuse.host.storage import ReadStorage
@@ -53,3 +54,11 @@ class Layer(Protocol):
     async def close(self) -> None:
         """Close this layer's storage and those below it. Idempotent."""
         ...
+
+
+def layers_of(top: Layer | None) -> Iterator[Layer]:
+    """A chain's layers, from the top down; none without a layer."""
+    layer = top
+    while layer is not None:
+        yield layer
+        layer = layer.backing

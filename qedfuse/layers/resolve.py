@@ -18,8 +18,7 @@ class Extent(NamedTuple):
     """A resolved range: where the bytes really are.
 
     `offset` is the guest offset (the same in every layer), `host` the byte offset in `layer.storage` for DATA. `layer`
-    is None where the range reads as zeroes (ZERO, or UNALLOCATED all the way down). `depth` counts layers from the top
-    (0) to the one that settled it.
+    is None where the range reads as zeroes (ZERO, or UNALLOCATED all the way down).
     """
 
     offset: GuestOffset
@@ -27,67 +26,64 @@ class Extent(NamedTuple):
     kind: Kind
     layer: Layer | None
     host: HostOffset
-    depth: int
 
 
-_Range = tuple["Layer | None", GuestOffset, int, int]
+_Range = tuple["Layer | None", GuestOffset, int]
 
 
-def resolve_nowait(layer: Layer | None, offset: int, size: int, depth: int = 0) -> list[Extent] | None:
+def resolve_nowait(layer: Layer | None, offset: int, size: int) -> list[Extent] | None:
     """The extents of [offset, offset+size) through the chain from `layer` down, or None if any table must be read.
 
     What lies past a layer's end reads as zeroes. The extents come in guest order and cover the range exactly.
     """
     result: list[Extent] = []
-    todo: list[_Range] = [(layer, GuestOffset(offset), size, depth)]
+    todo: list[_Range] = [(layer, GuestOffset(offset), size)]
     while todo:
-        current, start, length, level = _clip(todo.pop(), result)
+        current, start, length = _clip(todo.pop(), result)
         if current is None:
             continue
         runs = current.map_nowait(start, length)
         if runs is None:
             return None
-        _sort_runs(current, start, runs, level, result, todo)
+        _sort_runs(current, start, runs, result, todo)
     result.sort()
     return result
 
 
-async def resolve(layer: Layer | None, offset: int, size: int, depth: int = 0) -> list[Extent]:
+async def resolve(layer: Layer | None, offset: int, size: int) -> list[Extent]:
     """As `resolve_nowait`, reading tables as needed. Raises OSError; cancellation leaves nothing behind."""
     result: list[Extent] = []
-    todo: list[_Range] = [(layer, GuestOffset(offset), size, depth)]
+    todo: list[_Range] = [(layer, GuestOffset(offset), size)]
     while todo:
-        current, start, length, level = _clip(todo.pop(), result)
+        current, start, length = _clip(todo.pop(), result)
         if current is None:
             continue
         runs = await current.map(start, length)
-        covered = _sort_runs(current, start, runs, level, result, todo)
+        covered = _sort_runs(current, start, runs, result, todo)
         if covered < length:
-            todo.append((current, start + covered, length - covered, level))
+            todo.append((current, start + covered, length - covered))
     result.sort()
     return result
 
 
 def _clip(item: _Range, result: list[Extent]) -> _Range:
     """The part of a range that lies inside its layer; the rest is emitted as unallocated. Layer None: nothing left."""
-    current, start, length, level = item
+    current, start, length = item
     inside = 0 if current is None else max(0, min(length, current.size - start))
     if inside < length:
-        result.append(Extent(start + inside, length - inside, Kind.UNALLOCATED, None, NO_PLACE, level))
-    return (current if inside else None), start, inside, level
+        result.append(Extent(start + inside, length - inside, Kind.UNALLOCATED, None, NO_PLACE))
+    return (current if inside else None), start, inside
 
 
-def _sort_runs(
-    current: Layer, start: GuestOffset, runs: list[Run], level: int, result: list[Extent], todo: list[_Range]
-) -> int:
+def _sort_runs(current: Layer, start: GuestOffset, runs: list[Run], result: list[Extent], todo: list[_Range]) -> int:
     """Emit what this layer settles, queue what the layer below must say. Returns the bytes the runs cover."""
     position = start
     for kind, length, host in runs:
         if kind is Kind.UNALLOCATED:
-            todo.append((current.backing, position, length, level + 1))
+            todo.append((current.backing, position, length))
         else:
             owner = None if kind is Kind.ZERO else current
-            result.append(Extent(position, length, kind, owner, host, level))
+            result.append(Extent(position, length, kind, owner, host))
         position += length
     return position - start
 
@@ -98,7 +94,7 @@ def read_extents_nowait(extents: list[Extent], offset: int, size: int) -> bytes 
     if len(extents) == 1 and extents[0].layer is None:
         return buffer
     view = memoryview(buffer)
-    for start, length, kind, owner, host, _depth in extents:
+    for start, length, kind, owner, host in extents:
         if owner is None:
             continue
         position = start - offset
@@ -111,7 +107,7 @@ async def read_extents(extents: list[Extent], offset: int, size: int) -> bytearr
     """The bytes of a resolved range. Raises OSError (EIO for a short read)."""
     buffer = bytearray(size)
     view = memoryview(buffer)
-    for start, length, kind, owner, host, _depth in extents:
+    for start, length, kind, owner, host in extents:
         if owner is None:
             continue
         target = view[start - offset : start - offset + length]
@@ -138,7 +134,7 @@ async def read_layer_into(layer: Layer | None, offset: int, target: memoryview) 
     extents = resolve_nowait(layer, offset, len(target))
     if extents is None:
         extents = await resolve(layer, offset, len(target))
-    for start, length, kind, owner, host, _depth in extents:
+    for start, length, kind, owner, host in extents:
         part = target[start - offset : start - offset + length]
         if owner is None:
             part[:] = bytes(length)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from qedfuse.host.file_id import FileId
-from qedfuse.layers.layer import Layer
+from qedfuse.layers.layer import Layer, layers_of
 from qedfuse.layers.mapping import MapEntry, walk
 from qedfuse.sizes import round_down, round_up
 
@@ -79,14 +79,6 @@ async def widened(ranges: AsyncGenerator[Range, None], block: int, size: int) ->
         yield end, size, False
 
 
-def _layers(top: Layer | None) -> list[Layer]:
-    found = []
-    while top is not None:
-        found.append(top)
-        top = top.backing
-    return found
-
-
 def files_of(top: Layer) -> dict[str, FileId]:
     """Which file each layer of a chain is, by its path."""
-    return {layer.path: FileId.of(layer.storage.stat()) for layer in _layers(top)}
+    return {layer.path: FileId.of(layer.storage.stat()) for layer in layers_of(top)}

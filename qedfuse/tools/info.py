@@ -169,15 +169,11 @@ def _host_info(storage: ReadStorage, format: str, size: int) -> ImageInfo:
 async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy = ANY_BACKING) -> list[ImageInfo]:
     """The image and every file below it, top first. Opens the whole chain; see `chain.open_layer` for the errors."""
     from qedfuse.chain.chain import open_layer
+    from qedfuse.layers.layer import layers_of
 
     top = await open_layer(path, "qed", share=share, policy=policy)
     try:
-        infos: list[ImageInfo] = []
-        layer: Layer | None = top
-        while layer is not None:
-            infos.append(await _layer_info(layer))
-            layer = layer.backing
-        return infos
+        return [await _layer_info(layer) for layer in layers_of(top)]
     finally:
         await top.close()
 

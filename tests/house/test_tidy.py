@@ -112,6 +112,22 @@ def test_every_function_of_the_helpers_is_used() -> None:
     assert not unused
 
 
+def test_a_chain_is_walked_in_one_place() -> None:
+    """`layers_of`: no other loop goes from a layer to the one below."""
+    loops = [
+        f"{path.relative_to(ROOT)}:{loop.lineno}"
+        for path, source in SOURCES.items()
+        if path != PACKAGE / "layers" / "layer.py"
+        for loop in ast.walk(ast.parse(source))
+        if isinstance(loop, ast.While)
+        for node in ast.walk(loop)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "backing"
+        and isinstance(node.value, ast.Name | ast.Subscript)
+    ]
+    assert not loops
+
+
 def test_files_that_are_named_exist() -> None:
     """By its whole path, or one from a room on, or its name alone."""
     places = (PACKAGE, TESTS, ROOT / "examples", ROOT / ".github", ROOT / ".ci")

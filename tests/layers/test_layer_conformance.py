@@ -15,7 +15,7 @@ import trio
 from qedfuse.chain.chain import open_layer
 from qedfuse.host.storage import read
 from qedfuse.layers.extents import HostExtents
-from qedfuse.layers.layer import Layer
+from qedfuse.layers.layer import Layer, layers_of
 from qedfuse.layers.resolve import read_layer
 from qedfuse.layers.runs import NO_PLACE, Kind, Run, append_run
 from qedfuse.qed.image import Image
@@ -152,7 +152,8 @@ def test_what_it_is(subject: Subject) -> None:
         async with opened(subject) as layer:
             assert (layer.size, layer.format) == (len(subject.content), subject.format)
             assert layer.path == layer.storage.path
-            assert (layer.backing.format if layer.backing else None) == subject.below
+            assert [below.format for below in layers_of(layer.backing)] == ([subject.below] if subject.below else [])
+            assert [*layers_of(layer)] == [layer, *layers_of(layer.backing)]
 
     trio.run(main)
 
@@ -228,11 +229,7 @@ def test_the_runs_say_where_the_bytes_are(subject: Subject) -> None:
 def test_closed_with_what_is_below(subject: Subject) -> None:
     async def main() -> None:
         async with opened(subject) as layer:
-            layers: list[Layer] = []
-            below: Layer | None = layer
-            while below:
-                layers.append(below)
-                below = below.backing
+            layers = [*layers_of(layer)]
             await layer.close()
             await layer.close()
             for closed in layers:
