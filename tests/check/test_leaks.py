@@ -121,7 +121,7 @@ def test_opening_after_a_crash_moves_nothing(tmp_path: Path) -> None:
 
 
 SCRIPT = (
-    "import sys; from qedfuse.check import release; release.BATCH_CLUSTERS = 50; "
+    "import sys; from qedfuse.check import gap_filling; gap_filling.BATCH_CLUSTERS = 50; "
     "from qedfuse.cli.main import main; sys.exit(main(['check', '-r', 'leaks', sys.argv[1]]))"
 )
 
