@@ -34,6 +34,9 @@ What a crash leaves (power loss: any subset of what was written since the last c
 Reads of "missing" data as zeroes hold because a cluster handed out reads as zeroes durably (`allocator.py`). Guest data
 needs no step of its own: it was written before the group was taken, so the syncs of 3 and 5 cover it.
 
+A process that was killed leaves in the host's page cache what it has written: the next one reads it there and builds on
+it. Nobody knows what of it was synced, so the first flush syncs even if nothing was written since.
+
 An entry, once set, stays: what is zeroed or discarded of a cluster is punched in place, which is a write like any
 other, and so is what is written there later. (QED has no free list: a cluster without an entry is a leak for ever.) So
 no table changes, nothing waits for a commit, and no cluster goes from one place of the guest to another. Two entries
@@ -128,7 +131,7 @@ class Committer:
     def __init__(self, storage: Storage, header: Header, tables: Tables, allocator: Allocator) -> None:
         self.header = header  # as in the file, or on its way there
         self.failed: OSError | None = None
-        self.unsynced = False  # something was written since the last sync began
+        self.unsynced = True  # something may have been written since the last sync began, also by a killed process
         self._storage = storage
         self._tables = tables
         self._allocator = allocator
