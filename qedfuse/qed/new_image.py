@@ -16,13 +16,7 @@ import errno
 from qedfuse.errors import QedfuseError
 from qedfuse.host.storage import Storage
 from qedfuse.qed.geometry import Geometry
-from qedfuse.qed.header import (
-    FEATURE_BACKING_FILE,
-    FEATURE_BACKING_FORMAT_NO_PROBE,
-    HEADER_BYTES,
-    MAX_BACKING_NAME,
-    Header,
-)
+from qedfuse.qed.header import Header
 from qedfuse.sizes import SECTOR_SIZE, round_up
 
 
@@ -33,35 +27,27 @@ def new_header(
 
     Raises QedfuseError: the geometry cannot map so much, or the name does not fit into the header's one cluster.
     """
-    room = min(geometry.cluster_size - HEADER_BYTES, MAX_BACKING_NAME)
-    if len(backing_name) > room:
-        raise QedfuseError(
-            path,
-            f"the backing file's name has {len(backing_name)} bytes; the header has room for {room}",
-            errno.ENAMETOOLONG,
-        )
-    if round_up(size, SECTOR_SIZE) > geometry.max_image_size:
+    header = Header(
+        cluster_size=geometry.cluster_size,
+        table_size=geometry.table_size,
+        header_size=1,
+        features=0,
+        compat_features=0,
+        autoclear_features=0,
+        l1_table_offset=geometry.cluster_size,
+        image_size=round_up(size, SECTOR_SIZE),
+    )
+    if backing_name:
+        offset = header.room_for_name(len(backing_name), path)
+        header = header.with_backing_file(offset, len(backing_name), is_raw=backing_is_raw)
+    if header.image_size > geometry.max_image_size:
         raise QedfuseError(
             path,
             f"size {size} is over {geometry.max_image_size}, all that cluster_size={geometry.cluster_size},"
             f"table_size={geometry.table_size} can map; use larger ones",
             errno.EFBIG,
         )
-    features = 0
-    if backing_name:
-        features = FEATURE_BACKING_FILE | (FEATURE_BACKING_FORMAT_NO_PROBE if backing_is_raw else 0)
-    return Header(
-        cluster_size=geometry.cluster_size,
-        table_size=geometry.table_size,
-        header_size=1,
-        features=features,
-        compat_features=0,
-        autoclear_features=0,
-        l1_table_offset=geometry.cluster_size,
-        image_size=round_up(size, SECTOR_SIZE),
-        backing_filename_offset=HEADER_BYTES if backing_name else 0,
-        backing_filename_size=len(backing_name),
-    )
+    return header
 
 
 def qemu_objection(header: Header) -> str | None:

@@ -23,6 +23,7 @@ from qedfuse.qed.header import (
     HEADER_BYTES,
     Header,
 )
+from qedfuse.qed.new_image import new_header
 from qedfuse.text import decode_backing_name
 
 CLUSTER_SIZES = [1 << bits for bits in range(12, 27)]
@@ -132,6 +133,24 @@ def test_a_backing_name_outside_the_header_or_of_absurd_size_is_refused(offset: 
 def test_a_backing_name_may_fill_the_header_to_its_edges(offset: int, size: int) -> None:
     header = replace(BACKED, backing_filename_offset=offset, backing_filename_size=size)
     assert Header.decode(header.encode(), "x.qed") == header
+
+
+@pytest.mark.parametrize(("cluster_size", "room"), [(4096, 4032), (65536, 4095)])
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_a_new_images_name_has_the_room_that_a_header_has(cluster_size: int, room: int, is_raw: bool) -> None:
+    geometry = Geometry(cluster_size, 4)
+    plain = new_header("x.qed", MIB, geometry)
+    assert new_header("x.qed", MIB, geometry, b"n" * room, backing_is_raw=is_raw) == plain.with_backing_file(
+        HEADER_BYTES, room, is_raw=is_raw
+    )
+    too_long = rf"^x\.qed: the backing file's name has {room + 1} bytes; the header has room for {room}$"
+    with pytest.raises(QedfuseError, match=too_long):
+        new_header("x.qed", MIB, geometry, b"n" * (room + 1))
+
+
+def test_a_new_images_name_is_where_a_header_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Header, "room_for_name", lambda *_: 1000)
+    assert new_header("x.qed", MIB, Geometry(), b"name").backing_filename_offset == 1000
 
 
 @pytest.mark.parametrize("raw", [b"", b"QE", b"QFI\xfb" + bytes(60), b"qed\0" + bytes(60), bytes(64)])
