@@ -36,8 +36,8 @@ class Job(Protocol):
 class JobControl:
     """Between a job and those that watch and steer it. Belongs to one event loop.
 
-    `rate`: bytes in a second at most; None: no limit. May be changed at any time. `guests`: counts guests' requests; a
-    job has to wait while they come (None: there are no guests). `progress`: the latest.
+    `guests`: counts guests' requests; a job has to wait while they come (None: there are no guests). `progress`: the
+    latest; None before the first report.
     """
 
     #: While guests work, a job works for as long as it lets them work alone.
@@ -46,8 +46,8 @@ class JobControl:
     _LONGEST_WAY = 0.1
 
     def __init__(self, *, rate: int | None = None, guests: Callable[[], int] | None = None) -> None:
-        self.rate = rate
-        self.progress = Progress(0, 0)
+        self.progress: Progress | None = None
+        self._rate = rate
         self._guests = guests
         self._seen = guests() if guests else 0
         self._began: float | None = None  # the step that goes on now
@@ -69,14 +69,15 @@ class JobControl:
         Raises JobCancelled if the job is to end.
         """
         now = trio.current_time()
-        took = 0.0 if self._began is None else now - self._began
-        if self.rate is not None:
-            self._due = max(self._due, self._began or now) + size / self.rate
-            await self._sleep(self._due - now)
+        began = now if self._began is None else self._began
+        if self._rate is not None:
+            self._due = max(self._due, began) + size / self._rate
+            await self._sleep(lambda: self._due)
         if self._guests is not None:
             seen, self._seen = self._seen, self._guests()
             if seen != self._seen:
-                await self._sleep(min(self._SHARE * took, self._LONGEST_WAY))
+                end = trio.current_time() + min(self._SHARE * (now - began), self._LONGEST_WAY)
+                await self._sleep(lambda: end)
         while self._paused and not self._cancelled:
             await self._changed.wait()
         await trio.lowlevel.checkpoint()
@@ -84,14 +85,26 @@ class JobControl:
             raise JobCancelled
         self._began = trio.current_time()
 
-    async def _sleep(self, seconds: float) -> None:
-        """Unless the job is to end."""
-        end = trio.current_time() + seconds
-        while trio.current_time() < end and not self._cancelled:
-            with trio.move_on_at(end):
+    async def _sleep(self, end: Callable[[], float]) -> None:
+        """Until then, which may change meanwhile, or the job is to end."""
+        while trio.current_time() < end() and not self._cancelled:
+            with trio.move_on_at(end()):
                 await self._changed.wait()
 
     # -- the others' side ---------------------------------------------------------------------------------------------
+
+    @property
+    def rate(self) -> int | None:
+        """Bytes in a second at most; None: no limit. A change holds from the step that goes on now: what was owed at
+        the old rate is not waited for any longer."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: int | None) -> None:
+        if rate != self._rate:
+            self._rate = rate
+            self._due = 0.0
+            self._tell()
 
     @property
     def paused(self) -> bool:
@@ -104,7 +117,6 @@ class JobControl:
 
     def resume(self) -> None:
         self._paused = False
-        self._began = None  # the pause was no work
         self._tell()
 
     def cancel(self) -> None:
@@ -113,13 +125,15 @@ class JobControl:
         self._tell()
 
     async def watch(self, period: float) -> AsyncIterator[Progress]:
-        """The progress now, and then whenever it has changed, but only every `period` seconds. Never ends by itself."""
+        """The progress as soon as there is any, and then whenever it has changed, but only every `period` seconds.
+        Never ends by itself."""
+        told: Progress | None = None
         while True:
+            while self.progress is None or self.progress == told:
+                await self._changed.wait()
             told = self.progress
             yield told
             await trio.sleep(period)
-            while self.progress == told:
-                await self._changed.wait()
 
     def _tell(self) -> None:
         self._changed.set()

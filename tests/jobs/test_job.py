@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -61,6 +62,56 @@ def test_the_rate_is_kept() -> None:
     assert seconds(lambda: JobControl(rate=1000 * MIB)) == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.parametrize(("rate", "wanted"), [(None, 0.9), (10 * MIB, 0.9), (5 * MIB, 1.8)])
+def test_a_changed_rate_holds_at_once(rate: int | None, wanted: float) -> None:
+    """The job waits for its first step's debt, which would last for a day."""
+
+    async def main() -> None:
+        job, control = Copy(), JobControl(rate=MIB // 86400)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(job.run, control)
+            await trio.sleep(100)
+            assert job.steps == 1
+            control.rate = rate
+            assert control.rate == rate
+            start = trio.current_time()
+        assert trio.current_time() - start == pytest.approx(wanted, abs=0.01)
+
+    run(main)
+
+
+def test_a_changed_rate_holds_for_the_step_that_goes_on() -> None:
+    async def main() -> None:
+        job, control = Copy(), JobControl()
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(job.run, control)
+            await trio.sleep(0.55)
+            control.rate = MIB
+        assert trio.current_time() - start == pytest.approx(0.5 + 5)
+
+    run(main)
+
+
+def test_the_same_rate_again_forgives_no_debt() -> None:
+    async def main() -> None:
+        control = JobControl(rate=MIB)
+        start = trio.current_time()
+
+        async def repeat() -> None:
+            while True:
+                await trio.sleep(0.05)
+                control.rate = MIB
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(repeat)
+            await control.step(5 * MIB)
+            nursery.cancel_scope.cancel()
+        assert trio.current_time() - start == pytest.approx(5.0)
+
+    run(main)
+
+
 def test_it_gives_way_to_guests() -> None:
     asked = 0
 
@@ -86,6 +137,26 @@ def test_it_is_paused_and_goes_on() -> None:
             start = trio.current_time()
         assert job.steps == STEPS
         assert trio.current_time() - start == pytest.approx(0.6)
+
+    run(main)
+
+
+@pytest.mark.parametrize("rate", [None, 5 * MIB], ids=["gives way", "rate"])
+def test_a_pause_that_ends_within_a_step_changes_nothing(rate: int | None) -> None:
+    """The step counts from where it began: it is as long as ever."""
+
+    async def main() -> None:
+        asked = itertools.count()
+        control = JobControl(rate=rate, guests=None if rate else lambda: next(asked))
+        await control.step(0)
+        start = trio.current_time()
+        for _ in range(STEPS):
+            await trio.sleep(0.05)
+            control.pause()
+            control.resume()
+            await trio.sleep(0.05)
+            await control.step(MIB)
+        assert trio.current_time() - start == pytest.approx(2.0)
 
     run(main)
 
@@ -129,6 +200,7 @@ def test_a_step_lets_cancellation_in() -> None:
 def test_its_progress_is_watched() -> None:
     async def main() -> None:
         job, control = Copy(), JobControl()
+        assert control.progress is None
         seen = []
         async with trio.open_nursery() as nursery:
 
@@ -140,7 +212,7 @@ def test_its_progress_is_watched() -> None:
             nursery.start_soon(work)
             async for progress in control.watch(0.25):
                 seen.append(progress.done // MIB)
-        assert seen[0] == 0
+        assert seen[0] == 1, "before the first report there is nothing to tell"
         assert seen[-1] == STEPS
         assert seen == sorted(set(seen))
         assert len(seen) <= 6
