@@ -64,7 +64,8 @@ def _claim(readers: FileStorage) -> FileStorage:
 
 def _unclaim(readers: FileStorage, storage: FileStorage) -> None:
     """`_claim` undone, as far as it came."""
-    os.close(storage.fileno())
+    with suppress(OSError):  # nothing was written
+        os.close(storage.fileno())
     _give_locks_back(readers)
 
 

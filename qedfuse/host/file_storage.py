@@ -81,10 +81,10 @@ class FileStorage:
             check_type(name, mode)
             if writable and stat.S_ISBLK(mode) and _is_read_only(fd):  # opening it has worked, writing would not
                 raise QedfuseError(name, "is a read-only block device", errno.EROFS)
+            return cls(name, fd, writable)
         except BaseException:
             os.close(fd)
             raise
-        return cls(name, fd, writable)
 
     def fileno(self) -> int:
         """The descriptor, for locks and for the fast path. The same number for as long as the file is open."""
@@ -95,7 +95,8 @@ class FileStorage:
         os.dup2(other._fd, self._fd, inheritable=False)
         self.writable = other.writable
         fd, other._fd = other._fd, -1
-        os.close(fd)
+        with suppress(OSError):  # of one descriptor of two: there is nothing to lose
+            os.close(fd)
 
     def read_into_nowait(self, offset: int, target: memoryview) -> bool:
         try:

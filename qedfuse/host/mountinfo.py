@@ -140,9 +140,15 @@ class _Table:
             return self._mounts.get(id)
 
     def _read(self) -> None:
-        with open(self._fd, "rb", closefd=False) as table:
-            table.seek(0)
-            self._mounts = {mount.id: mount for mount in map(parse_mount, table)}
+        """Should it fail, the table is opened anew the next time: what poll(2) has told it does not tell again."""
+        try:
+            with open(self._fd, "rb", closefd=False) as table:
+                table.seek(0)
+                self._mounts = {mount.id: mount for mount in map(parse_mount, table)}
+        except BaseException:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            raise
 
 
 _table = _Table()

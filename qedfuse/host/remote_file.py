@@ -60,10 +60,11 @@ class RemoteFile(FileStorage):
 
     def become(self, other: FileStorage) -> None:
         """The former descriptor stays open until the file is closed: closing one may have to wait for the host."""
+        status, size = other.stat(), other.size()  # first: should it fail, nothing has changed
         self._former.append(self._fd)
         self._fd, other._fd = other.fileno(), -1
         self.writable = other.writable
-        self._status, self._size = other.stat(), other.size()
+        self._status, self._size = status, size
 
     async def _wait_for(self, call: HostCall) -> object:
         waiting.begin()
@@ -122,14 +123,16 @@ class RemoteFile(FileStorage):
 
     async def close(self) -> None:
         former, self._former = self._former, []
-        if self.writable:
-            await super().close()
-        elif self._fd >= 0:
-            former.append(self._fd)
-            self._fd = -1
-        for fd in former:  # which were open for reading: there is nothing to lose
-            with suppress(OSError):
-                await look(partial(os.close, fd), patience=_PATIENCE)
+        try:
+            if self.writable:
+                await super().close()
+            elif self._fd >= 0:
+                former.append(self._fd)
+                self._fd = -1
+        finally:
+            for fd in former:  # which were open for reading: there is nothing to lose
+                with suppress(OSError):
+                    await look(partial(os.close, fd), patience=_PATIENCE)
 
     def next_data(self, offset: int) -> int | None:
         return offset if offset < self._size else None

@@ -67,7 +67,11 @@ class Walk:
         self._root: tuple[int, FileId] | None = None
         if root is not None:
             self._root_fd = _open_trusted(root)
-            self._root = mount_id(self._root_fd), FileId.of(os.fstat(self._root_fd))
+            try:
+                self._root = mount_id(self._root_fd), FileId.of(os.fstat(self._root_fd))
+            except BaseException:
+                os.close(self._root_fd)
+                raise
 
     def __enter__(self) -> Walk:
         return self
@@ -165,7 +169,11 @@ class Walk:
             fd = os.open(name, _PIN | os.O_DIRECTORY, dir_fd=here.fd)
         except NotADirectoryError:
             return
-        self._pop()
+        try:
+            self._pop()
+        except BaseException:
+            os.close(fd)
+            raise
         self._push(fd)
 
     def _read_link(self) -> str | None:

@@ -335,6 +335,32 @@ def test_an_upgrade_that_took_too_long_leaves_no_locks(tmp_path: Path, monkeypat
     trio.run(main)
 
 
+def test_an_upgrade_that_cannot_be_undone_in_all_leaves_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.qed"
+    really_close = os.close
+
+    def refuse(_fd: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    def close(fd: int) -> None:
+        really_close(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def main() -> None:
+        await create_image(str(path), MIB)
+        async with open_image(path, read_only=True) as image:
+            with monkeypatch.context() as patch, raises_errno(errno.ENOMEM):
+                patch.setattr(upgrade, "share_writers_locks", refuse)
+                patch.setattr(os, "close", close)
+                await make_writable(image)
+            with read_by_qemu(path):
+                pass
+
+    trio.run(main)
+
+
 def test_an_upgrade_of_an_image_that_is_closed_meanwhile_leaves_nothing_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qedfuse.host import mountinfo as mounts
-from qedfuse.host.mountinfo import Mount, find_mount, parse_mount
+from qedfuse.host.mountinfo import Mount, _Table, find_mount, mount_id, parse_mount
 from qedfuse.host.unmount import unmount
 from tests.helpers.judges.expect import raises_errno
 
@@ -48,6 +48,39 @@ def test_the_mount_on_top_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_real_table() -> None:
     root = find_mount("/proc")
     assert root is not None and root.fstype == "proc"
+
+
+def test_a_table_that_could_not_be_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that is empty nor one that is out of date passes for the kernel's, and nothing stays open."""
+    table = _Table()
+    here = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    id = mount_id(here)
+    os.close(here)
+
+    class News:
+        """A poll(2) that tells once that there is another table."""
+
+        said = False
+
+        def poll(self, _timeout: int) -> bool:
+            was_said, self.said = self.said, True
+            return not was_said
+
+    def refuse(_line: bytes) -> Mount:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    for first in (True, False):
+        if not first:
+            table._mounts.clear()
+            monkeypatch.setattr(table, "_poll", News())
+        open_before = len(os.listdir("/proc/self/fd")) - (not first)
+        with monkeypatch.context() as patch, raises_errno(errno.ENOMEM):
+            patch.setattr(mounts, "parse_mount", refuse)
+            table.find(id)
+        assert len(os.listdir("/proc/self/fd")) == open_before
+        found = table.find(id)
+        assert found is not None and found.id == id
+    os.close(table._fd)
 
 
 def test_unmounting_what_is_none(tmp_path: Path) -> None:

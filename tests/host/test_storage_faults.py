@@ -117,6 +117,47 @@ def test_errors_of_the_real_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     trio.run(main)
 
 
+def test_a_file_that_cannot_be_looked_at_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    looks: list[int] = []
+    fstat = os.fstat
+
+    def fail_the_last(fd: int) -> os.stat_result:
+        looks.append(fd)
+        if len(looks) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return fstat(fd)
+
+    with monkeypatch.context() as patch, raises_errno(errno.EIO):
+        patch.setattr(os, "fstat", fail_the_last)
+        FileStorage.open(path, writable=True)
+    with raises_errno(errno.EBADF):
+        os.fstat(looks[0])
+
+
+def test_a_second_opening_whose_close_fails_has_been_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the first one's by then, and a failure would say that it is not."""
+    path = tmp_path / "file"
+    path.touch()
+    file = FileStorage.open(path, writable=False)
+    close = os.close
+
+    def fail(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", fail)
+        file.become(FileStorage.open(path, writable=True))
+    assert file.writable
+    assert file.write_nowait(0, b"x")
+    trio.run(file.close)
+    assert path.read_bytes() == b"x"
+
+
 def test_a_write_of_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that writes 0 bytes again and again must not hang us."""
     path = tmp_path / "file"

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qedfuse.host import walk as walk_module
 from qedfuse.host.mountinfo import find_by_id, is_remote, mount_id, parse_mount
 from qedfuse.host.walk import Walk
 from tests.helpers.judges.expect import raises_errno
@@ -38,6 +39,17 @@ def tree(tmp_path: Path) -> Path:
     ):
         (tmp_path / "a" / link).symlink_to(target)
     return tmp_path
+
+
+def test_a_walk_that_does_not_begin_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch, raises_errno(errno.EMFILE):
+        patch.setattr(walk_module, "mount_id", refuse)
+        Walk(str(tmp_path))
+    assert os.listdir("/proc/self/fd") == before
 
 
 PARTS = ["a", "b", "..", ".", "", "up", "self", "b-link", "absolute", "loop", "gone", "file", "file-link", "slash"]
