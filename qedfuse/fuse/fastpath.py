@@ -69,7 +69,8 @@ MODE_VARIABLE = "QEDFUSE_FASTPATH"
 
 
 class FastPath:
-    """The filter of this process's mount. `pyfuse3_file`: pyfuse3's library. Raises OSError if libfuse is not there.
+    """The filter of this process's mount. `pyfuse3_file`: pyfuse3's library. Raises OSError if libfuse is not there, or
+    no memory for a request.
 
     `cached`: the kernel has a page cache, and may hold data that we do not know of: written ones if its writeback cache
     is on, stores into shared maps in any case.

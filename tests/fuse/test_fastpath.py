@@ -6,6 +6,7 @@ lets every request through).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -679,6 +680,28 @@ def test_where_it_cannot_bind_python_answers_and_the_log_says_so(tmp_path: Path,
     finally:
         subprocess.run(["fusermount3", "-u", str(raw)], check=True)
     assert "no native fast path" in log.read_text()
+
+
+def test_without_memory_for_a_request_it_says_so() -> None:
+    """And not that libfuse was not found."""
+    program = """if True:
+        import resource
+        from qedfuse.fuse.fastpath import native
+        import pyfuse3
+        with open("/proc/self/statm") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 20), resource.RLIM_INFINITY))
+        try:
+            native.bind(pyfuse3.__file__)
+        except OSError as error:
+            print(error.errno)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        native.bind(pyfuse3.__file__)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == f"{errno.ENOMEM}\n"
 
 
 def test_the_filter_compiles_without_a_warning(tmp_path: Path) -> None:

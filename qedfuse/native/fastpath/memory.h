@@ -13,7 +13,7 @@ extern char *request_memory; /* REQUEST_SPACE; from a page boundary */
 extern char *reply_memory;   /* a reply: the header right before a page boundary, the data from there on */
 extern char *scratch;        /* twice MAX_IO: what a new cluster gets from below, before and behind a write */
 
-/* Returns false without memory. */
+/* False: no memory, and errno says so. */
 bool memory_prepare(void);
 
 #endif

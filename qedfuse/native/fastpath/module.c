@@ -19,10 +19,12 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
         return NULL;
     find_libfuse(PyBytes_AS_STRING(path));
     Py_DECREF(path);
-    if (!libfuse.receive_buf || !memory_prepare()) {
+    if (!libfuse.receive_buf) {
         PyErr_SetString(PyExc_OSError, "libfuse's functions were not found");
         return NULL;
     }
+    if (!memory_prepare())
+        return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
 
