@@ -104,7 +104,8 @@ checksum() {
 
 install_qedfuse() {
     if ! venv_works; then
-        is_complete "$python" || fail "$python lacks its venv module or its headers (python$version-venv, python$version-dev)"
+        is_complete "$python" ||
+            fail "$python lacks its venv module or its headers (python$version-venv, python$version-dev)"
         echo "making a virtual environment in $venv"
         "$python" -m venv --clear "$venv"
     fi

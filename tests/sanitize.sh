@@ -40,10 +40,10 @@ END
 export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:handle_abort=1:log_path=$copy/report
 export PYTHONMALLOC=malloc
 status=0
-./sanitized -m pytest -p only_python -p no:cacheprovider tests/fuse/test_fastpath*.py tests/qed/test_begin_flush.py \
-    tests/fuse/test_seek_model.py tests/qed/test_cluster_map.py tests/check/test_check.py tests/daemon/test_root_times.py \
-    tests/fuse/test_oversize.py tests/fuse/test_seek_mapped.py tests/fuse/test_replace_image.py \
-    tests/qed/test_one_mapping.py "$@" || status=$?
+./sanitized -m pytest -p only_python -p no:cacheprovider \
+    tests/check/test_check.py tests/daemon/test_root_times.py tests/fuse/test_fastpath*.py tests/fuse/test_oversize.py \
+    tests/fuse/test_replace_image.py tests/fuse/test_seek_mapped.py tests/fuse/test_seek_model.py \
+    tests/qed/test_begin_flush.py tests/qed/test_cluster_map.py tests/qed/test_one_mapping.py "$@" || status=$?
 if compgen -G "$copy/report*" >/dev/null; then
     cat "$copy"/report*
     status=1

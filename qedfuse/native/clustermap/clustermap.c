@@ -1,8 +1,9 @@
 /*
  * The inner loop of a check: a map of an image file's clusters, in which chunks of L2 entries are marked.
  *
- * A check looks at every entry of every table, 16 million of them for a full image of 1 TiB, in whatever order the guest
- * happened to write. Here that takes a few nanoseconds each, about a tenth of a millisecond a chunk: the GIL is kept.
+ * A check looks at every entry of every table, 16 million of them for a full image of 1 TiB, in whatever order the
+ * guest happened to write. Here that takes a few nanoseconds each, about a tenth of a millisecond a chunk: the GIL is
+ * kept.
  *
  * Entries come from a file that is not to be trusted. An entry is used as an index only after it was found to be a
  * cluster that can be marked, and the only memory that it then leads to is the map's own.
@@ -48,7 +49,7 @@ typedef struct {
     size_t used, most;
 } Bitmap;
 
-/* -- parts -------------------------------------------------------------------------------------------------------------- */
+/* -- parts --------------------------------------------------------------------------------------------------------- */
 
 /* The first part with this number or a larger one. */
 static size_t part_place(const Bitmap *self, uint64_t number)
@@ -112,7 +113,7 @@ static inline bool set(uint64_t *word, unsigned bit)
     return before >> bit & 1;
 }
 
-/* -- marking ------------------------------------------------------------------------------------------------------------ */
+/* -- marking ------------------------------------------------------------------------------------------------------- */
 
 static PyObject *bitmap_mark(PyObject *object, PyObject *args)
 {
@@ -144,7 +145,7 @@ static bool append(PyObject *list, Py_ssize_t position)
     return done;
 }
 
-/* What marking entries has found so far; see clustermap.Marks. */
+/* What marking entries has found so far; see cluster_map.Marks. */
 struct marks {
     Py_ssize_t allocated, fragmented;
     uint64_t last;
@@ -223,7 +224,7 @@ static PyObject *bitmap_mark_entries(PyObject *object, PyObject *args)
     return result;
 }
 
-/* -- looking ------------------------------------------------------------------------------------------------------------ */
+/* -- looking ------------------------------------------------------------------------------------------------------- */
 
 /* The first cluster at or behind `cluster` that is marked, or not marked; the number of clusters if there is none. */
 static uint64_t find(const Bitmap *self, uint64_t cluster, bool marked)
@@ -365,7 +366,7 @@ static PyObject *bitmap_find_entries(PyObject *object, PyObject *argument)
     return found;
 }
 
-/* -- the type and the module -------------------------------------------------------------------------------------------- */
+/* -- the type and the module --------------------------------------------------------------------------------------- */
 
 static PyObject *bitmap_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
@@ -402,14 +403,17 @@ static void bitmap_dealloc(PyObject *object)
 static PyMethodDef bitmap_methods[] = {
     {"mark", bitmap_mark, METH_VARARGS, "mark(first, number) -> how many of a run were marked before."},
     {"mark_entries", bitmap_mark_entries, METH_VARARGS,
-     "mark_entries(chunk, last=0) -> (allocated, fragmented, last, invalid, again), see clustermap.Marks."},
-    {"next_marked", bitmap_next_marked, METH_O, "The first marked cluster from this one on, or the number of clusters."},
-    {"next_free", bitmap_next_free, METH_O, "The first unmarked cluster from this one on, or the number of clusters."},
+     "mark_entries(chunk, last=0) -> (allocated, fragmented, last, invalid, again), see cluster_map.Marks."},
+    {"next_marked", bitmap_next_marked, METH_O,
+     "next_marked(cluster) -> the first marked cluster from this one on, or the number of clusters."},
+    {"next_free", bitmap_next_free, METH_O,
+     "next_free(cluster) -> the first unmarked cluster from this one on, or the number of clusters."},
     {"end_of_marked", bitmap_end_of_marked, METH_VARARGS,
      "end_of_marked(before=clusters) -> the cluster behind the last marked one below `before`; 0: there is none."},
     {"end_of_free", bitmap_end_of_free, METH_VARARGS,
      "end_of_free(before=clusters) -> the cluster behind the last unmarked one below `before`; 0: there is none."},
-    {"marked_below", bitmap_marked_below, METH_O, "How many clusters below this one are marked."},
+    {"marked_below", bitmap_marked_below, METH_O,
+     "marked_below(cluster) -> how many clusters below this one are marked."},
     {"find_entries", bitmap_find_entries, METH_O,
      "find_entries(chunk) -> positions of the L2 entries that refer to marked clusters, ascending."},
     {NULL, NULL, 0, NULL},

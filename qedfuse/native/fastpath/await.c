@@ -12,8 +12,7 @@ enum {
 
 struct pace spins;
 
-/* Receives for a moment, until there is a request. No sched_yield: a task that yields often must
- * wait. */
+/* Receives for a moment, until there is a request. No sched_yield: a task that yields often must wait. */
 static int spin(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
     int64_t end = now() + SPIN_NS;

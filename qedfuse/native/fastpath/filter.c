@@ -13,9 +13,9 @@
  * What it does. It reads requests from the session's descriptor. READs, WRITEs that overwrite allocated clusters, and
  * most WRITEs into new ones it answers at once and goes on to the next request (a *burst*). FALLOCATE and LSEEK, for
  * which pyfuse3 has no handlers, and FSYNC, which is quicker this way, it hands to Python (bypass.py). The first
- * request that is anything else ends the burst and is returned to pyfuse3 untouched. At the end of a burst without such a
- * request it returns -EINTR, upon which pyfuse3 waits for the descriptor as it always does. The GIL is released but for
- * the moments when Python is asked or told something.
+ * request that is anything else ends the burst and is returned to pyfuse3 untouched. At the end of a burst without such
+ * a request it returns -EINTR, upon which pyfuse3 waits for the descriptor as it always does. The GIL is released but
+ * for the moments when Python is asked or told something.
  *
  * What it never does: choose clusters, bring a table to the file, block on a disk, report an error. Whatever is not
  * plainly fine (an entry that points nowhere, data that the host does not come up with, a failed write) goes to Python,
@@ -39,10 +39,11 @@
  * the entries there, by way of an index (page number -> address) that table_pages.py keeps up to date. Python changes
  * tables, and the pool moves pages, only on the thread that runs trio, and this function is called by pyfuse3 on that
  * thread: until it returns, nothing else runs there, whichever thread has the GIL. The worker threads that may run
- * meanwhile make system calls on the host files (a slow read, a commit's fdatasync, a punch) and touch no table. So what
- * is done here is atomic for the engine, just as the engine's own `_nowait` functions are, and is right for the same
- * reasons. The two times that Python does something in a burst, a table page coming in and a request handed over, it is
- * told of writes first, and no pointer to a page is kept across.
+ * meanwhile make system calls on the host files (a slow read, a commit's fdatasync, a punch) and touch no table. So
+ * what is done here is atomic for the engine, just as the engine's own `_nowait` functions are, and is right for the
+ * same reasons. The two times that Python does something in a burst, a table page coming in and a request handed over,
+ * it is told of writes first, and no pointer to a page is kept across.
+ *
  * Numbers that live in Python objects (image size, end of the file, whether it may be written) are fetched once in a
  * burst, before the first request to an image is looked at, and again after a request was handed over. That something
  * was written is told to Python before the function returns, hence before any flush or sync can begin.

@@ -1,6 +1,6 @@
 /* Requests that Python answers past pyfuse3: one method of one object for each kind. */
-#ifndef QEDFUSE_HAND_H
-#define QEDFUSE_HAND_H
+#ifndef QEDFUSE_HANDOVER_H
+#define QEDFUSE_HANDOVER_H
 
 #include "burst.h"
 

@@ -17,7 +17,7 @@ enum {
     PAGE_ENTRIES = 1 << PAGE_BITS,
 };
 
-/* Where the pages of one table level are, told by pages.PageMap. */
+/* Where the pages of one table level are, told by table_pages.PageMap. */
 typedef struct {
     PyObject_HEAD
     struct index pages;

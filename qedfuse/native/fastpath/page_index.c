@@ -1,4 +1,4 @@
-/* PageIndex: a table level's index of pages, as a Python object. See pages.PageWatcher. */
+/* PageIndex: a table level's index of pages, as a Python object. See table_pages.PageWatcher. */
 
 #include "layer.h"
 

@@ -1,9 +1,11 @@
-/* Reads that wait for the disk.
+/*
+ * Reads that wait for the disk.
  *
  * The host has begun to read what they miss (RWF_NOWAIT starts readahead), and a fast disk has it in less time than a
- * thread takes to wake: they are tried again and again, for a moment. */
-#ifndef QEDFUSE_PARKED_H
-#define QEDFUSE_PARKED_H
+ * thread takes to wake: they are tried again and again, for a moment.
+ */
+#ifndef QEDFUSE_PARKED_READS_H
+#define QEDFUSE_PARKED_READS_H
 
 #include "burst.h"
 #include "pace.h"

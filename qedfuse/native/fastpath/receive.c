@@ -34,8 +34,8 @@ int receive_by_libfuse(struct burst *burst, struct fuse_session *session, struct
 }
 
 /* We read ourselves: libfuse would splice through a pipe, which is slower, and where a request's flags cannot be seen.
- * The kernel refuses, with EINVAL and without taking a request, a space that could be too small for what was agreed with
- * it; then it is libfuse's turn, which must not find our buffer, as it believes that every one is its own. */
+ * The kernel refuses, with EINVAL and without taking a request, a space that could be too small for what was agreed
+ * with it; then it is libfuse's turn, which must not find our buffer, as it believes that every one is its own. */
 int receive(struct burst *burst, struct fuse_session *session, struct fuse_buf *buf)
 {
     bool ours = !buf->mem;

@@ -18,7 +18,6 @@ void reply(int fd, uint64_t unique, int error, size_t size)
         ;
 }
 
-
 /* -- from Python --------------------------------------------------------------------------------------------------- */
 
 typedef struct {

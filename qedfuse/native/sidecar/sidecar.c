@@ -5,16 +5,17 @@
  * `set_times` takes times in nanoseconds since the epoch. `cut` takes a limit in bytes: for a larger file it asks for
  * one byte more than that. Both take the mount's device number (st_dev) and touch nothing else that is at the path by
  * now (ENODEV). They return the size in bytes that the kernel believed in just before the change; any writer may have
- * changed it since. They raise OSError: what a system call said, ECANCELED if the sidecar was killed. They wait, without
- * the GIL, until the daemon has answered, perhaps for ever: the caller needs a thread that it can abandon.
+ * changed it since. They raise OSError: what a system call said, ECANCELED if the sidecar was killed. They wait,
+ * without the GIL, until the daemon has answered, perhaps for ever: the caller needs a thread that it can abandon.
  *
  * A thread of the daemon must not do it: once the request has been taken, not even SIGKILL interrupts a thread that
  * waits for the answer. If the daemon is killed meanwhile, its threads share the descriptor of /dev/fuse, which is what
  * the kernel waits for to be closed before it gives that thread an error: neither ever comes.
  *
- * So a child does it, made with vfork(2): it shares the daemon's memory, so it costs neither memory nor the time to copy
- * page tables, but has descriptors of its own, and begins by closing all of them. The thread that made it is suspended
- * until it ends, in a wait that SIGKILL ends; then the daemon's last descriptor is closed, and the child has its error.
+ * So a child does it, made with vfork(2): it shares the daemon's memory, so it costs neither memory nor the time to
+ * copy page tables, but has descriptors of its own, and begins by closing all of them. The thread that made it is
+ * suspended until it ends, in a wait that SIGKILL ends; then the daemon's last descriptor is closed, and the child has
+ * its error.
  *
  * It makes system calls only. Signals are blocked in it: a handler would run in the daemon's memory.
  *
@@ -51,7 +52,7 @@ struct errand {
     volatile unsigned long long size;
 };
 
-/* Returns an errno. Not what is at the path now, but only the mount itself may be touched: it may have been unmounted. */
+/* Returns an errno. Only the mount itself may be touched, not what is at the path now: it may have been unmounted. */
 static int run(struct errand *errand)
 {
     struct statx status;
