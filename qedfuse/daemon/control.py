@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from qedfuse.daemon.protocol import MAX_ANSWER, Request, why_refused
+from qedfuse.daemon.protocol import MAX_ANSWER, Request, why_failed, why_refused
 from qedfuse.daemon.rendezvous import abstract_name, find
 from qedfuse.errors import QedfuseError
 from qedfuse.host.mountinfo import Mount
@@ -51,12 +51,13 @@ class Client:
 
     def ask(self, command: str, seconds: float | None = _PATIENCE, **arguments: Any) -> dict[str, Any]:
         """Send a command; its first answer, which must come within `seconds` if that is not None. Raises QedfuseError,
-        also if the daemon does not know the command."""
+        also if the daemon does not know the command or the command fails."""
         self._send(Request(command, arguments), seconds)
         return self._receive()
 
     def follow(self, command: str, *, detached: bool = False, **arguments: Any) -> Iterator[dict[str, Any]]:
-        """Send a command; its answers as they come, to the last. `detached`: it goes on when this connection ends."""
+        """Send a command; its answers as they come, to the last. `detached`: it goes on when this connection ends.
+        Raises QedfuseError as `ask`."""
         self._send(Request(command, arguments, detached), _PATIENCE)
         self._socket.settimeout(None)
         self._more = True
@@ -91,7 +92,7 @@ class Client:
             answer = None
         if not isinstance(answer, dict):
             raise QedfuseError(self._path, "its daemon answers nonsense")
-        if (reason := why_refused(answer)) is not None:
+        if (reason := why_refused(answer) or why_failed(answer)) is not None:
             raise QedfuseError(self._path, reason)
         self._more = bool(answer.pop("more", False))
         return answer

@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from qedfuse.daemon.control import peer_uid
-from qedfuse.daemon.protocol import MAX_REQUEST, Refused, decode, encode, refusal, unknown
+from qedfuse.daemon.protocol import MAX_REQUEST, Refused, decode, encode, failure, refusal, unknown
 from qedfuse.daemon.rendezvous import Address, abstract_name, bind
 from qedfuse.text import describe, printable
 
@@ -48,7 +48,7 @@ class Call:
             self._gone = False
 
 
-#: Returns the last answer; raises OSError, which becomes one. Cancelled when its client goes away.
+#: Returns the last answer; raises OSError, which the client gets. Cancelled when its client goes away.
 Command = Callable[[Call], Awaitable[dict[str, Any]]]
 
 
@@ -216,10 +216,10 @@ async def _run(command: Command, call: Call, name: str) -> dict[str, Any]:
     try:
         return await command(call)
     except OSError as error:
-        return {"error": describe(error)}
+        return failure(describe(error))
     except Exception as error:
         _log.error("control socket: %s: internal error", printable(name), exc_info=error)
-        return {"error": f"internal error: {type(error).__name__}: {error}; this is a bug"}
+        return failure(f"internal error: {type(error).__name__}: {error}; this is a bug")
 
 
 async def _cancel_when_gone(stream: trio.SocketStream, scope: trio.CancelScope) -> None:

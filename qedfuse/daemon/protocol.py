@@ -6,6 +6,7 @@ A connection is for one request, a JSON object in one line; the answers are JSON
 
     ->  any number of objects with "more": true, and then one without it, the last
     ->  or {"version": 2, "error": text}, if the request is refused: only refusals have a version
+    ->  or {"failed": text} as the last one, if the command fails
 
     status      {"pid": ..., "mountpoint": ..., "images": [...], ...}
     flush       {"error": null | text, "unwritten": null | text}, when all that was completed is durable; "unwritten" is
@@ -88,6 +89,17 @@ def why_refused(answer: Mapping[str, Any]) -> str | None:
     if reason == _UNKNOWN:
         return "its daemon is older than this command, and does not know it"
     return None
+
+
+def failure(text: str) -> dict[str, Any]:
+    """The last answer of a command that fails."""
+    return {"failed": text}
+
+
+def why_failed(answer: Mapping[str, Any]) -> str | None:
+    """Whether an answer is of a command that has failed, and why."""
+    reason = answer.get("failed")
+    return reason if isinstance(reason, str) else None
 
 
 def encode(message: Mapping[str, Any]) -> bytes:

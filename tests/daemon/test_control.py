@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 
+from qedfuse.cli.umount import _check_that_all_is_written
 from qedfuse.daemon import control_server
 from qedfuse.daemon.control import Client
 from qedfuse.daemon.control_server import Call, Command, ControlServer
@@ -287,11 +288,39 @@ def test_a_command_that_fails_ends_nothing_else(error: Exception, told: str) -> 
     async def fail(_call: Call) -> dict[str, Any]:
         raise error
 
+    async def fail_later(call: Call) -> dict[str, Any]:
+        await call.send({"number": 1})
+        raise error
+
+    def expect_failure() -> None:
+        with Client(mount()) as client, pytest.raises(QedfuseError) as asked:
+            client.ask("fail")
+        with Client(mount()) as client:
+            answers = client.follow("fail_later")
+            assert next(answers) == {"number": 1}
+            with pytest.raises(QedfuseError) as followed:
+                next(answers)
+        for caught in (asked, followed):
+            assert (caught.value.path, caught.value.message) == (mount().mountpoint, told)
+
     async def body(server: ControlServer) -> None:
-        assert await trio.to_thread.run_sync(ask, "fail") == {"error": told}
+        await trio.to_thread.run_sync(expect_failure)
         assert await trio.to_thread.run_sync(ask, "status") == {"pid": 42}
 
-    with_server(body, fail=fail)
+    with_server(body, fail=fail, fail_later=fail_later)
+
+
+def test_what_could_not_be_flushed_is_not_unmounted() -> None:
+    """A flush that comes to nothing is no flush that found nothing to say."""
+
+    async def fail(_call: Call) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    async def body(server: ControlServer) -> None:
+        with pytest.raises(QedfuseError, match="internal error: ZeroDivisionError"):
+            await trio.to_thread.run_sync(_check_that_all_is_written, mount(), "/mnt")
+
+    with_server(body, flush=fail)
 
 
 def test_versions_before_and_after() -> None:
