@@ -93,13 +93,14 @@ class Chain:
 
     @asynccontextmanager
     async def closed_on_error(self) -> AsyncIterator[None]:
-        """Close every file of the chain if the block does not come to its end."""
+        """Close every file of the chain if the block does not come to its end, whatever becomes of closing one."""
         try:
             yield
         except BaseException:
             with trio.CancelScope(shield=True):
                 for storage in self._opened:
-                    await storage.close()
+                    with suppress(OSError):
+                        await storage.close()
             raise
 
     async def open_top(self, path: str, format: str | None, *, writable: bool, in_directory: bool = False) -> None:

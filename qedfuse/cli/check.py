@@ -76,21 +76,20 @@ def check(output: str, repair: str | None, share: bool, quiet: bool, image: str)
 async def _check(path: str, repair: str | None, share: bool, bar: Bar) -> CheckResult | None:
     """None: the file is something else."""
     from qedfuse.check.check import Repair, check_image
+    from qedfuse.host.closing import closing
     from qedfuse.host.file_storage import FileStorage
     from qedfuse.host.image_lock import lock
     from qedfuse.qed.header import NotQedError
     from qedfuse.qed.header_io import read_header
 
-    storage = FileStorage.open(path, repair is not None)
     try:
-        if not share:
-            lock(storage.fileno(), path, writable=repair is not None)
-        header = await read_header(storage)
-        return await check_image(storage, header, repair=Repair(repair or "none"), progress=bar)
+        async with closing(FileStorage.open(path, repair is not None)) as storage:
+            if not share:
+                lock(storage.fileno(), path, writable=repair is not None)
+            header = await read_header(storage)
+            return await check_image(storage, header, repair=Repair(repair or "none"), progress=bar)
     except NotQedError:
         return None
-    finally:
-        await storage.close()
 
 
 def exit_code(result: CheckResult) -> int:

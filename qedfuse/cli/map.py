@@ -58,15 +58,13 @@ def map_command(
 
 async def _map(as_json: bool, share: bool, policy: BackingPolicy, start: int, length: int | None, path: str) -> None:
     from qedfuse.chain.chain import open_layer
+    from qedfuse.host.closing import closing
     from qedfuse.layers.mapping import map_image
 
-    top = await open_layer(path, "qed", share=share, policy=policy)
-    try:
+    async with closing(await open_layer(path, "qed", share=share, policy=policy)) as top:
         sparse = await _sparse_layers(top)
         async with aclosing(map_image(top, start, length, sparse=sparse)) as entries:
             await (_print_json(entries) if as_json else _print_table(entries))
-    finally:
-        await top.close()
 
 
 async def _sparse_layers(top: Layer) -> list[Layer]:

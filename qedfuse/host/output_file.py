@@ -110,12 +110,13 @@ async def open_output(
                 _remove(new, file)
             elif begun and file is not None:
                 await file.truncate(0)
+        if file is not None:
+            with suppress(OSError):
+                await file.release()
         if isinstance(error, OSError):
             error.filename = error.filename or path
         raise
-    finally:
-        if file is not None:
-            await file.release()
+    await file.release()
 
 
 def _open(path: str, create: bool, is_image: bool) -> OutputFile:

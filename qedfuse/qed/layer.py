@@ -125,9 +125,11 @@ class QedLayer:
     async def close(self) -> None:
         """Close the file, and the layers below. Idempotent."""
         self._tables.close()
-        await self.storage.close()
-        if self._backing:
-            await self._backing.close()
+        try:
+            await self.storage.close()
+        finally:
+            if self._backing:
+                await self._backing.close()
 
     def _clusters(self, offset: int, size: int) -> tuple[int, int]:
         return offset >> self._bits, (offset + size + self._mask) >> self._bits

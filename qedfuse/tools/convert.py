@@ -17,11 +17,10 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 
-import trio
-
 from qedfuse.chain.chain import open_backing, open_layer
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.errors import UsageError
+from qedfuse.host.closing import closing
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import INLINE_WRITE_LIMIT
 from qedfuse.host.waiting import Breather
@@ -76,16 +75,18 @@ async def convert_image(
     if not is_new_image and (geometry or backing is not None):
         raise UsageError(target, "cluster size, table size and backing file are for new qed images only")
     async with AsyncExitStack() as stack:
-        top = await open_layer(source, source_format, share=share, policy=policy)
-        stack.push_async_callback(_close, top)
+        top = await stack.enter_async_context(
+            closing(await open_layer(source, source_format, share=share, policy=policy))
+        )
         size = top.size
         names = _names(top)
         below: Layer | None = None
         header: Header | None = None
         out: Target
         if backing is not None:
-            below = await open_backing(target, backing, backing_format, share=share, policy=policy)
-            stack.push_async_callback(_close, below)
+            below = await stack.enter_async_context(
+                closing(await open_backing(target, backing, backing_format, share=share, policy=policy))
+            )
             names |= _names(below)
         if target_format == "raw":
             out = await stack.enter_async_context(raw_target(target, size, create=create, sources=names))
@@ -167,8 +168,3 @@ def _new_buffer(size: int) -> memoryview:
 
 def _names(top: Layer) -> dict[FileId, str]:
     return {found: path for path, found in files_of(top).items()}
-
-
-async def _close(layer: Layer) -> None:
-    with trio.CancelScope(shield=True):
-        await layer.close()

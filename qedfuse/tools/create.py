@@ -13,6 +13,7 @@ import trio
 
 from qedfuse.chain.chain import open_backing
 from qedfuse.errors import QedfuseError, UsageError
+from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
 from qedfuse.host.new_file import make_file, sync_directory
@@ -86,8 +87,5 @@ async def _look_at_backing(path: str, backing: str, backing_format: str | None) 
     """
     if not backing:
         raise UsageError(path, "the backing file's name is empty")
-    layer = await open_backing(path, backing, backing_format, share=True)
-    try:
+    async with closing(await open_backing(path, backing, backing_format, share=True)) as layer:
         return layer.size, layer.format
-    finally:
-        await layer.close()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
+from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
 from qedfuse.host.storage import ReadStorage
@@ -147,7 +148,8 @@ def opened(path: str, *, share: bool) -> Iterator[FileStorage]:
             lock(storage.fileno(), path, writable=False)
         yield storage
     finally:
-        run_blocking(storage.close())
+        with suppress(OSError):  # it was only read: there is nothing to lose
+            run_blocking(storage.close())
 
 
 async def info_of(storage: ReadStorage, header: Header | None = None) -> ImageInfo:
@@ -171,11 +173,8 @@ async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy = 
     from qedfuse.chain.chain import open_layer
     from qedfuse.layers.layer import layers_of
 
-    top = await open_layer(path, "qed", share=share, policy=policy)
-    try:
+    async with closing(await open_layer(path, "qed", share=share, policy=policy)) as top:
         return [await _layer_info(layer) for layer in layers_of(top)]
-    finally:
-        await top.close()
 
 
 async def _layer_info(layer: Layer) -> ImageInfo:

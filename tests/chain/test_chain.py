@@ -14,6 +14,7 @@ from qedfuse.chain.chain import MAX_DEPTH, open_backing, open_layer
 from qedfuse.chain.format_probe import probe_format
 from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import CorruptError, FormatError, InUseError, UnsupportedError
+from qedfuse.host.file_storage import FileStorage
 from tests.helpers.images.chains import (
     SIZE,
     contents,
@@ -25,6 +26,7 @@ from tests.helpers.images.chains import (
     refusal,
     run,
 )
+from tests.helpers.judges.expect import raises_errno
 from tests.helpers.qemu.cli import qemu_img, tool
 
 NO_BACKING = BackingPolicy(allowed=False)
@@ -199,6 +201,47 @@ def test_open_backing(tmp_path: Path) -> None:
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closes_badly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is closed, and says EIO to it."""
+    close = FileStorage.close
+
+    async def fail(file: FileStorage) -> None:
+        await close(file)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(FileStorage, "close", fail)
+
+
+def _open_in(directory: Path) -> list[str]:
+    names = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+    return [name for name in names if name.startswith(f"{directory}/")]
+
+
+@pytest.mark.usefixtures("closes_badly")
+def test_why_a_chain_cannot_be_opened_is_said_whatever_closing_says(tmp_path: Path) -> None:
+    lowest = make_qed(tmp_path / "lowest.qed", "missing")
+    middle = make_qed(tmp_path / "middle.qed", lowest.name)
+    assert refusal(make_qed(tmp_path / "top.qed", middle.name)).errno == errno.ENOENT
+    assert not _open_in(tmp_path)
+
+
+@pytest.mark.usefixtures("closes_badly")
+def test_a_chain_is_closed_to_its_end(tmp_path: Path) -> None:
+    make_raw(tmp_path / "base")
+    middle = make_qed(tmp_path / "middle.qed", "base")
+    top = make_qed(tmp_path / "top.qed", middle.name)
+
+    async def body() -> None:
+        layer = await open_layer(top)
+        assert len(_open_in(tmp_path)) == 3
+        with raises_errno(errno.EIO):
+            await layer.close()
+
+    run(body)
+    assert not _open_in(tmp_path)
 
 
 def test_the_whole_chain_is_locked_for_reading(tmp_path: Path) -> None:
