@@ -80,7 +80,7 @@ async def open_backing(
 class Chain:
     """A chain while it is being opened. `files`: the files that may not occur (again) further down.
 
-    `isolated`: see `open_image`.
+    `isolated`: see `opening.open_for_use`.
     """
 
     def __init__(self, share: bool, policy: BackingPolicy, *, isolated: bool = False) -> None:
@@ -104,7 +104,7 @@ class Chain:
             raise
 
     async def open_top(self, path: str, format: str | None, *, writable: bool, in_directory: bool = False) -> None:
-        """Open the image at `path` and walk its chain. `in_directory`: see `open_image`."""
+        """Open the image at `path` and walk its chain. `in_directory`: see `opening.open_for_use`."""
 
         open_file = partial(_open_entry if in_directory else FileStorage.open, path, writable)
         patience = None if in_directory else math.inf

@@ -20,10 +20,10 @@ from qedfuse.qed.image import Image
 
 
 async def make_writable(image: Image) -> None:
-    """Open for writing what `open_image` has opened for reading only, for all its users, which go on meanwhile.
+    """Open for writing what `open_for_use` has opened for reading only, for all its users, which go on meanwhile.
 
     From a reader's locks to a writer's, a check if the image was not closed cleanly. Not to be called twice at a time.
-    Raises as `open_image` does, InUseError if another process reads the image, too; the image is then as it was.
+    Raises as `open_for_use` does, InUseError if another process reads the image, too; the image is then as it was.
     """
     readers = image.storage
     assert isinstance(readers, FileStorage)

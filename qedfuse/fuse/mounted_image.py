@@ -173,7 +173,7 @@ class MountedImage:
 
     async def acquire(self, *, to_write: bool) -> ImageSlot:
         """The slot, with the image in it until `release`. If it is `to_write` it is open for writing, unless the file
-        may not be written. Raises what `open_image` and `make_writable` raise."""
+        may not be written. Raises what `open_for_use` and `make_writable` raise."""
         self._waiting += 1
         try:
             await self._get()

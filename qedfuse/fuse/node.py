@@ -38,7 +38,7 @@ class Node:
             return True  # it has changed since, but by us
         known, size = (self.mounted.mark, self.mounted.size) if self.mounted.mark else (self.mark, self.size)
         found = FileMark.of(peek.status)
-        # A new name, owner or mode has another ctime, too. If more than that has changed, `pagecache` drops the pages.
+        # A new name, owner or mode has another ctime, too. If more has changed, `page_cache.py` drops the pages.
         return found == known or (found[:2] == known[:2] and peek.size == size)
 
 

@@ -119,7 +119,7 @@ class Tree:
         """A node's slot, with its image open; to be released with `node.mounted.release()`.
 
         `by_name`: it is opened by its name, which must not have become another file's. Raises OSError(ESTALE) if it
-        has, upon which the kernel looks the name up anew, and what `open_image` raises.
+        has, upon which the kernel looks the name up anew, and what `open_for_use` raises.
         """
         if by_name and not node.fixed:
             found = await self.find(node.name)

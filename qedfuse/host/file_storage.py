@@ -45,7 +45,7 @@ _MAX_SIZE = (1 << 63) - 1
 
 
 class FileStorage:
-    """A regular file or a block device of the host. See `Storage`.
+    """A regular file or a block device of the host. See `storage.Storage`.
 
     `local`: calls that do not wait for a disk are made inline.
     """

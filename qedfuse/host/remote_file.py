@@ -46,8 +46,8 @@ waiting = _Waiting()
 
 
 class RemoteFile(FileStorage):
-    """See `Storage`. `stat` and `size` tell what was true when the file was opened, last changed, or `refresh`ed; of
-    its holes nothing is known. `mount`: the id of the mount that it lies on."""
+    """See `storage.Storage`. `stat` and `size` tell what was true when the file was opened, last changed, or
+    `refresh`ed; of its holes nothing is known. `mount`: the id of the mount that it lies on."""
 
     local = False
 

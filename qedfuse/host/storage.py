@@ -3,7 +3,7 @@
 The real file is in `file_storage.py`; tests plug in RAM, faults and a crash log. What is cached is done inline
 (`*_nowait`), what could block the event loop goes to a thread. Callers see all of a transfer or an OSError.
 
-A file counts as long as its sectors of 512 bytes, as it does for QEMU (`geometry.whole_sectors`): what the last one
+A file counts as long as its sectors of 512 bytes, as it does for QEMU (`sizes.whole_sectors`): what the last one
 lacks reads as zeroes.
 """
 

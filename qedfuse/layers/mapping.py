@@ -102,7 +102,7 @@ class _Ask(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A range that `layer` has told about. See `layer.Run`."""
+    """A range that `layer` has told about. See `runs.Run`."""
 
     layer: Layer
     start: int

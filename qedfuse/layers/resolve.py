@@ -1,7 +1,7 @@
 """How a guest range is resolved through a backing chain, and read.
 
-Mapping is a value: `resolve` turns a range into a flat list of `Extent`s, which readers, `map`, SEEK_HOLE and
-copy-on-write execute. Nothing here recurses, so a long chain costs time, not stack.
+Mapping is a value: `resolve` turns a range into a flat list of `Extent`s, which readers and copy-on-write execute.
+Nothing here recurses, so a long chain costs time, not stack. (What `map` and SEEK_HOLE tell comes from `mapping.py`.)
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ if sys.byteorder != "little":
     raise UnsupportedError("", "qedfuse needs a little-endian machine")
 
 DEFAULT_CAPACITY = (16 << 20) // PAGE_SIZE
-#: Bytes of address space for a pool; see `reserve`.
+#: Bytes of address space for a pool; see `limits.reserve`.
 _RESERVED = 1 << 30
 
 Page = memoryview

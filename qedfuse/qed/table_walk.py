@@ -1,4 +1,4 @@
-"""Walking the tables of an image: what check and repair have in common.
+"""Walking the tables in an image's file, and where what they refer to may lie: check, repair and others share it.
 
 `cluster_map.py` says what is in a chunk of L2 entries, and remembers what has been referred to.
 """

@@ -48,5 +48,23 @@ def test_what_it_names_exists(file: str, function: str) -> None:
     assert not function or defines(path, function), f"{path} has no function {function}"
 
 
+def names_of_rooms() -> list[tuple[str, str]]:
+    """The rooms, each with a name that is told of it in the last column."""
+    drawing = TEXT.partition("## Rooms")[2].partition("\n## ")[0]
+    rows = re.findall(r"^    (\w+)/ .*?\S {2,}(\w+(?:, \w+)*)$", drawing, re.MULTILINE)
+    return [(room, name) for room, names in rows for name in names.split(", ")]
+
+
+def test_rooms_have_what_they_are_known_for() -> None:
+    found = names_of_rooms()
+    assert {("host", "FileId"), ("jobs", "JobControl"), ("fuse", "Tree")} <= set(found)
+    missing = []
+    for room, name in found:
+        defined = re.compile(rf"^(?:class|def|async def) {name}\b", re.MULTILINE)
+        if not any(defined.search(path.read_text()) for path in (ROOT / "qedfuse" / room).rglob("*.py")):
+            missing.append(f"{room}/ has no {name}")
+    assert missing == []
+
+
 def test_it_is_two_pages_at_most() -> None:
     assert len(TEXT.splitlines()) <= 120

@@ -37,7 +37,7 @@ class Case:
 
     image: Image
     view: NativeView
-    seen: Any  # native.Layer
+    seen: Any  # _fastpath.Layer
     file: RamFile
 
     @property

@@ -23,7 +23,7 @@ class EntryMapper:
     """Turns L2 entries of one image into runs. `path` is for messages.
 
     A data cluster that the end of the file cuts reads as zeroes from there, as in QEMU, which may leave the file's last
-    cluster short. One that starts past the end is an error, see `qcow2`.
+    cluster short. One that starts past the end is an error, see `layer.py`.
     """
 
     def __init__(self, header: Qcow2Header, path: str) -> None:

@@ -9,7 +9,7 @@
 enum outcome { DONE, HANDED, PASS, MISS, WAIT };
 
 struct burst {
-    uint64_t number;       /* what Python told in one of another number (`Layer.burst`) is old */
+    uint64_t number;       /* what a Layer got in one of another number (its `burst`) is old */
     int fd;                /* the session's */
     void *request;         /* the current one */
     PyThreadState *thread; /* NULL: we have the GIL */

@@ -265,7 +265,7 @@ class Guest:
         await self.image.clean()
 
     async def read(self, offset: int, size: int) -> None:
-        """Read whole sectors and compare: each is one of the visible versions, or (if `torn`) each of its bytes is."""
+        """Read whole sectors and compare: each is a version visible meanwhile, or, byte by byte, a mixture of them."""
         since = self.history.tick()
         data = bytes(await self.image.read(offset, size))
         until = self.history.tick()

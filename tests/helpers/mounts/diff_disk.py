@@ -102,7 +102,7 @@ def _new_base(below: Path, rnd: random.Random, base: str, size: int) -> tuple[Pa
 
 
 def _fill(image: Path, rnd: random.Random, size: int) -> None:
-    """Some writes and zeroes by QEMU, small ones: large ones meet its fault (design.md)."""
+    """Some writes and zeroes by QEMU, small ones: its qed driver miscounts the clusters of large ones."""
     if rnd.random() < 0.7:
         qemu_writes(image, rnd, size, SECTOR)
 

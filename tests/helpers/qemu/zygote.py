@@ -6,7 +6,7 @@ seconds, peak memory, and the files that the command opened by name (as Python's
 
     with Zygote() as zygote:
         done = zygote.run("info", "--untrusted", path)                 # the command line
-        done = zygote.run(path, function="tests.helpers.x:function")   # function([path]) -> exit code
+        done = zygote.run(path, function="tests.helpers.NAME:function")   # function([path]) -> exit code
 """
 
 from __future__ import annotations
