@@ -19,11 +19,11 @@ async def attributes_now(node: Node, peek: Peek | None, *, options: MountOptions
     """`peek`: for a node whose image is not open. `fresh`: the files of the chain are asked what they are like. Raises
     OSError, ESTALE if the image was closed and there is no `peek`."""
     slot = node.mounted.slot
-    if slot.image is not None:
+    while slot.image is not None:
         async with slot as image:
             if fresh:
                 await refresh(image)
-            if slot.image is image:  # it was not closed meanwhile
+            if slot.image is image:  # else it was closed meanwhile, and another one may be open by now
                 return attributes_of(node, image, options)
     if peek is None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
