@@ -55,7 +55,7 @@ class RootClock:
         except OSError as error:
             self._complain(error)
             return
-        async with slot as image:
+        async with slot as image:  # which may have replaced another one meanwhile, of the same size
             wanted = image.size
         if size is not None and size != wanted:
             raise QedfuseError(
@@ -83,6 +83,8 @@ class RootClock:
         the file locked, or the kernel's requests are answered no longer). Raises OSError."""
         async with slot as image:
             status = image.storage.stat()
+        # Without the slot, for the SETATTR that comes of it. If the image is replaced before that, the other one's file
+        # gets these times: they are the content's, which is the same.
         arguments = (self._mountpoint, self._device, status.st_atime_ns, status.st_mtime_ns)
         with trio.move_on_after(seconds):
             return await abandonable(partial(_sidecar.set_times, *arguments), self._one)

@@ -109,8 +109,9 @@ class ImageSlot:
     async def quiesced(self) -> AsyncIterator[Image]:
         """No request uses the image during the block, all that was written is durable, and the file is marked clean.
 
-        Requests that arrive wait; none fails. The block gets the image, and must leave an open one in the slot: the
-        same, or one that it has put there with `replace`. A second task waits for its turn.
+        Requests that arrive wait; none fails. The block gets the image, and must leave an open one in the slot, also if
+        it fails: the same, or one that it has put there with `replace`. It must not wait for what the kernel asks of
+        the raw file, which waits for the block. A second task waits for its turn.
 
         Raises OSError(EBADF) if the slot is empty, and what `Image.clean` raises: then nothing has changed. Cancelled
         while it waits for requests to end, it lets all go on.
@@ -139,8 +140,13 @@ class ImageSlot:
                 observer.show(self.ready)
 
     def replace(self, image: Image) -> None:
-        """From the end of the `quiesced` block on all requests go to `image`, which has the same content and size, and
-        can be written if the old one can. The old one is the caller's from now on, to be closed or kept."""
+        """Put `image` in the place of the one that is there. Within a `quiesced` block, at whose end all requests go to
+        it, also if the block fails. May be called again in the same block.
+
+        `image` is open, with no request under way, and used by nothing else. It has the same content and size, also
+        through its backing files, and can be written if and only if the old one can. The old one is the caller's from
+        now on, to be closed or kept. Raises ValueError if size or writability differ; then nothing has changed.
+        """
         old = self.image
         assert old is not None and self.ready is None
         if image.size != old.size or image.writable != old.writable:

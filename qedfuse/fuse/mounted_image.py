@@ -64,8 +64,8 @@ class MountedImage:
     while it is open. `on_replace`: called with an image that replaces another. `local`: it is open, and none of its
     files' hosts can fail to answer. `failure`: why the last close failed. `unwritten`: why it cannot be closed yet.
     `mtime_ns`: the time of change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`,
-    `size` and `closed_at`: the file's state after it was last changed by us, the image's size (bytes), and when that
-    was (`time.monotonic`). `cached`: what the kernel may have cached of it.
+    `size` and `closed_at`: the file's state after it was last changed or put there by us, the image's size (bytes), and
+    when that was (`time.monotonic`). `cached`: what the kernel may have cached of it.
     """
 
     __slots__ = (
@@ -282,8 +282,8 @@ class MountedImage:
 
     @asynccontextmanager
     async def quiesced(self) -> AsyncIterator[Image]:
-        """See `ImageSlot.quiesced`. The image is opened for that if it is not open, and no other user's open or close
-        comes between."""
+        """See `ImageSlot.quiesced`; `replace` may be called in the block. The image is opened for that if it is not
+        open, and no other user's open or close comes between."""
         await self.acquire(to_write=False)
         try:
             async with self._lock, self.slot.quiesced() as image:
@@ -293,11 +293,16 @@ class MountedImage:
             self.release()
 
     def replace(self, image: Image) -> None:
-        """See `ImageSlot.replace`."""
+        """See `ImageSlot.replace`. The image is closed by this object from now on, and opened again at `image.path`, so
+        that must be the name that its file keeps. Its locks are taken, as the opener takes them. How the file is now is
+        what we have made of it: to be called after the last change of the file that is no write to the image.
+        """
         self.slot.replace(image)
         self.cached.note_replaced(image)
         self.path = image.path
+        self.size = image.size
         self.local = _is_local(image)
+        self.note_state(image.storage.stat())
         if self.on_replace is not None:
             self.on_replace(image)
 

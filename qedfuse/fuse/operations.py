@@ -167,10 +167,11 @@ class Operations(pyfuse3.Operations):
     async def flush(self, fh: int) -> None:
         """close(2): promises nothing, but is the last chance to tell a writer that something was lost."""
         slot = self._slots[fh]
+        # It waits for an image that is being replaced: one that has failed cannot be, and stays with its error.
         async with slot as image:
             if image.failed is not None and fh in self._writing:
                 raise image.failed
-        if self.on_close is not None:
+        if self.on_close is not None:  # without the slot: the kernel is told times, and has a SETATTR answered for that
             await self.on_close(slot)
 
     # -- files --------------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from qedfuse.daemon import root_times as rootclock
 from qedfuse.daemon.root_times import RootClock
@@ -93,10 +94,15 @@ NOWHERE = Mount(1, 1, "0:0", "/", "/nowhere", FSTYPE, "", "")
 class _Image:
     """As much of an image as a clock looks at."""
 
+    path = "disk.qed"
     size = 0
+    writable = True
 
     def __init__(self) -> None:
         self.storage = self
+
+    async def clean(self) -> None:
+        """It is."""
 
     def stat(self) -> os.stat_result:
         return os.stat_result((0,) * 19)
@@ -162,6 +168,31 @@ def test_the_wrong_size_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_sidecar, "set_times", lambda *args: 7)
     with pytest.raises(OSError, match="not usable: the kernel shows 7 bytes instead of 0"):
         trio.run(RootClock(NOWHERE, lambda: 0).start, slot_of(_Image()))
+
+
+def test_an_image_can_be_replaced_while_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's answer waits for the replacement, not the other way round, and the size is asked of the new one."""
+    free = threading.Event()
+
+    def set_times(*args: object) -> int:
+        assert free.wait(20)
+        return 0
+
+    monkeypatch.setattr(_sidecar, "set_times", set_times)
+    slot = slot_of(_Image())
+
+    async def main() -> None:
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(RootClock(NOWHERE, lambda: 0).start, slot)
+                await trio.testing.wait_all_tasks_blocked()
+                async with slot.quiesced():
+                    free.set()
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    slot.replace(cast(Any, _Image()))
+                    assert nursery.child_tasks
+
+    trio.run(main)
 
 
 # -- the mount --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pyfuse3
 import pytest
 import trio
+import trio.testing
 
 from qedfuse.errors import CorruptError, InUseError, ReadOnlyError, UnsupportedError
 from qedfuse.fuse.complaints import Complaints
@@ -77,6 +78,37 @@ def test_requests_for_what_is_not_there_are_errors_and_no_more(tmp_path: Path) -
         with pytest.raises(pyfuse3.FUSEError):
             trio.run(call)
     trio.run(edge.forget, [(99, 1)])
+
+
+def test_a_close_waits_for_an_image_that_is_being_replaced(tmp_path: Path) -> None:
+    """And is told of the failure of the one that is there then."""
+    edge = operations(tmp_path)
+    old, other = Broken(ZeroDivisionError()), Broken(ZeroDivisionError())
+    slot = edge._slots[7] = slot_of(old)
+
+    async def nothing() -> None:
+        """Nothing is to be made durable."""
+
+    for image, failed in ((old, None), (other, OSError(errno.EIO, "an earlier sync failed"))):
+        vars(image).update(failed=failed, clean=nothing, size=512, writable=True)
+    edge._writing.add(7)
+    caught: list[int] = []
+
+    async def close() -> None:
+        try:
+            await edge.flush(7)
+        except pyfuse3.FUSEError as error:
+            caught.append(error.errno)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery, slot.quiesced():
+            nursery.start_soon(close)
+            await trio.testing.wait_all_tasks_blocked()
+            slot.replace(cast(Any, other))
+            assert not caught
+        assert caught == [errno.EIO]
+
+    trio.run(main)
 
 
 def test_cancellation_passes_through(tmp_path: Path) -> None:

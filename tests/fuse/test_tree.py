@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from qedfuse.chain.opening import open_for_use
 from qedfuse.fuse.image_sources import shown_name
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.tree import Tree
+from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.tools.create import create_image
 from tests.helpers.judges.expect import raises_errno
 
@@ -126,6 +128,36 @@ def test_a_node_lasts_as_long_as_its_file_is_unchanged(tmp_path: Path) -> None:
             tree.node(node.id)
 
     with_tree(tmp_path, body)
+
+
+def test_a_node_keeps_the_file_of_an_image_that_has_replaced_its_own(tmp_path: Path) -> None:
+    """Read-only images, too, whose file is as we have found it when we close them."""
+    directory, copy = tmp_path / "source", tmp_path / "copy.qed"
+    directory.mkdir()
+    image = directory / "a.qed"
+    new_image(image, MIB)
+
+    async def body(tree: Tree) -> None:
+        (entry,) = await tree.entries()
+        node, mounted = entry.node, entry.node.mounted
+        await tree.acquire(node, to_write=False)
+        async with mounted.quiesced() as old:
+            shutil.copyfile(image, copy)
+            os.utime(copy, ns=(5, 5))
+            copy.rename(image)
+            mounted.replace(await open_for_use(image, read_only=True))
+            await old.close()
+        assert (await tree.entries())[0].node is node
+        mounted.release()
+        while mounted.busy:
+            assert (await tree.entries())[0].node is node
+            await trio.sleep(0.001)
+        assert (await tree.entries())[0].node is node
+        assert node.key == FileId.at(image) and mounted.mark == FileMark.of(image.stat())
+        os.utime(image, ns=(6, 6))
+        assert (await tree.entries())[0].node is not node, "another process has changed it since"
+
+    with_tree(directory, body)
 
 
 def test_what_is_gone_is_forgotten_when_the_kernel_has(tmp_path: Path) -> None:
