@@ -6,7 +6,8 @@ halfway, and a new user waits for the close to end (the image's own lock would r
 
 Closing throws away what is in memory, so it comes after a flush that has succeeded. While the host has no space for
 what was written the image stays open, for the next user as well, and the flush is tried again. An image whose sync has
-failed stays open, too, until the mount ends: opened again, it would not know of it.
+failed stays open, too, until the mount ends: opened again, it would not know of it. How a closed image's file is left
+is another matter (`leaving.py`).
 
 Reading changes nothing: an image is opened for reading only, with a reader's locks, and not even repaired. The first
 user that wants to write has it opened for writing, for all its users; if that cannot be, only that user is told.
@@ -18,31 +19,24 @@ What the users share is a slot (`image_slot.py`). Another image can be put there
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from errno import EACCES, EPERM, EROFS
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import trio
 
 from qedfuse.chain.upgrade import make_writable
 from qedfuse.errors import QedfuseError
 from qedfuse.fuse.image_slot import ImageSlot
-from qedfuse.fuse.page_cache import TICK, CachedPages
-from qedfuse.host.file_id import FileMark
+from qedfuse.fuse.leaving import LeftFile
+from qedfuse.fuse.page_cache import CachedPages
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.lookups import look
 from qedfuse.host.offload import to_its_end
 from qedfuse.layers.layer import layers_of
 from qedfuse.qed.image import Image
 from qedfuse.text import describe
-
-T = TypeVar("T")
 
 #: path -> an image that is open for reading, until it is closed
 Opener = Callable[[str], Awaitable[Image]]
@@ -63,9 +57,7 @@ class MountedImage:
     to what is open. `path`: where it is opened; may be changed, for a file that was renamed. `slot`: where the image is
     while it is open. `on_replace`: called with an image that replaces another. `local`: it is open, and none of its
     files' hosts can fail to answer. `failure`: why the last close failed. `unwritten`: why it cannot be closed yet.
-    `mtime_ns`: the time of change that the kernel wants the file to have; closing keeps it (nanoseconds). `mark`,
-    `size` and `closed_at`: the file's state after it was last changed or put there by us, the image's size (bytes), and
-    when that was (`time.monotonic`). `cached`: what the kernel may have cached of it.
+    `left`: its file as we have left it. `cached`: what the kernel may have cached of it.
     """
 
     __slots__ = (
@@ -89,15 +81,12 @@ class MountedImage:
         "_waiting",
         "_wake",
         "cached",
-        "closed_at",
         "failure",
+        "left",
         "local",
-        "mark",
-        "mtime_ns",
         "on_replace",
         "path",
         "read_only",
-        "size",
         "slot",
         "unwritten",
     )
@@ -119,11 +108,8 @@ class MountedImage:
         self.on_replace: Callable[[Image], None] | None = None
         self.failure: OSError | None = None
         self.unwritten: OSError | None = None
-        self.mark: FileMark | None = None
-        self.size = 0
         self.cached = CachedPages()
-        self.closed_at = 0.0
-        self.mtime_ns: int | None = None
+        self.left = LeftFile(self.cached)
         self._open = opener
         self._upgrade = upgrade
         self._is_current = is_current
@@ -168,7 +154,7 @@ class MountedImage:
 
     @property
     def changing(self) -> bool:
-        """Whether we may have changed its file since `mark`, or it has users, which would lose it."""
+        """Whether we may have changed its file since it was `left`, or it has users, which would lose it."""
         return self._ours or self._is_used()
 
     async def acquire(self, *, to_write: bool) -> ImageSlot:
@@ -300,9 +286,9 @@ class MountedImage:
         self.slot.replace(image)
         self.cached.note_replaced(image)
         self.path = image.path
-        self.size = image.size
         self.local = _is_local(image)
-        self.note_state(image.storage.stat())
+        self.left.size = image.size
+        self.left.note(image.storage.stat())
         if self.on_replace is not None:
             self.on_replace(image)
 
@@ -316,7 +302,7 @@ class MountedImage:
         self._hurry = trio.Event()
         self._retired = trio.Event()
         self._retiring = False
-        self.mtime_ns = None
+        self.left.mtime_ns = None
         closing = False
         spare: int | None = None
         try:
@@ -324,16 +310,16 @@ class MountedImage:
             try:
                 self._note_open()
                 task_status.started()
-                await self._wait_until_dispensable()
+                image = await self._wait_until_dispensable()
                 closing = True
-                spare = self._keep_descriptor()
+                spare = self.left.keep_descriptor(image, ending=self._stop.is_set())
             finally:
                 await self._close(self.slot.take())
         finally:
             self.unwritten = None
             if spare is not None:
                 with trio.CancelScope(shield=True):
-                    await self._leave_file(spare)
+                    await self.left.leave(spare, self.path, local=self.local, ending=self._stop)
             self._keeping = self._ours = False
             self._closed.set()
             self._retired.set()
@@ -344,20 +330,11 @@ class MountedImage:
         image = self.opened
         assert image is not None
         self.cached.note_open(image)
-        self.size = image.size
+        self.left.size = image.size
         self.local = _is_local(image)
 
-    def _keep_descriptor(self) -> int | None:
-        """One for `_leave_file`, if how the file is left matters. Without it, it counts as changed by others."""
-        image = self.opened
-        assert image is not None
-        if isinstance(image.storage, FileStorage) and image.writable and self._matters_how_it_is_left():
-            with contextlib.suppress(OSError):  # no descriptor left
-                return os.dup(image.storage.fileno())
-        return None
-
     async def _close(self, image: Image) -> None:
-        self.size = image.size
+        self.left.size = image.size
         try:
             await to_its_end(image.close)
         except Exception as error:
@@ -365,8 +342,9 @@ class MountedImage:
         else:
             self.failure = image.failed
 
-    async def _wait_until_dispensable(self) -> None:
-        """Returns with the lock held, when the image is not used and closing it loses nothing, or must be closed."""
+    async def _wait_until_dispensable(self) -> Image:
+        """Returns the image, with the lock held, when it is not used and closing it loses nothing, or it must be
+        closed."""
         pause = _FIRST_PAUSE
         while True:
             await self._wait_until_unused()
@@ -380,11 +358,11 @@ class MountedImage:
                     if image.failed is None:
                         self._note_unwritten(error)
                 except Exception:  # a bug: closing meets it again, and says so
-                    return
+                    return image
                 else:
-                    return
+                    return image
             if ending and (image.failed is not None or self._given_up):
-                return
+                return image
             self._retiring = False
             self._retired.set()
             self._retired = trio.Event()
@@ -423,40 +401,6 @@ class MountedImage:
         else:
             self.failure = QedfuseError(self.path, "closing failed, see the log")
             _log.error("%s: closing failed", self.path, exc_info=error)
-
-    def _matters_how_it_is_left(self) -> bool:
-        return self.mtime_ns is not None or not self._stop.is_set()
-
-    async def _leave_file(self, fd: int) -> None:
-        """Set the time that the kernel wants, and remember how we left the file. The descriptor still holds the image's
-        lock: no other process has changed it, and none does until that would show."""
-        try:
-            status = await self._call(partial(self._set_times, fd))
-            if not self._stop.is_set():
-                await trio.sleep(min(max(0, status.st_ctime_ns + TICK - time.time_ns()), TICK) / 1e9)
-            self.note_state(status)
-        except OSError as error:
-            _log.warning("%s", describe(error, self.path))
-        finally:
-            with contextlib.suppress(OSError):
-                await self._call(partial(os.close, fd))
-
-    def _set_times(self, fd: int) -> os.stat_result:
-        status = os.fstat(fd)
-        if self.mtime_ns is not None and self.mtime_ns != status.st_mtime_ns:
-            os.utime(fd, ns=(status.st_atime_ns, self.mtime_ns))
-            status = os.fstat(fd)
-        return status
-
-    async def _call(self, call: Callable[[], T]) -> T:
-        """Inline, unless the host may not answer."""
-        return call() if self.local else await look(call)
-
-    def note_state(self, status: os.stat_result) -> None:
-        """The image's file is in a state to which we have brought it."""
-        self.mark = FileMark.of(status)
-        self.cached.note_own_change(status)
-        self.closed_at = time.monotonic()
 
     def status(self) -> dict[str, Any]:
         """For `qedfuse status`; sizes in bytes."""

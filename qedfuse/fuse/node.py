@@ -34,9 +34,10 @@ class Node:
         """Whether `peek` saw this node's file as we know it."""
         if self.key != FileId.of(peek.status):
             return False
-        if self.mounted.changing or peek.time <= self.mounted.closed_at:
+        left = self.mounted.left
+        if self.mounted.changing or peek.time <= left.left_at:
             return True  # it has changed since, but by us
-        known, size = (self.mounted.mark, self.mounted.size) if self.mounted.mark else (self.mark, self.size)
+        known, size = (left.mark, left.size) if left.mark else (self.mark, self.size)
         found = FileMark.of(peek.status)
         # A new name, owner or mode has another ctime, too. If more has changed, `page_cache.py` drops the pages.
         return found == known or (found[:2] == known[:2] and peek.size == size)

@@ -261,9 +261,9 @@ class Operations(pyfuse3.Operations):
         mtime = attr.st_mtime_ns if fields.update_mtime else None
         change_times(fd, atime_ns=attr.st_atime_ns if fields.update_atime else None, mtime_ns=mtime)
         if mtime is not None and self.enable_writeback_cache:
-            node.mounted.mtime_ns = mtime  # the kernel is the master of it
+            node.mounted.left.mtime_ns = mtime  # the kernel is the master of it
         if not image.writable:
-            node.mounted.note_state(os.fstat(fd))
+            node.mounted.left.note(os.fstat(fd))
 
     @_translated
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -312,11 +312,11 @@ def test_the_file_is_left_with_the_time_that_was_set(path: str) -> None:
     async def body(mounted: MountedImage, openings: Openings) -> None:
         image = await acquire(mounted, to_write=True)
         await image.write(0, b"x" * 512)
-        mounted.mtime_ns = 10**18
+        mounted.left.mtime_ns = 10**18
         mounted.release()
         await until_closed(mounted)
         status = os.stat(path)
         assert status.st_mtime_ns == 10**18
-        assert mounted.mark == FileMark.of(status)
+        assert mounted.left.mark == FileMark.of(status)
 
     run(path, body)

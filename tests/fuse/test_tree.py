@@ -153,7 +153,7 @@ def test_a_node_keeps_the_file_of_an_image_that_has_replaced_its_own(tmp_path: P
             assert (await tree.entries())[0].node is node
             await trio.sleep(0.001)
         assert (await tree.entries())[0].node is node
-        assert node.key == FileId.at(image) and mounted.mark == FileMark.of(image.stat())
+        assert node.key == FileId.at(image) and mounted.left.mark == FileMark.of(image.stat())
         os.utime(image, ns=(6, 6))
         assert (await tree.entries())[0].node is not node, "another process has changed it since"
 
