@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import FormatError, QedfuseError, UnsupportedError
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.lookups import NoAnswerError
+from qedfuse.host.lookups import cannot_tell
 from qedfuse.host.walk import LeadsBackError, Walk
 
 #: Characters of a name that a message shows.
@@ -70,10 +70,9 @@ def open_backing_file(image: str, path: str, policy: BackingPolicy) -> FileStora
                 image,
                 f"refers to backing file {shown(path)}, which lies in a qedfuse mount ({shown(error.mountpoint)})",
             ) from None
-        except NoAnswerError:
-            raise
-        except OSError:
-            _check_inside(image, path, walk, policy.root)  # before it is told apart from a missing file
+        except OSError as error:
+            if not cannot_tell(error):
+                _check_inside(image, path, walk, policy.root)  # before it is told apart from a missing file
             raise
         _check_inside(image, path, walk, policy.root)
         _check_type(image, path, os.fstat(pin).st_mode, allow_device=policy.root is None)

@@ -7,7 +7,6 @@ mount, like a file of such a mount, is not there.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from qedfuse.errors import FormatError, UnsupportedError
 from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.lookups import NoAnswerError
+from qedfuse.host.lookups import cannot_tell
 from qedfuse.host.waiting import run_blocking
 from qedfuse.host.walk import Walk
 from qedfuse.qed.header import Header, NotQedError
@@ -46,11 +45,6 @@ class _Known(NamedTuple):
     mark: FileMark
     is_qed: bool
     header: Header | None
-
-
-def cannot_tell(error: OSError) -> bool:
-    """Whether an error says nothing of the file: no answer, or no descriptors or memory left."""
-    return isinstance(error, NoAnswerError) or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Peeker:
@@ -100,7 +94,7 @@ class Peeker:
 
 
 def _read_header(path: str) -> tuple[bool, Header | None]:
-    """Whether there is a QED image, and its header."""
+    """Whether there is a QED image, and its header. Raises OSError if that cannot be told."""
     try:
         storage = FileStorage.open(path, False)
         try:
@@ -109,5 +103,7 @@ def _read_header(path: str) -> tuple[bool, Header | None]:
             os.close(storage.fileno())
     except (FormatError, UnsupportedError) as error:
         return not isinstance(error, NotQedError), None
-    except OSError:
+    except OSError as error:
+        if cannot_tell(error):
+            raise
         return False, None

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import trio
 
-from qedfuse.chain.header_peek import Peek, Peeker, cannot_tell
+from qedfuse.chain.header_peek import Peek, Peeker
 from qedfuse.host.file_id import FileId
-from qedfuse.host.lookups import NoAnswerError, look
+from qedfuse.host.lookups import NoAnswerError, cannot_tell, look
 from qedfuse.host.walk import LeadsBackError, Walk
 from qedfuse.text import printable
 

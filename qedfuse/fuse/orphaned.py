@@ -13,7 +13,7 @@ from functools import partial
 
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.lookups import look
+from qedfuse.host.lookups import cannot_tell, look
 from qedfuse.host.storage import ReadStorage
 from qedfuse.qed.image import Image
 
@@ -26,7 +26,8 @@ def may_be_orphaned(image: Image) -> bool:
 
 
 async def check_not_orphaned(image: Image) -> None:
-    """Raises OSError(ESTALE) if the image's file has no name any more, and its old one is another file's."""
+    """Raises OSError: ESTALE if the image's file has no name any more, and its old one is another file's; another one
+    if that cannot be told."""
     if may_be_orphaned(image) and await look(partial(_is_orphaned, image.storage)):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
@@ -38,7 +39,9 @@ def _is_orphaned(storage: ReadStorage) -> bool:
 def _is_another(path: str, storage: ReadStorage) -> bool:
     try:
         return FileId.at(path) != FileId.of(storage.stat())
-    except OSError:
+    except OSError as error:
+        if cannot_tell(error):
+            raise
         return False
 
 
@@ -48,5 +51,7 @@ def _last_name(storage: ReadStorage) -> str:
         return storage.path
     try:
         return os.readlink(f"/proc/self/fd/{storage.fileno()}").removesuffix(_DELETED)
-    except OSError:
+    except OSError as error:
+        if cannot_tell(error):
+            raise
         return storage.path

@@ -48,6 +48,13 @@ class NoAnswerError(QedfuseError):
         super().__init__(path, "the host file system does not answer")
 
 
+def cannot_tell(error: OSError) -> bool:
+    """Whether an error says nothing of the name that was asked for: there was no answer, or no descriptor, memory or
+    thread to ask with. It must not be taken for one that says what is there."""
+    shortage = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+    return shortage or isinstance(error, NoAnswerError)
+
+
 class _Look(Generic[T]):
     """A call in a thread, and what becomes of its outcome."""
 

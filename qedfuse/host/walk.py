@@ -19,7 +19,7 @@ import stat
 from typing import NamedTuple
 
 from qedfuse.host.file_id import FileId
-from qedfuse.host.lookups import enter
+from qedfuse.host.lookups import cannot_tell, enter
 from qedfuse.host.mountinfo import find_by_id, mount_id
 
 #: As many symbolic links as the kernel follows.
@@ -283,5 +283,7 @@ def _links_are_protected() -> bool:
     try:
         with open("/proc/sys/fs/protected_symlinks", "rb") as file:
             return file.read(1) != b"0"
-    except OSError:
+    except OSError as error:
+        if cannot_tell(error):
+            raise
         return True

@@ -19,6 +19,7 @@ from qedfuse.chain.backing import open_backing_file, resolve_backing
 from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import FormatError, QedfuseError, UnsupportedError
 from qedfuse.text import describe
+from tests.helpers.doubles.shortage import SHORTAGES, each_call_fails
 from tests.helpers.images.chains import (
     SIZE,
     make_qed,
@@ -211,6 +212,21 @@ def test_inside_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for policy in (BackingPolicy(root=str(root)), BackingPolicy(root="root-link"), BackingPolicy(root="/")):
         for name in ("root/sub/base.raw", "root/link.raw", "root-link/link.raw", "root/sub/../link.raw", str(base)):
             assert our_bytes(make_qed(tmp_path / "top.qed", name), policy=policy) == pattern(0xA5)
+
+
+@pytest.mark.parametrize("code", SHORTAGES, ids=os.strerror)
+def test_a_walk_that_a_shortage_has_ended_has_not_left_the_root(tmp_path: Path, code: int) -> None:
+    base = make_raw(tmp_path / "base.raw")
+    image = make_qed(tmp_path / "top.qed", str(base))
+    for failing in each_call_fails(code, least=10):
+        with failing():
+            try:
+                file = open_backing_file(str(image), str(base), BackingPolicy(root=str(tmp_path)))
+            except OSError as error:
+                if error.errno != code:
+                    raise
+            else:
+                os.close(file.fileno())
 
 
 def test_outside_the_root(tmp_path: Path) -> None:

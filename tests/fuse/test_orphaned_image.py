@@ -7,7 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+import trio
 
+from qedfuse.chain.opening import open_image
+from qedfuse.fuse.orphaned import check_not_orphaned
+from tests.helpers.doubles.shortage import SHORTAGES, each_call_fails
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.modes import MODES, Mode
 from tests.helpers.mounts.mounts import mounted, until_closed
@@ -90,6 +94,23 @@ def test_one_that_was_renamed_or_deleted_can_be_synced(source: Path, point: Path
         os.close(fd)
     qemu_io(image, "read -P 2 0 64k")
     qemu_io(source / "old.qed", "read -P 0x44 0 4k", "read -P 1 4k 60k")
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("code", SHORTAGES, ids=os.strerror)
+def test_what_cannot_be_told_is_no_sync_that_has_succeeded(source: Path, renamed: bool, code: int) -> None:
+    image = new_image(source / "a.qed")
+    new = new_image(source / "new.qed")
+
+    async def main() -> None:
+        async with open_image(image) as opened:
+            await check_not_orphaned(opened)
+            new.rename(image.rename(source / "b.qed") if renamed else image)
+            for failing in each_call_fails(code, least=4):
+                with failing(), raises_errno(code, errno.ESTALE):
+                    await check_not_orphaned(opened)
+
+    trio.run(main)
 
 
 def test_an_image_over_a_file(source: Path) -> None:

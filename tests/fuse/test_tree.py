@@ -6,17 +6,20 @@ import errno
 import os
 import shutil
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import trio
 
 from qedfuse.chain.opening import open_for_use
+from qedfuse.fuse.errnos import errno_of
 from qedfuse.fuse.image_sources import shown_name
 from qedfuse.fuse.mounted_image import MountedImage
 from qedfuse.fuse.tree import Tree
 from qedfuse.host.file_id import FileId, FileMark
 from qedfuse.tools.create import create_image
+from tests.helpers.doubles.shortage import SHORTAGES, each_call_fails
 from tests.helpers.judges.expect import raises_errno
 
 MIB = 1 << 20
@@ -176,6 +179,41 @@ def test_what_is_gone_is_forgotten_when_the_kernel_has(tmp_path: Path) -> None:
         assert tree.nodes == []
 
     with_tree(tmp_path, body)
+
+
+@pytest.mark.parametrize("code", SHORTAGES, ids=os.strerror)
+@pytest.mark.parametrize("wanted", [None, b"a.raw", b"b.raw", b"c.raw"])
+def test_no_image_is_forgotten_for_a_shortage(tmp_path: Path, code: int, wanted: bytes | None) -> None:
+    """Neither now, when it is an error, nor afterwards."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in (source / "a.qed", source / "b", tmp_path / "elsewhere"):
+        new_image(path, MIB)
+    (source / "c.qed").symlink_to("../elsewhere")
+
+    async def all_or_an_error(tree: Tree) -> None:
+        try:
+            if wanted is None:
+                assert await names(tree) == [b"a.raw", b"b.raw", b"c.raw"]
+            else:
+                assert await tree.find(wanted) is not None
+        except Exception as error:
+            if errno_of(error) != code:
+                raise
+
+    for failing in each_call_fails(code, least=5):
+
+        async def body(tree: Tree, failing: Callable[[], AbstractContextManager[None]] = failing) -> None:
+            with failing():
+                await all_or_an_error(tree)
+            listed = await tree.entries()
+            assert [(entry.name, entry.peek and entry.peek.size) for entry in listed] == [
+                (b"a.raw", MIB),
+                (b"b.raw", MIB),
+                (b"c.raw", MIB),
+            ]
+
+        with_tree(source, body)
 
 
 def test_a_directory_that_is_gone_is_empty(tmp_path: Path) -> None:

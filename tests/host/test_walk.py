@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qedfuse.host import walk as walk_module
 from qedfuse.host.mountinfo import find_by_id, is_remote, mount_id, parse_mount
 from qedfuse.host.walk import Walk
+from tests.helpers.doubles.shortage import SHORTAGES, one_call_fails
 from tests.helpers.judges.expect import raises_errno
 
 
@@ -50,6 +51,15 @@ def test_a_walk_that_does_not_begin_leaves_nothing_open(tmp_path: Path, monkeypa
         patch.setattr(walk_module, "mount_id", refuse)
         Walk(str(tmp_path))
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_whether_links_are_protected_is_not_guessed_for_want_of_descriptors() -> None:
+    """A guess would be "yes": a link that may be followed would lead nowhere."""
+    for code in SHORTAGES:
+        with one_call_fails(0, code), raises_errno(code):
+            walk_module._links_are_protected()
+    with one_call_fails(0, errno.ENOENT):
+        assert walk_module._links_are_protected()
 
 
 PARTS = ["a", "b", "..", ".", "", "up", "self", "b-link", "absolute", "loop", "gone", "file", "file-link", "slash"]
