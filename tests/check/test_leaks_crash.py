@@ -36,6 +36,7 @@ def enumerate_crashes(damage: Damage, samples: int) -> int:
             tried.add(state)
             assert count(state).corruptions == 0, "corrupt after a crash"
             expect_no_worse(state, before, shared)
+    assert len(tried) > 1, "the repair has written nothing"
     return len(tried)
 
 

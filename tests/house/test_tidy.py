@@ -34,6 +34,11 @@ C_FILES = sorted(PACKAGE.rglob("*.[ch]"))
 TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
 
 
+def test_the_files_are_found() -> None:
+    """Or nothing below could be amiss."""
+    assert len(TEST_FILES) > 100 and len(FILES) - len(TEST_FILES) > 150 and len(C_FILES) > 30
+
+
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 

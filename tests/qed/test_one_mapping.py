@@ -185,7 +185,7 @@ def test_long_runs(geometry: Geometry, end: int) -> None:
                 else:
                     assert runs is not None
                     assert run == runs[0]
-                    assert run[1] == whole if kind is Kind.ZERO else count * cluster
+                    assert run[1] == (whole if kind is Kind.ZERO else count * cluster)
 
     run_on(geometry, end, check)
 

@@ -10,6 +10,7 @@ import trio
 from tests.helpers.judges.script import Script
 
 SCRIPTS = sorted(Path(__file__).with_name("scripts").glob("*.txt"))
+assert SCRIPTS
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

@@ -166,7 +166,9 @@ def test_a_table_size_that_qemu_refuses(tmp_path: Path) -> None:
 
 
 class TestTarget:
-    def test_a_file_that_exists_is_orphaned_in_place(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_file_that_exists_is_overwritten_in_place(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         source = make_chain(tmp_path, ("raw", 3 * MIB))
         for options in ((), ("-O", "qed")):
             target, link = tmp_path / "target", tmp_path / "link"

@@ -308,7 +308,7 @@ def test_warning_where_qemu_gives_up(
     assert header_of(image).table_size == table_size
 
 
-def test_existing_file_is_orphaned_in_place(tmp_path: Path) -> None:
+def test_a_file_that_exists_is_overwritten_in_place(tmp_path: Path) -> None:
     """As qemu-img does: the inode, its mode and the links to it stay."""
     image, link = tmp_path / "a.qed", tmp_path / "link.qed"
     image.write_bytes(b"x" * 10_000_000)

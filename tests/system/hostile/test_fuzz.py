@@ -16,6 +16,7 @@ SECONDS = 8
 
 
 FINDINGS = sorted((ROOT / "tests/fuzz/findings").iterdir())
+assert FINDINGS
 
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=lambda path: path.name)
