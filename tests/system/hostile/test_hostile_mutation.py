@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import trio
@@ -61,6 +62,23 @@ sizes = st.one_of(
 )
 
 
+class Recipe(NamedTuple):
+    """How a mutant is made: of which victim, with which words changed, and the file cut or grown."""
+
+    which: int
+    how: list[Change]
+    size: tuple[str, float] | None
+    dirty: bool
+
+    def make(self, victims: list[Victim]) -> tuple[Victim, RamFile]:
+        victim = victims[self.which]
+        return victim, mutate(victim, self.how, self.size, self.dirty)
+
+
+def recipes(sizes: st.SearchStrategy[Any]) -> st.SearchStrategy[Recipe]:
+    return st.builds(Recipe, st.integers(0, 2 * len(GEOMETRIES) - 1), changes, sizes, st.booleans())
+
+
 class Sampler:
     """Asks the real qemu-img about one repaired image in `SAMPLE`."""
 
@@ -93,16 +111,8 @@ def sampler() -> Iterator[Sampler]:
     print(f"figures: {sampler.repaired} mutants repaired, qemu-img agreed on {sampler.asked}")
 
 
-def try_mutant(
-    victims: list[Victim],
-    sampler: Sampler,
-    which: int,
-    how: list[Change],
-    size: tuple[str, float] | None,
-    dirty: bool,
-) -> None:
-    victim = victims[which]
-    mutant = mutate(victim, how, size, dirty)
+def try_mutant(victims: list[Victim], sampler: Sampler, recipe: Recipe) -> None:
+    victim, mutant = recipe.make(victims)
 
     async def run() -> None:
         with trio.fail_after(MAX_SECONDS):
@@ -120,39 +130,24 @@ def try_mutant(
     trio.run(run)
 
 
-mutants = given(which=st.integers(0, 2 * len(GEOMETRIES) - 1), how=changes, size=sizes, dirty=st.booleans())
-_unhurried = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-}
+unhurried = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
-@settings(max_examples=400, **_unhurried)  # type: ignore[arg-type]
-@mutants
-def test_mutants(
-    victims: list[Victim],
-    sampler: Sampler,
-    which: int,
-    how: list[Change],
-    size: tuple[str, float] | None,
-    dirty: bool,
-) -> None:
-    try_mutant(victims, sampler, which, how, size, dirty)
+@settings(unhurried, max_examples=400)
+@given(recipe=recipes(sizes))
+def test_mutants(victims: list[Victim], sampler: Sampler, recipe: Recipe) -> None:
+    try_mutant(victims, sampler, recipe)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@settings(max_examples=20_000, **_unhurried)  # type: ignore[arg-type]
-@mutants
-def test_many_mutants(
-    victims: list[Victim],
-    sampler: Sampler,
-    which: int,
-    how: list[Change],
-    size: tuple[str, float] | None,
-    dirty: bool,
-) -> None:
-    try_mutant(victims, sampler, which, how, size, dirty)
+@settings(unhurried, max_examples=20_000)
+@given(recipe=recipes(sizes))
+def test_many_mutants(victims: list[Victim], sampler: Sampler, recipe: Recipe) -> None:
+    try_mutant(victims, sampler, recipe)
 
 
 # The same with real files, through `open_image`: names of backing files change, too.
@@ -167,25 +162,10 @@ def scratch(victims: list[Victim]) -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-@settings(max_examples=100, **_unhurried)  # type: ignore[arg-type]
-@given(
-    which=st.integers(0, 2 * len(GEOMETRIES) - 1),
-    how=changes,
-    name=st.one_of(st.none(), st.binary(min_size=5, max_size=9)),
-    read_only=st.booleans(),
-    dirty=st.booleans(),
-)
-def test_opened(
-    victims: list[Victim],
-    scratch: Path,
-    which: int,
-    how: list[Change],
-    name: bytes | None,
-    read_only: bool,
-    dirty: bool,
-) -> None:
-    victim = victims[which]
-    file = mutate(victim, how, None, dirty)
+@settings(unhurried, max_examples=100)
+@given(recipe=recipes(st.none()), name=st.one_of(st.none(), st.binary(min_size=5, max_size=9)), read_only=st.booleans())
+def test_opened(victims: list[Victim], scratch: Path, recipe: Recipe, name: bytes | None, read_only: bool) -> None:
+    victim, file = recipe.make(victims)
     if name is not None:
         file.write(HEADER_BYTES, name)
     path = dump(file, victim.chain.dump(scratch, "mutant.qed"))
