@@ -22,9 +22,9 @@ _ENTRY_MASK = PAGE_ENTRIES - 1
 
 
 class QedLayer:
-    """See `layer.Layer`. `backing` is the layer below, None if the header names none; it and `storage` are owned and
-    closed with the layer. `lenient`: see `Tables`. `pool` bounds the memory for tables (by default shared by all images
-    of the thread). Errors are OSErrors: what the host said, EIO for a corrupt table.
+    """See `layers.layer.Layer`. `backing` is the layer below, None if the header names none; it and `storage` are owned
+    and closed with the layer. `lenient`: see `Tables`. `pool` bounds the memory for tables (by default shared by all
+    images of the thread). Errors are OSErrors: what the host said, EIO for a corrupt table.
     """
 
     format = "qed"

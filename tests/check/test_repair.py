@@ -101,7 +101,7 @@ def test_repair_leaks_changes_nothing_while_corrupt(fault: Fault) -> None:
     fault(image, tables, data)
     storage = Ram(image.raw)
     result = check_ram(storage, Repair.LEAKS)
-    assert result.leaks if result.corruptions else not result.leaks
+    assert bool(result.leaks) is bool(result.corruptions)
     assert bool(storage.log) == (not result.corruptions)
 
 

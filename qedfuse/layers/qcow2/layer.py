@@ -101,7 +101,7 @@ async def read_qcow2_header(storage: ReadStorage) -> Qcow2Header:
 
 
 class Qcow2Layer:
-    """A qcow2 image. See `layer.Layer`. `storage` and `backing` are owned and closed with the layer.
+    """A qcow2 image. See `layers.layer.Layer`. `storage` and `backing` are owned and closed with the layer.
 
     `header` is what `read_qcow2_header` returned for this storage. `backing` is the layer that `header.backing_name`
     names; None: what is unallocated reads as zeroes.
