@@ -21,7 +21,7 @@ from qedfuse.errors import QedfuseError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
-from qedfuse.host.new_file import make_file, sync_directory
+from qedfuse.host.new_file import NewFile
 from qedfuse.host.storage import Buffer
 
 #: So much at a time the host is told to begin writing out: little is left for the sync at the end.
@@ -90,33 +90,30 @@ async def open_output(
 
     Raises InUseError, QedfuseError (a directory, a FIFO, one of `sources`, ...), OSError; nothing is touched then.
     """
-    new = make_file(path) if create else None
-    file: OutputFile | None = None
-    begun = False
     try:
-        file = _open(path, create, is_image)
-        refuse_sources(path, file.stat(), sources)
-        lock(file.fileno(), path, writable=True)
-        begun = file.made
-        if begun and not new:
-            await file.truncate(0)
-        yield file
-        await file.finish()
-        if new:
-            await trio.to_thread.run_sync(sync_directory, os.path.dirname(new))
-    except BaseException as error:
-        with trio.CancelScope(shield=True), suppress(OSError):
-            if new:
-                _remove(new, file)
-            elif begun and file is not None:
-                await file.truncate(0)
-        if file is not None:
-            with suppress(OSError):
-                await file.release()
-        if isinstance(error, OSError):
-            error.filename = error.filename or path
+        with NewFile(path, make=create) as new:
+            file = _open(path, create, is_image)
+            begun = False
+            try:
+                refuse_sources(path, file.stat(), sources)
+                lock(file.fileno(), path, writable=True)
+                begun = file.made and not new.made
+                if begun:
+                    await file.truncate(0)
+                yield file
+                await file.finish()
+                await new.make_durable()
+            except BaseException:
+                if begun:
+                    with trio.CancelScope(shield=True), suppress(OSError):
+                        await file.truncate(0)
+                with suppress(OSError):
+                    await file.release()
+                raise
+            await file.release()
+    except OSError as error:
+        error.filename = error.filename or path
         raise
-    await file.release()
 
 
 def _open(path: str, create: bool, is_image: bool) -> OutputFile:
@@ -128,13 +125,10 @@ def _open(path: str, create: bool, is_image: bool) -> OutputFile:
         raise QedfuseError(path, f"cannot be the target: it is not {kinds}", errno.EINVAL)
     exclusive = os.O_EXCL if stat.S_ISBLK(mode) else 0  # EBUSY if it is mounted
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | exclusive)
-    if stat.S_IFMT(os.fstat(fd).st_mode) != stat.S_IFMT(mode):
+    try:
+        if stat.S_IFMT(os.fstat(fd).st_mode) != stat.S_IFMT(mode):
+            raise QedfuseError(path, "was replaced by something else just now", errno.EAGAIN)
+        return OutputFile(path, fd, made=create and stat.S_ISREG(mode), is_image=is_image)
+    except BaseException:
         os.close(fd)
-        raise QedfuseError(path, "was replaced by something else just now", errno.EAGAIN)
-    return OutputFile(path, fd, made=create and stat.S_ISREG(mode), is_image=is_image)
-
-
-def _remove(path: str, file: OutputFile | None) -> None:
-    """Remove a file that was made here, unless its name is another file's by now."""
-    if file is None or FileId.at(path) == FileId.of(file.stat()):
-        os.unlink(path)
+        raise

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
-
-import trio
 
 from qedfuse.chain.chain import open_backing
 from qedfuse.errors import QedfuseError, UsageError
 from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
-from qedfuse.host.new_file import make_file, sync_directory
+from qedfuse.host.new_file import NewFile
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import (
     Header,
@@ -58,26 +55,18 @@ async def create_image(
 
 async def _write_file(path: str, header: Header, backing_name: bytes) -> None:
     """`write_image` on a host file, new or not. A new one is gone again if that fails."""
-    new_path = make_file(path)
-    storage = FileStorage.open(path, writable=True)
     try:
-        if storage.fixed:
-            raise QedfuseError(path, "is a block device, and a new qed image must be a regular file", errno.EINVAL)
-        lock(storage.fileno(), path, writable=True)
-        try:
-            await write_image(storage, header, backing_name)
-            if new_path:
-                await trio.to_thread.run_sync(sync_directory, os.path.dirname(new_path))
-        except BaseException:
-            if new_path:
-                with suppress(OSError):
-                    os.unlink(new_path)
-            raise
+        with NewFile(path) as new:
+            async with closing(FileStorage.open(path, writable=True)) as storage:
+                if storage.fixed:
+                    what = "is a block device, and a new qed image must be a regular file"
+                    raise QedfuseError(path, what, errno.EINVAL)
+                lock(storage.fileno(), path, writable=True)
+                await write_image(storage, header, backing_name)
+                await new.make_durable()
     except OSError as error:
         error.filename = error.filename or path  # a full disk has none
         raise
-    finally:
-        await storage.close()
 
 
 async def _look_at_backing(path: str, backing: str, backing_format: str | None) -> tuple[int, str]:
