@@ -28,7 +28,7 @@ from tests.helpers.images.images import TINY, Chain, assert_sound, contents, new
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.modes import NEEDS_NATIVE
 from tests.helpers.mounts.mounts import is_mounted, need_fuse, wait_until
-from tests.helpers.qemu.cli import ROOT, environment, qemu_img
+from tests.helpers.qemu.cli import ROOT, environment, is_free, qemu_img
 
 CLUSTER = 4096
 SIZE = 64 * CLUSTER
@@ -343,7 +343,8 @@ sys.exit(main())
 
 
 def check(image: Path) -> None:
-    """Nothing is corrupt; clusters may have leaked."""
+    """Nothing is corrupt; clusters may have leaked. The daemon may be about to let go of the file."""
+    wait_until(lambda: is_free(image))
     assert subprocess.run(["qemu-img", "check", "-r", "all", str(image)], capture_output=True).returncode in (0, 3)
 
 
