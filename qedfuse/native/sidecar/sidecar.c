@@ -12,23 +12,29 @@
  * waits for the answer. If the daemon is killed meanwhile, its threads share the descriptor of /dev/fuse, which is what
  * the kernel waits for to be closed before it gives that thread an error: neither ever comes.
  *
- * So a child does it, made with vfork(2): it shares the daemon's memory, so it costs neither memory nor the time to
- * copy page tables, but has descriptors of its own, and begins by closing all of them. The thread that made it is
- * suspended until it ends, in a wait that SIGKILL ends; then the daemon's last descriptor is closed, and the child has
- * its error.
+ * So a child does it, made like vfork(2)'s: it shares the daemon's memory, so it costs neither memory nor the time to
+ * copy page tables. The thread that made it is suspended until it ends, in a wait that SIGKILL ends; then the daemon's
+ * last descriptor is closed, and the child has its error.
+ *
+ * It begins with the daemon's table of descriptors, not with a copy, and leaves it for one of its own, in which there
+ * are none. A copy would keep open for a moment what the daemon closes meanwhile: an image's locks would last longer
+ * than the daemon has it open, and whoever opens it next would be refused.
  *
  * It makes system calls only. Signals are blocked in it: a handler would run in the daemon's memory.
  *
- * Source: vfork(2), Linux fs/fuse/dev.c (request_wait_answer), utimensat(2) (AT_EMPTY_PATH: Linux 5.8), close_range(2)
- * (Linux 5.9).
+ * Source: clone(2), Linux fs/fuse/dev.c (request_wait_answer), utimensat(2) (AT_EMPTY_PATH: Linux 5.8), close_range(2)
+ * (CLOSE_RANGE_UNSHARE: Linux 5.9).
  */
 
+#define _GNU_SOURCE /* clone */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/close_range.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <sys/stat.h>
@@ -56,7 +62,7 @@ struct errand {
 static int run(struct errand *errand)
 {
     struct statx status;
-    if (syscall(SYS_close_range, 0U, ~0U, 0U))
+    if (syscall(SYS_close_range, 0U, ~0U, CLOSE_RANGE_UNSHARE))
         return errno;
     int fd = open(errand->path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0 || statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &status))
@@ -71,18 +77,22 @@ static int run(struct errand *errand)
     return truncate(FIRST_FD, errand->limit + 1) ? errno : 0;
 }
 
-/* Returns an errno: of making the child. */
-static __attribute__((noinline)) int send_out(struct errand *errand)
+static int child_main(void *errand_)
 {
+    struct errand *errand = errand_;
+    errand->error = run(errand);
+    errand->done = true;
+    return 0;
+}
+
+/* Returns an errno: of making the child. */
+static int send_out(struct errand *errand)
+{
+    _Alignas(16) char stack[16384];
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    pid_t child = vfork();
-    if (child == 0) {
-        errand->error = run(errand);
-        errand->done = true;
-        _exit(0);
-    }
+    pid_t child = clone(child_main, stack + sizeof stack, CLONE_VM | CLONE_VFORK | CLONE_FILES | SIGCHLD, errand);
     int error = child < 0 ? errno : 0;
     if (child > 0)
         while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
