@@ -280,16 +280,19 @@ class Image(QedLayer):
         return old
 
     async def flush(self) -> None:
-        """Everything completed before this call is durable when it returns. Nothing to do on a read-only image.
+        """Everything completed before this call is durable when it returns. Of a read-only image: what others have
+        written, a process that was killed, say.
 
         Raises OSError, EIO ever after a failed sync. Cancelled: the commit is carried out all the same.
         """
         if self._committer:
             await self._committer.flush()
+        else:
+            await self.storage.sync()
 
     def begin_flush(self) -> Coroutine[Any, Any, None] | None:
-        """See `Committer.begin_flush`. Of a read-only image, which has nothing to commit, it ends at once."""
-        return self._committer.begin_flush() if self._committer else _nothing()
+        """See `Committer.begin_flush`."""
+        return self._committer.begin_flush() if self._committer else self.storage.sync()
 
     async def write_back(self) -> None:
         """Bring dirty tables to the file, as the timer does; durable only as far as the order needs it. Raises
@@ -350,10 +353,6 @@ class Image(QedLayer):
         if committer.crowded:
             await committer.write_back()
         return self._writer
-
-
-async def _nothing() -> None:
-    """A read-only image has nothing to make durable."""
 
 
 if TYPE_CHECKING:

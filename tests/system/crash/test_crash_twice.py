@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfuse.qed.image import Image
 from tests.helpers.doubles.crash import SEED
 from tests.helpers.doubles.schedule import run_seeded
 from tests.helpers.images.images import TINY, new_chain, open_chain
@@ -39,16 +40,23 @@ async def new_clusters(guest: Guest) -> None:
     await guest.write_back()
 
 
-async def only_flush(guest: Guest) -> None:
+async def flush(guest: Guest) -> None:
     await guest.flush()
 
 
-async def only_close(guest: Guest) -> None:
+async def close(guest: Guest) -> None:
     await guest.close()
 
 
+async def flush_by_a_reader(guest: Guest) -> None:
+    """As sync(1) does. The new entries are not for it to judge: it repairs nothing."""
+    image = guest.image
+    reader = Image(image.storage, image.header, image.backing, writable=False)
+    await Guest(reader, guest.history, CLUSTER).flush()
+
+
 @pytest.mark.parametrize("backing", ["alone", "shorter"])
-@pytest.mark.parametrize("then", [only_flush, only_close])
+@pytest.mark.parametrize("then", [flush, close, flush_by_a_reader])
 @pytest.mark.parametrize("first", [in_place, new_clusters])
 def test_the_first_flush_vouches_for_what_was_there(first: Life, then: Life, backing: str, tmp_path: Path) -> None:
     async def main() -> None:
