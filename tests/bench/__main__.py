@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from tests.bench import report, targets, workloads
+from tests.bench import measures, report, targets, workloads
 
 
 @click.command()
@@ -50,10 +50,10 @@ def main(
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         source = Path(directory, "source.raw")
         with source.open("wb") as file:
-            for _ in range(workloads.SIZE >> 20):
+            for _ in range(measures.SIZE >> 20):
                 file.write(random.randbytes(1 << 20))
             os.fsync(file.fileno())
-        context = workloads.Context(seconds, source, tree)
+        context = measures.Context(seconds, source, tree)
         for number in range(rounds):
             for row in rows:
                 for kind in chosen if number % 2 == 0 else reversed(chosen):

@@ -24,8 +24,8 @@ from qedfuse.layers.seek import find_segments
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header
 from qedfuse.sizes import PAGE_ENTRIES
+from tests.bench.measures import mapped_terabyte
 from tests.bench.targets import QedFuse
-from tests.bench.workloads import mapped_terabyte
 from tests.helpers.doubles.ram import PAGE, RamFile, RamStorage
 from tests.helpers.images.chains import run
 from tests.helpers.images.devices import device_with

@@ -16,8 +16,8 @@ import pytest
 
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header
+from tests.bench.measures import mapped_terabyte
 from tests.bench.targets import QedFuse
-from tests.bench.workloads import mapped_terabyte
 from tests.helpers.judges.ledger import Files, Ledger
 from tests.helpers.mounts import filing
 from tests.helpers.mounts.guests import assert_clean, filesystem, loop_device, need_filesystem, need_guest, run
