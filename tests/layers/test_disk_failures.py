@@ -33,7 +33,7 @@ def test_what_is_read_only_stays_as_it_is(kind: str) -> None:
                     await change()
             await disk.flush()
             await it.expect_model()
-            assert it.host.log == []
+            assert [change.kind for change in it.host.log] == ["synced"]  # what others may have written
 
     trio.run(main)
 
