@@ -57,7 +57,7 @@ def main(
         for number in range(rounds):
             for row in rows:
                 for kind in chosen if number % 2 == 0 else reversed(chosen):
-                    if kind in row.skip:
+                    if not row.takes(kind):
                         continue
                     target = kind(Path(directory))
                     try:

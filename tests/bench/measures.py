@@ -17,8 +17,9 @@ from pathlib import Path
 
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import Header
+from tests.bench import processor
 from tests.bench.library import fragmented
-from tests.bench.targets import QedFuse, Target, run
+from tests.bench.targets import Target, run
 
 SIZE = 512 << 20
 
@@ -32,8 +33,25 @@ class Context:
     tree: Path
 
 
-def fio(path: Path, *options: str) -> float:
-    """IOPS of one fio job group (psync: one request at a time a job)."""
+@dataclass(frozen=True)
+class Requests:
+    """What a fio job group has done: how many requests, and how many a second."""
+
+    count: int
+    iops: float
+
+
+def parse_fio(said: str) -> Requests:
+    """The sums of a job group. Raises RuntimeError if fio says that it failed."""
+    job = json.loads(said[said.index("{") :])["jobs"][0]
+    if job["error"]:
+        raise RuntimeError(f"fio failed: {os.strerror(job['error'])}")
+    reads, writes = job["read"], job["write"]
+    return Requests(int(reads["total_ios"] + writes["total_ios"]), float(reads["iops"] + writes["iops"]))
+
+
+def fio(path: Path, *options: str) -> Requests:
+    """One fio job group (psync: one request at a time a job)."""
     out = run(
         "fio",
         "--name=row",
@@ -47,10 +65,12 @@ def fio(path: Path, *options: str) -> float:
         *options,
         timeout=300,
     )
-    job = json.loads(out[out.index("{") :])["jobs"][0]
-    if job["error"]:
-        raise RuntimeError(f"fio failed on {path}")
-    return float(job["read"]["iops"] + job["write"]["iops"])
+    return parse_fio(out)
+
+
+def lasting(context: Context) -> tuple[str, str]:
+    """fio's options for a time-based row."""
+    return "--time_based", f"--runtime={round(context.seconds * 1000)}ms"
 
 
 def on_full(*options: str) -> Callable[[Target, Context], float]:
@@ -59,7 +79,7 @@ def on_full(*options: str) -> Callable[[Target, Context], float]:
     def measure(target: Target, context: Context) -> float:
         target.fill(context.source)
         with served(target) as path:
-            return fio(path, "--time_based", f"--runtime={round(context.seconds * 1000)}ms", *options)
+            return fio(path, *lasting(context), *options).iops
 
     return measure
 
@@ -70,7 +90,21 @@ def on_fresh(requests: int, *options: str, backing: bool = False) -> Callable[[T
     def measure(target: Target, context: Context) -> float:
         target.create(str(SIZE), context.source if backing else None)
         with served(target) as path:
-            return fio(path, f"--number_ios={requests}", *options)
+            return fio(path, f"--number_ios={requests}", *options).iops
+
+    return measure
+
+
+def processor_time(*options: str) -> Callable[[Target, Context], float]:
+    """Microseconds of the serving process's processor time for each request, on a fully allocated image."""
+
+    def measure(target: Target, context: Context) -> float:
+        target.fill(context.source)
+        with served(target) as path:
+            assert target.pid
+            before = processor.used_by(target.pid)
+            done = fio(path, *lasting(context), *options)
+            return (processor.used_by(target.pid) - before) / done.count * 1e6
 
     return measure
 
@@ -92,14 +126,7 @@ def warm_reads(target: Target, context: Context) -> float:
     target.fill(context.source)
     with served(target) as path:
         run("dd", f"if={path}", "of=/dev/null", "bs=1M")
-        return fio(
-            path,
-            "--rw=randread",
-            "--bs=4k",
-            "--time_based",
-            f"--runtime={round(context.seconds * 1000)}ms",
-            "--invalidate=0",
-        )
+        return fio(path, "--rw=randread", "--bs=4k", "--invalidate=0", *lasting(context)).iops
 
 
 def guest(target: Target, context: Context) -> float:
@@ -113,15 +140,6 @@ def guest(target: Target, context: Context) -> float:
         run("cp", "-a", context.tree, mountpoint)
         run("sync", "-f", mountpoint)
         return time.monotonic() - started
-
-
-def info_time(target: Target, context: Context) -> float:
-    """Seconds that the target's own `info` takes, start of the interpreter included."""
-    target.create(str(SIZE))
-    command = [sys.executable, "-m", "qedfuse", "info"] if isinstance(target, QedFuse) else ["qemu-img", "info"]
-    started = time.monotonic()
-    run(*command, target.image)
-    return time.monotonic() - started
 
 
 def mount_time(target: Target, context: Context) -> float:
@@ -185,13 +203,28 @@ def cold_reads(target: Target, context: Context) -> float:
     run("sync")
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
     with served(target) as path:
-        return fio(path, "--rw=randread", "--bs=4k", "--direct=1", "--size=1T", "--number_ios=2000")
+        return fio(path, "--rw=randread", "--bs=4k", "--direct=1", "--size=1T", "--number_ios=2000").iops
+
+
+def need_holes(path: Path) -> None:
+    """Raises RuntimeError unless a hole reads as zeroes: a loop device hides that it cannot be made, QEMU 7.2 lies."""
+    with path.open("r+b") as disk:
+        disk.write(b"data" * 16384)
+        os.fsync(disk.fileno())
+    try:
+        run("fallocate", "--punch-hole", "--offset", "0", "--length", "65536", path)
+    except RuntimeError as error:
+        raise RuntimeError("makes no holes") from error
+    with path.open("rb") as disk:
+        if any(disk.read(65536)):
+            raise RuntimeError("says that it has made a hole, and has not")
 
 
 def discard_terabyte(target: Target, context: Context) -> float:
     """Seconds that `blkdiscard` takes for 1 TiB, every cluster of it allocated, and a sync."""
     mapped_terabyte(target)
     with served(target) as path, ExitStack() as stack:
+        need_holes(path)
         device = run("losetup", "--find", "--show", path).strip()
         stack.callback(run, "losetup", "--detach", device)
         started = time.monotonic()
@@ -204,6 +237,7 @@ def trim(target: Target, context: Context) -> float:
     """Seconds that `fstrim` takes, and a sync, for a guest's file system in which 20,000 files were deleted."""
     target.create(str(SIZE))
     with served(target) as path, tempfile.TemporaryDirectory() as mountpoint, ExitStack() as stack:
+        need_holes(path)
         run("mkfs.ext4", "-q", "-F", path)
         run("mount", "-o", "loop,nodiscard", path, mountpoint)
         stack.callback(run, "umount", mountpoint)
@@ -225,9 +259,10 @@ def write_discarded(target: Target, context: Context) -> float:
     """Small writes all over a disk that was full, and all of whose data was discarded."""
     target.fill(context.source)
     with served(target) as path:
+        need_holes(path)
         run("fallocate", "--punch-hole", "--offset", "0", "--length", str(SIZE), path)
         run("sync", path)
-        return fio(path, "--rw=randwrite", "--bs=4k", "--number_ios=20000", "--end_fsync=1")
+        return fio(path, "--rw=randwrite", "--bs=4k", "--number_ios=20000", "--end_fsync=1").iops
 
 
 def in_program(figure: str) -> Callable[[Target, Context], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,23 +13,24 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 
-def run(*command: str | Path, timeout: float = 600) -> str:
-    """Run a command; its output. Raises RuntimeError with what it said."""
+def run(*command: str | Path, timeout: float = 600, fine: tuple[int, ...] = (0,)) -> str:
+    """Run a command; its output. Raises RuntimeError with what it said if its exit code is none of the fine ones."""
     words = [str(word) for word in command]
     done = subprocess.run(words, check=False, text=True, capture_output=True, timeout=timeout)
-    if done.returncode:
+    if done.returncode not in fine:
         raise RuntimeError(f"{' '.join(words[:4])}: exit code {done.returncode}: {done.stderr.strip()}")
     return done.stdout
 
 
 class Target(ABC):
-    """One way to serve an image. `name` heads its column."""
+    """One way to serve an image. `name` heads its column; `tool` does what is done offline, where it has its own."""
 
     name: str
+    tool: tuple[str, ...] = ()
     image_format = "qed"
 
     def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch / self.name.replace(" ", "-")
+        self.scratch = scratch / re.sub(r"[^\w.-]+", "-", self.name)  # a comma would end QEMU's option
         self.scratch.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -77,20 +79,23 @@ class Target(ABC):
         deadline = time.monotonic() + seconds
         while not (path.stat().st_size and os.path.ismount(path)):
             if time.monotonic() > deadline or (self._process and self._process.poll() is not None):
-                raise RuntimeError(f"{self.name} did not come up")
+                raise RuntimeError("did not come up")
             time.sleep(0.005)
 
     def _stop(self, path: Path, by_signal: bool) -> None:
         assert self._process is not None
-        if by_signal:
-            self._process.send_signal(signal.SIGTERM)
-        else:
-            run("fusermount3", "-u", path)
         try:
-            self._process.wait(30)
+            if by_signal:
+                self._process.send_signal(signal.SIGTERM)
+            else:
+                run("fusermount3", "-u", path)
+            code = self._process.wait(30)
         finally:
             self._process.kill()
             self._process = None
+            subprocess.run(["fusermount3", "-q", "-u", "-z", path])  # it may have died
+        if code not in (0, -signal.SIGTERM):
+            raise RuntimeError(f"ended with exit code {code}")
 
 
 class RawFile(Target):
@@ -116,8 +121,20 @@ class RawFile(Target):
         pass
 
 
+def iothreads(count: int) -> tuple[list[str], str]:
+    """The daemon's options that make iothreads, and what an export's say to run in them."""
+    names = [f"thread{number}" for number in range(count)]
+    objects = [word for name in names for word in ("--object", f"iothread,id={name}")]
+    if count == 1:  # an older QEMU knows no list
+        return objects, f",iothread={names[0]}"
+    return objects, "".join(f",iothread.{number}={name}" for number, name in enumerate(names))
+
+
 class StorageDaemon(Target):
     name = "qemu-storage-daemon"
+    command: tuple[str, ...] = ("qemu-storage-daemon",)
+    tool: tuple[str, ...] = ("qemu-img",)
+    threads = 0  # the export's iothreads; 0: it runs in the main loop
 
     @staticmethod
     def available() -> str | None:
@@ -125,11 +142,13 @@ class StorageDaemon(Target):
 
     def mount(self) -> Path:
         path = self._mountpoint()
+        objects, used = iothreads(self.threads)
         self._start(
-            "qemu-storage-daemon",
+            *self.command,
+            *objects,
             *("--blockdev", f"driver=file,node-name=file,filename={self.image}"),
             *("--blockdev", "driver=qed,node-name=disk,file=file"),
-            *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={path},writable=on"),
+            *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={path},writable=on{used}"),
         )
         self._wait_for_size(path)
         return path
@@ -159,16 +178,17 @@ class NbdFuse(Target):
 
 class QedFuse(Target):
     name = "qedfuse"
+    tool: tuple[str, ...] = (sys.executable, "-m", "qedfuse")
     options: tuple[str, ...] = ()
 
     def mount(self) -> Path:
         path = self._mountpoint()
-        self._start(sys.executable, "-m", "qedfuse", "mount", "-f", *self.options, self.image, path)
+        self._start(*QedFuse.tool, "mount", "-f", *self.options, self.image, path)
         self._wait_for_size(path)
         return path
 
     def unmount(self) -> None:
-        run(sys.executable, "-m", "qedfuse", "umount", self.scratch / "mnt.raw")
+        run(*QedFuse.tool, "umount", self.scratch / "mnt.raw")
         assert self._process is not None
         self._process.wait(30)
         self._process = None
@@ -176,6 +196,7 @@ class QedFuse(Target):
 
 class QedFusePython(QedFuse):
     name = "qedfuse --no-fastpath"
+    tool = ()
     options = ("--no-fastpath",)
 
 

@@ -11,23 +11,25 @@ from tests.bench.measures import (
     discard_terabyte,
     guest,
     in_program,
-    info_time,
     mount_time,
     on_fresh,
     on_full,
+    processor_time,
     resident_memory,
     syncs_per_1000,
     trim,
     warm_reads,
     write_discarded,
 )
+from tests.bench.offline import check_terabyte, convert_to_qed, convert_to_raw, info_time
 from tests.bench.targets import NbdFuse, QedFusePython, RawFile, StorageDaemon, Target
 
 
 @dataclass(frozen=True)
 class Row:
     """`measure` gets a fresh target, returns a figure. `bar`: the ratio to the peer that we promise (0: no ratio).
-    `raw_bar`: the same to the raw file. `limit`: the largest figure that we allow ourselves (0: any)."""
+    `raw_bar`: the same to the raw file. `limit`: the largest figure that we allow ourselves (0: any). `offline`: done
+    by a tool, not to the flat file."""
 
     title: str
     unit: str
@@ -37,20 +39,36 @@ class Row:
     raw_bar: float = 0.0
     limit: float = 0.0
     skip: tuple[type[Target], ...] = ()
+    offline: bool = False
+
+    def takes(self, kind: type[Target]) -> bool:
+        """Whether it is measured for this kind of target, and for those that are derived from it."""
+        return not issubclass(kind, self.skip) and bool(kind.tool or not self.offline)
 
 
 DIRECT = "--direct=1"
-#: What makes no holes: QEMU's export (7.2 says that it has, and has not), nbdfuse, and pyfuse3 by itself.
-NO_HOLES = (StorageDaemon, NbdFuse, QedFusePython)
+READ_BY_8 = ("--rw=randread", "--bs=4k", DIRECT, "--numjobs=8")
+WRITE_BY_8 = ("--rw=randwrite", "--bs=4k", DIRECT, "--numjobs=8")
+#: All but the one whose programs import the engine.
+OTHERS = (RawFile, StorageDaemon, NbdFuse, QedFusePython)
 ROWS: tuple[Row, ...] = (
     Row("random read 4k direct, 1 reader", "IOPS", on_full("--rw=randread", "--bs=4k", DIRECT), bar=2),
-    Row("random read 4k direct, 8 readers", "IOPS", on_full("--rw=randread", "--bs=4k", DIRECT, "--numjobs=8"), bar=2),
+    Row("random read 4k direct, 8 readers", "IOPS", on_full(*READ_BY_8), bar=2),
     Row("random write 4k direct in place, 1 writer", "IOPS", on_full("--rw=randwrite", "--bs=4k", DIRECT), bar=2),
+    Row("random write 4k direct in place, 8 writers", "IOPS", on_full(*WRITE_BY_8), bar=2),
     Row(
-        "random write 4k direct in place, 8 writers",
-        "IOPS",
-        on_full("--rw=randwrite", "--bs=4k", DIRECT, "--numjobs=8"),
-        bar=2,
+        "processor time of a random read 4k direct, 8 readers",
+        "µs",
+        processor_time(*READ_BY_8),
+        higher_is_better=False,
+        skip=(RawFile,),
+    ),
+    Row(
+        "processor time of a random write 4k direct in place, 8 writers",
+        "µs",
+        processor_time(*WRITE_BY_8),
+        higher_is_better=False,
+        skip=(RawFile,),
     ),
     Row("sequential read 1 MiB direct", "MiB/s", on_full("--rw=read", "--bs=1M", DIRECT), bar=1.2),
     Row("sequential write 1 MiB direct", "MiB/s", on_full("--rw=write", "--bs=1M", DIRECT), bar=1.2),
@@ -80,7 +98,10 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("guest: mkfs.ext4, loop mount, copy a tree, sync", "s", guest, higher_is_better=False, raw_bar=0.9),
     Row("mount until usable", "s", mount_time, higher_is_better=False, bar=0, skip=(RawFile,)),
-    Row("info", "s", info_time, higher_is_better=False, bar=0, skip=(RawFile, NbdFuse, QedFusePython)),
+    Row("info", "s", info_time, higher_is_better=False, bar=0, offline=True),
+    Row("convert 512 MiB of raw data to QED, and a sync", "s", convert_to_qed, higher_is_better=False, offline=True),
+    Row("convert a full 512 MiB image to raw, and a sync", "s", convert_to_raw, higher_is_better=False, offline=True),
+    Row("check a full 1 TiB image", "s", check_terabyte, higher_is_better=False, offline=True),
     Row(
         "resident memory, random reads over 1 TiB",
         "MiB",
@@ -105,7 +126,6 @@ ROWS: tuple[Row, ...] = (
         higher_is_better=False,
         bar=0,
         limit=5,  # no ratio: the raw file is one hole, and has no tables
-        skip=NO_HOLES,
     ),
     Row(
         "discard: fstrim after deleting 20,000 files",
@@ -114,7 +134,6 @@ ROWS: tuple[Row, ...] = (
         higher_is_better=False,
         bar=0,
         raw_bar=0.9,
-        skip=NO_HOLES,
     ),
     Row(
         "discarded disk: buffered random write 4k + fsync",
@@ -122,7 +141,6 @@ ROWS: tuple[Row, ...] = (
         write_discarded,
         bar=0,
         raw_bar=0.9,
-        skip=NO_HOLES,
     ),
     Row(
         "discard of a million scattered clusters: longest wait of another task",
@@ -131,7 +149,7 @@ ROWS: tuple[Row, ...] = (
         higher_is_better=False,
         bar=0,
         limit=20,
-        skip=(RawFile, *NO_HOLES),
+        skip=OTHERS,
     ),
     Row(
         "discard of a million scattered clusters, one by one: growth of the process",
@@ -140,6 +158,6 @@ ROWS: tuple[Row, ...] = (
         higher_is_better=False,
         bar=0,
         limit=2,
-        skip=(RawFile, *NO_HOLES),
+        skip=OTHERS,
     ),
 )
