@@ -11,7 +11,7 @@ examples/setup.sh --tests
 # An ordinary user's PATH lacks the directories of mkfs, losetup and sfdisk.
 export PATH=$PWD/.venv/bin:$PATH:/usr/sbin:/sbin
 
-shellcheck examples/*.sh tests/*.sh .ci/run
+shellcheck examples/*.sh tests/*.sh tests/bench/*.sh .ci/run
 ruff check
 ruff format --check
 mypy

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from tests.bench.workloads import Row
@@ -14,6 +17,7 @@ PEER = "qemu-storage-daemon"
 RAW = "raw file"
 OURS = "qedfuse"
 _COLOURS = {RAW: "lightgrey", "nbdfuse": "tab:orange", OURS: "tab:green", f"{OURS} --no-fastpath": "tab:olive"}
+_MORE_COLOURS = ("tab:blue", "tab:purple", "tab:cyan", "tab:pink")  # of further QEMUs
 Results = Mapping[str, Mapping[str, Sequence[float]]]  # row title -> target name -> a figure a round
 
 
@@ -33,9 +37,18 @@ def spread(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / 2 / middle if middle else 0.0
 
 
-def markdown(rows: Sequence[Row], names: Sequence[str], results: Results) -> str:
-    """Medians (± spread) and, in brackets, the ratio to the peer."""
-    lines = ["| workload | unit | " + " | ".join(names) + " | bar |", "|---|---|" + "---|" * (len(names) + 1)]
+def best_ratio(row: Row, figures: Mapping[str, Sequence[float]], peers: Sequence[str]) -> float | None:
+    """The ratio of ours to the best of some peers; None where we have no figure, or none of them has."""
+    ratios = [ratio(row, figures, OURS, peer) for peer in peers]
+    return min((found for found in ratios if found is not None), default=None)
+
+
+def markdown(rows: Sequence[Row], names: Sequence[str], results: Results, newest: tuple[str, Sequence[str]]) -> str:
+    """Medians (± spread) and the ratio to the peer; what the newest QEMU is called, and as which targets it took part:
+    how ours compares with the better of them."""
+    version, peers = newest
+    heads = [*names, *([f"{OURS} to {version}"] if peers else []), "bar"]
+    lines = ["| workload | unit | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
     for row in rows:
         figures = results.get(row.title, {})
         cells = []
@@ -49,6 +62,9 @@ def markdown(rows: Sequence[Row], names: Sequence[str], results: Results) -> str
             text = f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"
             share = f" **{against:.2f}x**" if against is not None else ""
             cells.append(f"{text} ±{spread(values):.0%}{share}")
+        if peers:
+            best = best_ratio(row, figures, peers)
+            cells.append("-" if best is None else f"{best:.2f}x")
         lines.append(f"| {row.title} | {row.unit} | " + " | ".join(cells) + f" | {_bars(row, figures)} |")
     return "\n".join(lines)
 
@@ -68,6 +84,15 @@ def _bars(row: Row, figures: Mapping[str, Sequence[float]]) -> str:
     return ", ".join(parts) or "-"
 
 
+def remarks(left_out: Sequence[str], failures: Mapping[tuple[str, str], Counter[str]]) -> str:
+    """What the table lacks: targets that took no part, and rows that failed in so many rounds, by target and reason."""
+    lines = [f"- left out: {text}" for text in left_out]
+    for (name, reason), rows in failures.items():
+        titles = "; ".join(f"{title} ({times}x)" for title, times in rows.items())
+        lines.append(f"- failed: {name}: {reason}: {titles}")
+    return "\n".join(lines)
+
+
 def machine() -> str:
     """What the figures were measured on."""
     qemu = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True, check=False).stdout
@@ -79,8 +104,6 @@ def machine() -> str:
         ),
         platform.machine(),
     )
-    import os
-
     return (
         f"Linux {platform.release()}, {os.cpu_count()} cores ({model}), Python {platform.python_version()}, "
         f"{qemu.splitlines()[0] if qemu else 'no qemu-storage-daemon'}"
@@ -93,6 +116,7 @@ def picture(rows: Sequence[Row], names: Sequence[str], results: Results, path: P
 
     shown = [row for row in rows if row.bar and ratio(row, results.get(row.title, {}), PEER)]
     others = [name for name in names if name != PEER]
+    colours = _COLOURS | dict(zip([name for name in others if name not in _COLOURS], cycle(_MORE_COLOURS)))
     figure = Figure(figsize=(11, 0.62 * len(shown) + 1.6), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(others)
@@ -100,7 +124,7 @@ def picture(rows: Sequence[Row], names: Sequence[str], results: Results, path: P
         values = [ratio(row, results[row.title], name) or 1.0 for row in shown]  # no figure: no bar
         places = [index + (position - (len(others) - 1) / 2) * height for index in range(len(shown))]
         widths = [value - 1 for value in values]
-        axes.barh(places, widths, height, left=1, color=_COLOURS.get(name), label=name)
+        axes.barh(places, widths, height, left=1, color=colours[name], label=name)
     for index, row in enumerate(shown):
         axes.plot([row.bar, row.bar], [index - 0.4, index + 0.4], color="black", linewidth=1.5)
     axes.set_yticks(range(len(shown)), [row.title for row in shown])
