@@ -22,9 +22,9 @@ from qedfuse.chain.format_probe import PROBE_BYTES, probe_format
 from qedfuse.chain.link import Link, Reference, read_link
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
+from qedfuse.host import image_lock
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.image_lock import lock
 from qedfuse.host.lookups import NoAnswerError, look
 from qedfuse.host.remote_file import isolate
 from qedfuse.host.storage import read
@@ -151,9 +151,9 @@ class Chain:
                 message = f"its backing file {shown(storage.path)} is part of this chain already (a loop)"
                 raise CorruptError(image or storage.path, message, errno.ELOOP)
             if not self._share:
-                lock(storage.fileno(), storage.path, writable=storage.writable)
+                image_lock.lock(storage.fileno(), storage.path, writable=storage.writable)
         except BaseException:
-            os.close(storage.fileno())
+            image_lock.close(storage.fileno())
             raise
         return storage, found
 
@@ -185,4 +185,4 @@ def _open_entry(path: str, writable: bool) -> FileStorage:
 
 
 def _drop(opened: tuple[FileStorage, FileId]) -> None:
-    os.close(opened[0].fileno())
+    image_lock.close(opened[0].fileno())

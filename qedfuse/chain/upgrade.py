@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from functools import partial
 
@@ -10,6 +9,7 @@ import trio
 
 from qedfuse.chain.recovery import recover
 from qedfuse.errors import InUseError
+from qedfuse.host import image_lock
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import add_writers_locks, drop_writers_locks, share_writers_locks
 from qedfuse.host.lookups import enter, look
@@ -65,7 +65,7 @@ def _claim(readers: FileStorage) -> FileStorage:
 def _unclaim(readers: FileStorage, storage: FileStorage) -> None:
     """`_claim` undone, as far as it came."""
     with suppress(OSError):  # nothing was written
-        os.close(storage.fileno())
+        image_lock.close(storage.fileno())
     _give_locks_back(readers)
 
 

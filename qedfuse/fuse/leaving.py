@@ -20,6 +20,7 @@ from typing import TypeVar
 import trio
 
 from qedfuse.fuse.page_cache import TICK, CachedPages
+from qedfuse.host import image_lock
 from qedfuse.host.file_id import FileMark
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.lookups import look
@@ -60,7 +61,7 @@ class LeftFile:
         matters = self.mtime_ns is not None or not ending
         if matters and isinstance(image.storage, FileStorage) and image.writable:
             with contextlib.suppress(OSError):  # no descriptor left
-                return os.dup(image.storage.fileno())
+                return image.storage.lend()
         return None
 
     async def leave(self, fd: int, path: str, *, local: bool, ending: trio.Event) -> None:
@@ -79,7 +80,7 @@ class LeftFile:
             _log.warning("%s", describe(error, path))
         finally:
             with contextlib.suppress(OSError):
-                await call(partial(os.close, fd))
+                await call(partial(image_lock.close, fd))
 
     def _set_times(self, fd: int) -> os.stat_result:
         status = os.fstat(fd)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from qedfuse.errors import QedfuseError
+from qedfuse.host import image_lock
 from qedfuse.host.host_call import CallKind, Host, HostCall
 from qedfuse.host.storage import Buffer, HostExtent, check_type, find_extents, size_in_sectors
 from qedfuse.host.waiting import in_background, in_thread
@@ -60,6 +61,7 @@ class FileStorage:
         status = os.fstat(fd)
         self.fixed = stat.S_ISBLK(status.st_mode)
         self._fd = fd
+        self._lent = False
         self._host = Host(status.st_rdev if self.fixed else status.st_dev, self.local)
 
     @classmethod
@@ -89,6 +91,12 @@ class FileStorage:
     def fileno(self) -> int:
         """The descriptor, for locks and for the fast path. The same number for as long as the file is open."""
         return self._fd
+
+    def lend(self) -> int:
+        """A second descriptor, which has the locks until `image_lock.close`. Raises OSError."""
+        fd = os.dup(self._fd)
+        self._lent = True
+        return fd
 
     def become(self, other: FileStorage) -> None:
         """Be as another opening of the same file is, from the next call on; the other one is closed. Raises OSError."""
@@ -275,7 +283,7 @@ class FileStorage:
     async def close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1  # a late call gets EBADF, not another file
-            await self._in_thread(os.close, fd)
+            await self._in_thread(os.close if self._lent else image_lock.close, fd)
 
 
 @functools.cache

@@ -4,8 +4,9 @@ The locks are advisory, on single bytes of the image file, shared (read) locks o
 locked: a process holds permission p. Byte 200+p locked: a process does not let others have p. A process that opens an
 image first locks its own bytes, then asks for each permission it holds whether 200+p is locked, and for each that it
 does not share whether 100+p is. Because the locks come before the tests, of two that open at the same time
-at least one sees the other (both may fail). The kernel drops the locks with the descriptor's last close, so a killed
-process leaves none.
+at least one sees the other (both may fail). The kernel drops the locks when the last descriptor of the description is
+closed, so a killed process leaves none. A child that was forked a moment ago may have one, so we give the locks back
+before we close ours: else whoever opens the image next would be refused, ourselves included.
 
 What QEMU 7.2 takes (strace of qemu-io, qemu-img, qemu-nbd, qemu-storage-daemon), by p:
 
@@ -34,6 +35,7 @@ import fcntl
 import logging
 import os
 import struct
+from contextlib import suppress
 
 from qedfuse.errors import InUseError
 from qedfuse.host.lock_holder import find_holder, name_of
@@ -59,7 +61,7 @@ _log = logging.getLogger("qedfuse")
 
 
 def lock(fd: int, path: str, *, writable: bool) -> None:
-    """Take QEMU's locks on an image that is open as `fd`; they last until the descriptor is closed.
+    """Take QEMU's locks on an image that is open as `fd`; they last until `close`.
 
     Does not wait. Raises InUseError if another process (or another descriptor of this one) uses the image in a way
     that excludes ours, and then leaves no lock behind; OSError if the file system fails. Where the file system has no
@@ -97,6 +99,15 @@ def add_writers_locks(fd: int, path: str) -> None:
         return
     if blocked is not None:
         raise InUseError(path, _explain(fd, blocked))
+
+
+def close(fd: int) -> None:
+    """close(2) of what may be locked, and no longer is. Raises OSError; closed it is in any case."""
+    try:
+        with suppress(OSError):  # this file system has no locks
+            _unlock(fd)
+    finally:
+        os.close(fd)
 
 
 def drop_writers_locks(fd: int) -> None:

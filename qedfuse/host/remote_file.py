@@ -15,6 +15,7 @@ from functools import partial
 
 import trio
 
+from qedfuse.host import image_lock
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.host_call import HostCall
 from qedfuse.host.lookups import enter, look
@@ -132,7 +133,7 @@ class RemoteFile(FileStorage):
         finally:
             for fd in former:  # which were open for reading: there is nothing to lose
                 with suppress(OSError):
-                    await look(partial(os.close, fd), patience=_PATIENCE)
+                    await look(partial(os.close if self._lent else image_lock.close, fd), patience=_PATIENCE)
 
     def next_data(self, offset: int) -> int | None:
         return offset if offset < self._size else None
