@@ -41,7 +41,8 @@ export ASAN_OPTIONS=detect_leaks=0:handle_sigill=1:handle_abort=1:log_path=$copy
 export PYTHONMALLOC=malloc
 status=0
 ./sanitized -m pytest -p only_python -p no:cacheprovider \
-    tests/check/test_check.py tests/daemon/test_root_times.py tests/fuse/test_fastpath*.py tests/fuse/test_oversize.py \
+    tests/check/test_check.py tests/daemon/test_kernel_times.py tests/fuse/test_fastpath*.py \
+    tests/fuse/test_oversize.py tests/fuse/test_direct_handles.py \
     tests/fuse/test_replace_image.py tests/fuse/test_seek_mapped.py tests/fuse/test_seek_model.py \
     tests/qed/test_begin_flush.py tests/qed/test_cluster_map.py tests/qed/test_one_mapping.py "$@" || status=$?
 if compgen -G "$copy/report*" >/dev/null; then

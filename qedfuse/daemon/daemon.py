@@ -26,15 +26,16 @@ from qedfuse.daemon.config import MountConfig
 from qedfuse.daemon.control_server import ControlServer
 from qedfuse.daemon.dirty_limit import become_flusher, fit_options, set_dirty_limit
 from qedfuse.daemon.images import MountImages
+from qedfuse.daemon.kernel_times import Clocks
 from qedfuse.daemon.launch import Link
 from qedfuse.daemon.memory_limit import memory_limit
-from qedfuse.daemon.root_times import RootClock
 from qedfuse.daemon.status_report import report
 from qedfuse.errors import EXIT_FAILED, EXIT_OK, QedfuseError, leaves
 from qedfuse.fuse import session
 from qedfuse.fuse.all_images import Hurry, close_all, flush_all
 from qedfuse.fuse.complaints import Complaints
 from qedfuse.fuse.connection import abort
+from qedfuse.fuse.node import Node
 from qedfuse.fuse.operations import Operations
 from qedfuse.fuse.oversize import Oversize
 from qedfuse.fuse.tree import Tree
@@ -146,8 +147,8 @@ class Daemon:
         await self._control.listen(self._mount.device)
         nursery.start_soon(self._control.serve)
         if self._options.writeback:
-            self._operations.oversize = self._watch_sizes(nursery, self._mount)
-        await self._settle(self._operations, self._mount)
+            self._operations.oversize = Oversize(nursery, self._path_of, self._mount.st_dev, session.drop_pages)
+        await self._settle(self._operations, self._mount, nursery)
         if self._fastpath and not self._fastpath.bound:
             _log.warning("no native fast path (requests do not come by it): all is answered in Python")
             self._fastpath = None
@@ -158,36 +159,34 @@ class Daemon:
         try:
             from qedfuse.fuse.fastpath import FastPath
 
-            return FastPath(session.library(), cached=not self._options.direct_io)
+            maps = self._memory_limit is None or self._flusher  # see dirty_limit.py: no pages that could not be written
+            return FastPath(session.library(), cached=not self._options.direct_io, maps=maps)
         except (ImportError, OSError) as error:
             _log.warning("no native fast path (%s): all is answered in Python", error)
             return None
 
-    def _watch_sizes(self, nursery: trio.Nursery, mount: Mount) -> Oversize:
+    def _path_of(self, node: Node) -> bytes:
         point = os.fsencode(self._config.mountpoint)
-        return Oversize(
-            nursery,
-            lambda node: point if node is self._tree.root else os.path.join(point, node.name),
-            mount.st_dev,
-            session.drop_pages,
-        )
+        return point if node is self._tree.root else os.path.join(point, node.name)
 
-    async def _settle(self, operations: Operations, mount: Mount) -> None:
+    async def _settle(self, operations: Operations, mount: Mount, nursery: trio.Nursery) -> None:
         """Wait until the kernel uses the mount, and tell it what it does not ask for."""
         await operations.initialized.wait()
         root = self._tree.root
+        times = Clocks(nursery, self._path_of, mount.st_dev, lambda: operations.counts.totals()["write"])
         if root is not None and root.mounted.opened is not None:
             # In a thread: its place may be locked by an early reader.
             await trio.to_thread.run_sync(session.tell_root_size, root.mounted.opened.size)
             if self._options.writeback:
-                clock = RootClock(mount, lambda: operations.counts.totals()["write"])
-                await clock.start(root.mounted.slot)
-                operations.on_close = clock.update
+                await times.start(root)
+        if self._options.writeback:
+            operations.times = times
         operations.settling = False
 
     async def _serve_kernel(self) -> None:
         try:
-            async with self._fastpath.serving() if self._fastpath else nullcontext():
+            assert self._operations is not None
+            async with self._fastpath.serving(self._operations.answer_open) if self._fastpath else nullcontext():
                 await session.serve(most_requests())
         except Exception as error:
             # ECONNABORTED: a process has ended the connection; or the mount, while the kernel handed a request out.

@@ -1,7 +1,8 @@
 """Requests that the fast path hands over to Python past pyfuse3: one method for each kind.
 
-FALLOCATE and LSEEK, for which pyfuse3 has no handlers, and what is quicker this way: FSYNC, whose commit is carried out
-inline if the disk is fast and no other task wants anything, READs for which C has waited in vain for the disk.
+FALLOCATE and LSEEK, for which pyfuse3 has no handlers, OPEN, for which it lacks a flag, and what is quicker this way:
+FSYNC, whose commit is carried out inline if the disk is fast and no other task wants anything, READs for which C has
+waited in vain for the disk.
 """
 
 from __future__ import annotations
@@ -53,18 +54,27 @@ class Request(Protocol):
     def reply_offset(self, offset: int, /) -> None:
         """To an LSEEK: bytes."""
 
+    def reply_open(self, fh: int, /, *, direct: bool, keep_cache: bool) -> bool:
+        """To an OPEN: the file's handle. `direct`: past the kernel's cache, and writers need not wait for each other.
+        False: the process is gone, and there will be no RELEASE."""
+
     def invalidate(self, offset: int, size: int, /) -> None:
         """No reply: let the kernel write what it has for a range (size 0: to the end) of the file, and forget it.
         Returns when these writes have been answered, so not on the thread that answers them. Raises OSError."""
 
 
+Opener = Callable[[Request, int, int], Awaitable[None]]
+
+
 class HandOver:
     """The handlers. `nursery`: where they run that cannot answer inline; what must not be left half done there is
     shielded from its cancellation. `slots`: of the open files, by handle. `has_writers`: whether the kernel may have
-    data of an image that it has not written yet; None: it never has. `in_python`: see `FastPath.in_python`.
+    data of an image that it has not written yet; None: it never has. `in_python`: see `FastPath.in_python`. `opener`:
+    answers an OPEN of a file by its number, with flags as of open(2).
 
-    C calls `read`, `fsync`, `fallocate` and `seek` for handles that are among `slots`, in the middle of a system call
-    of pyfuse3's. They return whether the request has been answered; if not, a task will do it. Offsets, sizes: bytes.
+    C calls `open`, and `read`, `fsync`, `fallocate` and `seek` for handles that are among `slots`, in the middle of a
+    system call of pyfuse3's. They return whether the request has been answered; if not, a task will do it. Offsets,
+    sizes: bytes.
     """
 
     def __init__(
@@ -73,11 +83,13 @@ class HandOver:
         slots: Mapping[int, ImageSlot],
         has_writers: Callable[[ImageSlot], bool] | None,
         in_python: tuple[Callable[[], None], Callable[[], None]],
+        opener: Opener,
     ) -> None:
         self._nursery = nursery
         self._slots = slots
         self._has_writers = has_writers
         self._enter, self._leave = in_python
+        self._opener = opener
         self._complaints = Complaints()
         self._last = LastSegments()
         # Threads of their own, by inode: what they wait for may need one of trio's, and may never come.
@@ -93,6 +105,12 @@ class HandOver:
             await handler(*args)
         finally:
             self._leave()
+
+    # -- OPEN ---------------------------------------------------------------------------------------------------------
+
+    def open(self, request: Request, node: int, flags: int, /) -> bool:
+        self._begin(self._opener, request, node, flags)
+        return False
 
     # -- READ ---------------------------------------------------------------------------------------------------------
 

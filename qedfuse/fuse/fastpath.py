@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from qedfuse.chain.chain import MAX_DEPTH
-from qedfuse.fuse.bypass import HandOver
+from qedfuse.fuse.bypass import HandOver, Opener
 from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.host.file_storage import (
     FALLOC_FL_KEEP_SIZE,
@@ -73,14 +73,16 @@ class FastPath:
     no memory for a request.
 
     `cached`: the kernel has a page cache, and may hold data that we do not know of: written ones if its writeback cache
-    is on, stores into shared maps in any case.
+    is on, stores into shared maps in any case. `maps`: it may also have such maps of files that are open past its
+    cache, if it knows how.
     """
 
-    def __init__(self, pyfuse3_file: str, *, cached: bool) -> None:
+    def __init__(self, pyfuse3_file: str, *, cached: bool, maps: bool) -> None:
         mode = os.environ.get(MODE_VARIABLE)
         self.answers = mode != "pass"
         self._spin = mode != "nospin"
         self._cached = cached
+        self._maps = maps
         self._attached: dict[ImageSlot, _Attached] = {}
         self._handles: dict[int, ImageSlot] = {}
         native.bind(pyfuse3_file)
@@ -94,9 +96,10 @@ class FastPath:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Since the process began: `calls` of the filter, `reads`, `writes` and `syncs` answered, requests `passed` to
-        pyfuse3 and `handed` over (`missed` of all these because they needed a disk), `spins` for the next request and
-        those `spun` successfully, reads that `waits` counts as having waited for the disk, `waited` successfully."""
+        """Since the process began: `calls` of the filter, `reads`, `writes`, `syncs` and `opens` answered, requests
+        `passed` to pyfuse3 and `handed` over (`missed` of all these because they needed a disk), `spins` for the next
+        request and those `spun` successfully, reads that `waits` counts as having waited for the disk, `waited`
+        successfully."""
         return native.counters()
 
     @property
@@ -108,6 +111,12 @@ class FastPath:
     def sync_asked(self) -> Callable[[], bool]:
         """To be called first thing in a write's handler: whether the write must be durable when it is answered."""
         return native.sync_asked
+
+    @property
+    def direct_maps(self) -> bool:
+        """Whether a file that is open past the kernel's cache can be mapped shared: known once the kernel and we have
+        agreed on the protocol."""
+        return native.direct_maps()
 
     # -- handles ------------------------------------------------------------------------------------------------------
 
@@ -126,12 +135,13 @@ class FastPath:
             del self._attached[slot]
 
     @asynccontextmanager
-    async def serving(self) -> AsyncIterator[None]:
-        """Filter requests, and answer those that are handed over, during the block, in which pyfuse3.main runs."""
+    async def serving(self, opener: Opener) -> AsyncIterator[None]:
+        """Filter requests, and answer those that are handed over, OPENs by `opener`, during the block, in which
+        pyfuse3.main runs."""
         async with trio.open_nursery() as nursery:
-            has_writers = self._has_writers if self._cached else None
-            handlers = HandOver(nursery, self._handles, has_writers, self.in_python)
-            native.configure(self.answers, spin=self._spin, handlers=handlers)
+            has_writers = self._has_writers if self._cached or self._maps else None
+            handlers = HandOver(nursery, self._handles, has_writers, self.in_python, opener)
+            native.configure(self.answers, spin=self._spin, maps=self._maps, handlers=handlers)
             try:
                 yield
             finally:
@@ -140,7 +150,7 @@ class FastPath:
 
     def _has_writers(self, slot: ImageSlot) -> bool:
         attached = self._attached.get(slot)
-        return attached is not None and bool(attached.writers)
+        return (self._cached or self.direct_maps) and attached is not None and bool(attached.writers)
 
 
 class _Attached:

@@ -13,10 +13,23 @@ class Node:
     """A raw file. `fixed`: its image stays open. `stale`: another process changed or replaced the image's file.
 
     `key`, `mark` and `size` are the file, its state and the image's size when it was first looked at; `name` is how it
-    was last called; `may_write`: whether the host lets us write the file; `lookups` counts the kernel's references.
+    was last called; `may_write`: whether the host lets us write the file; `lookups` counts the kernel's references,
+    `direct_writers` the handles that write past its cache.
     """
 
-    __slots__ = ("fixed", "id", "key", "lookups", "mark", "may_write", "mounted", "name", "size", "stale")
+    __slots__ = (
+        "direct_writers",
+        "fixed",
+        "id",
+        "key",
+        "lookups",
+        "mark",
+        "may_write",
+        "mounted",
+        "name",
+        "size",
+        "stale",
+    )
 
     def __init__(self, id: int, mounted: MountedImage, key: FileId, mark: FileMark, size: int, *, fixed: bool) -> None:
         self.id = id
@@ -28,6 +41,7 @@ class Node:
         self.may_write = False
         self.fixed = fixed
         self.lookups = 0
+        self.direct_writers = 0
         self.stale = False
 
     def is_at(self, peek: Peek) -> bool:

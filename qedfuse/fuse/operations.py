@@ -12,13 +12,14 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from qedfuse.fuse.attributes import Attributes, directory_attributes
+from qedfuse.fuse.bypass import Request
 from qedfuse.fuse.complaints import Complaints, Unopened
 from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.node import Entry, Node
@@ -46,6 +47,27 @@ NAMES_TIMEOUT = 1.0
 FIXED_NAMES_TIMEOUT = 3600.0
 
 _SYNC_FLAGS = os.O_SYNC | os.O_DSYNC
+
+
+class Times(Protocol):
+    """Tells the kernel times that it does not ask for: `daemon/kernel_times.py`."""
+
+    async def update(self, node: Node) -> None:
+        """A handle on a file mount's root, or one that writes past the cache, is being closed."""
+
+    def tells(self, node: Node, mtime_ns: int) -> bool:
+        """Whether a SETATTR may be of its making: the image file has had this time, and may have a later one."""
+
+    def update_soon(self, node: Node) -> None:
+        """Somebody looks at a file that is being written past the cache. Returns at once."""
+
+
+class _Opened(NamedTuple):
+    """A file's handle. `direct`: reads and writes are past the kernel's cache. `keep_cache`: what is there is valid."""
+
+    handle: int
+    direct: bool
+    keep_cache: bool
 
 
 def _nothing() -> None:
@@ -80,7 +102,7 @@ class Operations(pyfuse3.Operations):
 
     `initialized`: the kernel and we have agreed on the protocol. `settling`: the mount is not announced yet. Its owner
     is the daemon's user, who may then tell the kernel the times of a file mount, and the image's are not to be changed
-    by that (see `root_times.py`). `on_close`: awaited, with its slot, when a handle on a file mount's root is closed.
+    by that (see `kernel_times.py`). `times`: told when the kernel must be told times, with the writeback cache.
     """
 
     supports_dot_lookup = False
@@ -93,7 +115,7 @@ class Operations(pyfuse3.Operations):
         self.initialized = trio.Event()
         self.settling = True
         self.counts = RequestCounts(fastpath)
-        self.on_close: Callable[[ImageSlot], Awaitable[None]] | None = None
+        self.times: Times | None = None
         self.oversize: Oversize | None = None
         self.complaints = Complaints()
         self.unopened = Unopened()
@@ -102,14 +124,14 @@ class Operations(pyfuse3.Operations):
         self._host = host
         self._fastpath = fastpath
         self._enter, self._leave = fastpath.in_python if fastpath else (_nothing, _nothing)
-        # With a page cache the kernel asks for an fsync after such a write; without one it only says so in the request,
-        # which pyfuse3 does not show.
-        self._sync_asked = fastpath.sync_asked if fastpath and options.direct_io else _no
-        self._always_sync = options.direct_io and "sync" in options.kernel
+        # Of a write past its cache that must be durable the kernel says so in the request only, which pyfuse3 does not
+        # show; after any other it asks for an fsync.
+        self._sync_asked = fastpath.sync_asked if fastpath else _no
         self._slots: dict[int, ImageSlot] = {}
         self._nodes: dict[int, Node] = {}
         self._writing: set[int] = set()
         self._synced: set[int] = set()
+        self._direct_writers: set[int] = set()
         self._listings: dict[int, list[Entry]] = {}
         self._next_handle = 1
         self._names_timeout = NAMES_TIMEOUT if tree.sources else FIXED_NAMES_TIMEOUT
@@ -171,13 +193,28 @@ class Operations(pyfuse3.Operations):
         async with slot as image:
             if image.failed is not None and fh in self._writing:
                 raise image.failed
-        if self.on_close is not None:  # without the slot: the kernel is told times, and has a SETATTR answered for that
-            await self.on_close(slot)
+        # Without the slot: the kernel has a SETATTR answered for that.
+        if self.times and (self._nodes[fh].id == ROOT or fh in self._direct_writers):
+            await self.times.update(self._nodes[fh])
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    @_translated
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        opened = await self._open(inode, flags)
+        return FileInfo(fh=opened.handle, direct_io=opened.direct, keep_cache=opened.keep_cache)
+
+    async def answer_open(self, request: Request, inode: int, flags: int) -> None:
+        """`open`, with writers that need not wait for each other."""
+        try:
+            opened = await self._open(inode, flags)
+        except FUSEError as error:
+            request.reply(error.errno)
+        else:
+            if not request.reply_open(opened.handle, direct=opened.direct, keep_cache=opened.keep_cache):
+                await self.release(opened.handle)
+
+    @_translated
+    async def _open(self, inode: int, flags: int) -> _Opened:
         node = self._tree.node(inode)
         to_write = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         slot = await self._acquire(node, to_write=to_write)
@@ -195,14 +232,18 @@ class Operations(pyfuse3.Operations):
         handle = self._take_handle()
         self._slots[handle] = slot
         self._nodes[handle] = node
+        direct = self._options.direct_io or bool(flags & os.O_DIRECT and self._fastpath and self._fastpath.direct_maps)
+        sync = bool(flags & _SYNC_FLAGS) or (direct and "sync" in self._options.kernel)
         if to_write:
             self._writing.add(handle)
-        sync = self._always_sync or bool(flags & _SYNC_FLAGS)
+        if to_write and (direct or flags & os.O_DIRECT):
+            self._direct_writers.add(handle)
+            node.direct_writers += 1
         if sync:
             self._synced.add(handle)
         if self._fastpath:
             self._fastpath.attach(handle, slot, to_write=to_write, synced=sync)
-        return FileInfo(fh=handle, direct_io=self._options.direct_io, keep_cache=keep_cache)
+        return _Opened(handle, direct, keep_cache)
 
     @_translated
     async def release(self, fh: int) -> None:
@@ -211,7 +252,11 @@ class Operations(pyfuse3.Operations):
         del self._slots[fh]
         self._writing.discard(fh)
         self._synced.discard(fh)
-        self._nodes.pop(fh).mounted.release()
+        node = self._nodes.pop(fh)
+        if fh in self._direct_writers:
+            self._direct_writers.remove(fh)
+            node.direct_writers -= 1
+        node.mounted.release()
 
     @_translated
     async def setattr(
@@ -259,7 +304,8 @@ class Operations(pyfuse3.Operations):
             options=self._options,
         )
         mtime = attr.st_mtime_ns if fields.update_mtime else None
-        change_times(fd, atime_ns=attr.st_atime_ns if fields.update_atime else None, mtime_ns=mtime)
+        if mtime is None or not self.times or not self.times.tells(node, mtime):
+            change_times(fd, atime_ns=attr.st_atime_ns if fields.update_atime else None, mtime_ns=mtime)
         if mtime is not None and self.enable_writeback_cache:
             node.mounted.left.mtime_ns = mtime  # the kernel is the master of it
         if not image.writable:
@@ -271,6 +317,8 @@ class Operations(pyfuse3.Operations):
             return self._entry(ROOT, directory_attributes(self._host, self._options))
         node = self._tree.node(inode)
         peek = None if node.mounted.opened else await self._tree.look(node)
+        if self.times and node.direct_writers:
+            self.times.update_soon(node)
         return self._entry(inode, await attributes_now(node, peek, options=self._options))
 
     @_translated

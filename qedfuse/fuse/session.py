@@ -61,7 +61,8 @@ def library() -> str:
 
 
 def tell_root_size(size: int) -> None:
-    """Make the kernel believe in the size (bytes) of a file mount's root, which it takes to be 0; see `root_times.py`.
+    """Make the kernel believe in the size (bytes) of a file mount's root, which it takes to be 0: see
+    `kernel_times.py`.
 
     A byte that is put into its cache extends the file. The page that it is in counts as incomplete, and is read as
     ever. To be called when the connection is initialized, and before the mount is used, in a thread while requests are

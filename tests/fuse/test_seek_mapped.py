@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from qedfuse.chain.opening import open_image
-from tests.helpers.doubles.request import NotedRequest
+from tests.helpers.doubles.request import NotedRequest, no_opener
 from tests.helpers.mounts.modes import NEEDS_NATIVE
 from tests.helpers.mounts.mounts import mounted
 from tests.helpers.mounts.slots import slot_of
@@ -52,7 +52,9 @@ def test_a_seek_for_which_there_is_no_thread(tmp_path: Path, monkeypatch: pytest
     async def main() -> None:
         async with open_image(image) as engine, trio.open_nursery() as nursery:
             monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
-            hand_over = HandOver(nursery, {1: slot_of(engine)}, lambda _slot: True, (lambda: None, lambda: None))
+            hand_over = HandOver(
+                nursery, {1: slot_of(engine)}, lambda _slot: True, (lambda: None, lambda: None), no_opener
+            )
             request = NotedRequest()
             assert not hand_over.seek(request, 1, 0, os.SEEK_DATA)
             with trio.fail_after(20):

@@ -38,7 +38,7 @@ RANK = {name: rank for rank, line in enumerate(ROOMS.strip().splitlines()) for n
 NATIVE = {
     "native._fastpath": {"fuse.fastpath"},
     "native._clustermap": {"qed.cluster_map", "check.compaction"},
-    "native._sidecar": {"fuse.oversize", "daemon.root_times"},
+    "native._sidecar": {"fuse.oversize", "daemon.kernel_times"},
 }
 
 #: No I/O, no event loop; all that these know of the machine is text.

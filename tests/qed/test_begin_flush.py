@@ -19,7 +19,7 @@ from qedfuse.chain.opening import open_image
 from qedfuse.host.stepping import Stepper
 from qedfuse.qed.image import Image
 from qedfuse.sizes import HostOffset
-from tests.helpers.doubles.request import NotedRequest
+from tests.helpers.doubles.request import NotedRequest, no_opener
 from tests.helpers.judges.expect import raises_errno
 from tests.helpers.mounts.injection import injected
 from tests.helpers.mounts.modes import NEEDS_NATIVE
@@ -265,7 +265,7 @@ class TestNative:
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.start_soon(take_turns)
                 await trio.sleep(0.01)
-                hand_over = HandOver(nursery, {1: slot_of(image)}, None, (lambda: None, lambda: None))
+                hand_over = HandOver(nursery, {1: slot_of(image)}, None, (lambda: None, lambda: None), no_opener)
                 request = NotedRequest()
                 assert not hand_over.fsync(request, 1)
                 assert await request.replied() == 0

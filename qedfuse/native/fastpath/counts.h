@@ -9,6 +9,7 @@ extern struct counts {
     uint64_t reads;  /* answered here, or past pyfuse3 */
     uint64_t writes; /* answered here */
     uint64_t syncs;  /* answered past pyfuse3 */
+    uint64_t opens;  /* answered past pyfuse3 */
     uint64_t passed; /* to pyfuse3, of any kind */
     uint64_t missed; /* reads and writes that Python got for the host's page cache or the host */
     uint64_t handed; /* to Python, past pyfuse3 */

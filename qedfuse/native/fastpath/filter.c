@@ -1,8 +1,8 @@
 /*
  * The fast path: a request filter in front of pyfuse3. receive.c takes requests from the kernel; requests.c tells them
  * apart; handles.c knows their images; layer.c where an image's bytes are; transfer.c and allocate.c read and write
- * them, by batch.c; reply.c answers, parked_reads.c later, handover.c by way of Python; view.c is what C knows of an
- * image in Python, module.c what Python knows of C.
+ * them, by batch.c; reply.c answers, parked_reads.c later, handover.c by way of Python; negotiate.c amends what libfuse
+ * agrees on with the kernel; view.c is what C knows of an image in Python, module.c what Python knows of C.
  *
  * How it gets there. This module defines `fuse_session_receive_buf`, the libfuse function by which pyfuse3 takes a
  * request from the kernel. It is loaded with RTLD_GLOBAL before pyfuse3, so the dynamic linker binds pyfuse3's call to
@@ -12,10 +12,10 @@
  *
  * What it does. It reads requests from the session's descriptor. READs, WRITEs that overwrite allocated clusters, and
  * most WRITEs into new ones it answers at once and goes on to the next request (a *burst*). FALLOCATE and LSEEK, for
- * which pyfuse3 has no handlers, and FSYNC, which is quicker this way, it hands to Python (bypass.py). The first
- * request that is anything else ends the burst and is returned to pyfuse3 untouched. At the end of a burst without such
- * a request it returns -EINTR, upon which pyfuse3 waits for the descriptor as it always does. The GIL is released but
- * for the moments when Python is asked or told something.
+ * which pyfuse3 has no handlers, OPEN, whose reply lacks a flag there, and FSYNC, which is quicker this way, it hands
+ * to Python (bypass.py). The first request that is anything else ends the burst and is returned to pyfuse3 untouched.
+ * At the end of a burst without such a request it returns -EINTR, upon which pyfuse3 waits for the descriptor as it
+ * always does. The GIL is released but for the moments when Python is asked or told something.
  *
  * What it never does: choose clusters, bring a table to the file, block on a disk, report an error. Whatever is not
  * plainly fine (an entry that points nowhere, data that the host does not come up with, a failed write) goes to Python,
@@ -63,13 +63,12 @@
 #include "await.h"
 #include "counts.h"
 #include "parked_reads.h"
+#include "receive.h"
 #include "requests.h"
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-
-#define EXPORTED __attribute__((visibility("default")))
 
 enum {
     BURST_NS = 2000 * 1000,

@@ -7,10 +7,10 @@
 
 #include <errno.h>
 
-enum method { READ, FSYNC, FALLOCATE, SEEK, METHODS };
+enum method { READ, OPEN, FSYNC, FALLOCATE, SEEK, METHODS };
 
 static const char *const texts[METHODS] = {
-    [READ] = "read", [FSYNC] = "fsync", [FALLOCATE] = "fallocate", [SEEK] = "seek"};
+    [READ] = "read", [OPEN] = "open", [FSYNC] = "fsync", [FALLOCATE] = "fallocate", [SEEK] = "seek"};
 static PyObject *names[METHODS];
 static PyObject *handlers;
 
@@ -29,7 +29,7 @@ void hand_to(PyObject *object)
     Py_XSETREF(handlers, Py_XNewRef(object));
 }
 
-/* method(request, fh, numbers...). NULL: an exception. */
+/* method(request, fh, numbers...); in place of fh, OPEN has the file's number. NULL: an exception. */
 static PyObject *call(enum method method, int fd, const struct fuse_in_header *in, uint64_t fh, const uint64_t *numbers,
                       unsigned many)
 {
@@ -48,7 +48,7 @@ static PyObject *call(enum method method, int fd, const struct fuse_in_header *i
 static enum outcome hand(struct burst *burst, enum method method, const struct fuse_in_header *in, uint64_t fh,
                          const uint64_t *numbers, unsigned many)
 {
-    if (!handlers || !handle_find(fh))
+    if (!handlers || (method != OPEN && !handle_find(fh)))
         return PASS;
     take_gil(burst);
     tell_writes(burst);
@@ -68,6 +68,13 @@ static enum outcome hand(struct burst *burst, enum method method, const struct f
 enum outcome hand_read(struct burst *burst, const struct fuse_in_header *in, const struct fuse_read_in *arg)
 {
     return hand(burst, READ, in, arg->fh, (uint64_t[]){arg->offset, arg->size}, 2);
+}
+
+enum outcome hand_open(struct burst *burst, const struct fuse_in_header *in, const struct fuse_open_in *arg)
+{
+    enum outcome outcome = hand(burst, OPEN, in, in->nodeid, (uint64_t[]){arg->flags}, 1);
+    count.opens += outcome != PASS;
+    return outcome;
 }
 
 enum outcome hand_fsync(struct burst *burst, const struct fuse_in_header *in, const struct fuse_fsync_in *arg)

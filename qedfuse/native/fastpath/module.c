@@ -6,6 +6,7 @@
 #include "handover.h"
 #include "handles.h"
 #include "memory.h"
+#include "negotiate.h"
 #include "parked_reads.h"
 #include "reply.h"
 #include "view.h"
@@ -30,13 +31,14 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
 
 static PyObject *configure(PyObject *Py_UNUSED(module), PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"enabled", "spin", "handlers", NULL};
-    int on, may_spin = 1;
+    static char *names[] = {"enabled", "spin", "maps", "handlers", NULL};
+    int on, may_spin = 1, maps = 0;
     PyObject *handlers = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "p|$pO:configure", names, &on, &may_spin, &handlers))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "p|$ppO:configure", names, &on, &may_spin, &maps, &handlers))
         return NULL;
     enabled = on;
     spinning = may_spin;
+    wants_direct_maps = on && maps;
     hand_to(handlers == Py_None ? NULL : handlers);
     Py_RETURN_NONE;
 }
@@ -56,6 +58,11 @@ static PyObject *leave(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 static PyObject *get_sync_asked(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
     return PyBool_FromLong(sync_asked);
+}
+
+static PyObject *get_direct_maps(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyBool_FromLong(direct_maps);
 }
 
 static PyObject *attach_handle(PyObject *Py_UNUSED(module), PyObject *args)
@@ -100,6 +107,7 @@ static PyObject *counters(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)
         uint64_t number;
     } all[] = {
         {"calls", count.calls},   {"reads", count.reads},   {"writes", count.writes}, {"syncs", count.syncs},
+        {"opens", count.opens},
         {"passed", count.passed}, {"missed", count.missed}, {"handed", count.handed}, {"spins", spins.tries},
         {"spun", spins.met},      {"waits", disk.tries},    {"waited", disk.met},
     };
@@ -116,7 +124,8 @@ static PyObject *counters(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)
 static PyMethodDef methods[] = {
     {"bind", bind_library, METH_VARARGS, "bind(path): find libfuse's functions behind pyfuse3's library."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
-     "configure(enabled, *, spin=True, handlers=None): handlers has a method for each kind of request handed over."},
+     "configure(enabled, *, spin=True, maps=False, handlers=None): maps: INIT asks for direct_maps; handlers has a "
+     "method for each kind of request handed over."},
     {"attach", attach_handle, METH_VARARGS, "attach(fh, layer, writable): answer requests for this handle."},
     {"suspend", suspend_handle, METH_O, "suspend(fh): pass its READs and WRITEs to pyfuse3, until attach."},
     {"detach", detach_handle, METH_O, "detach(fh): no longer."},
@@ -124,6 +133,8 @@ static PyMethodDef methods[] = {
     {"leave", leave, METH_NOARGS, "leave(): it has replied, or will in a moment."},
     {"sync_asked", get_sync_asked, METH_NOARGS,
      "sync_asked(): whether the request passed last is a write that must be durable when it is answered."},
+    {"direct_maps", get_direct_maps, METH_NOARGS,
+     "direct_maps(): whether files that are open past the kernel's cache can be mapped shared; known after INIT."},
     {"counters", counters, METH_NOARGS, "counters() -> dict of what was done since loading."},
     {NULL, NULL, 0, NULL},
 };

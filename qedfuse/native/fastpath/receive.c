@@ -22,6 +22,7 @@ void find_libfuse(const char *path)
     if (library) {
         /* ISO C has no cast from object to function pointers; POSIX wants this to work. */
         *(void **)&libfuse.session_fd = dlsym(library, "fuse_session_fd");
+        *(void **)&libfuse.process_buf = dlsym(library, "fuse_session_process_buf");
         *(void **)&libfuse.receive_buf = libfuse.session_fd ? dlsym(library, "fuse_session_receive_buf") : NULL;
     }
 }

@@ -4,6 +4,9 @@
 
 #include "burst.h"
 
+/* For what stands in front of libfuse's functions. */
+#define EXPORTED __attribute__((visibility("default")))
+
 struct fuse_session; /* libfuse's; opaque */
 
 /* The beginning of libfuse 3's struct (fuse_common.h), the same in all its releases. */
@@ -18,6 +21,7 @@ struct fuse_buf {
 /* Its functions; NULL until they are found. */
 extern struct libfuse {
     int (*receive_buf)(struct fuse_session *, struct fuse_buf *);
+    void (*process_buf)(struct fuse_session *, const struct fuse_buf *);
     int (*session_fd)(struct fuse_session *);
 } libfuse;
 

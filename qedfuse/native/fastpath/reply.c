@@ -90,6 +90,26 @@ static PyObject *request_reply_offset(PyObject *object, PyObject *argument)
     return sent(send_message(self->fd, 0, self->unique, &found, sizeof found));
 }
 
+/* False: the kernel does not want it any more, and will not tell of a release either. */
+static PyObject *request_reply_open(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"", "direct", "keep_cache", NULL};
+    const Request *self = (const Request *)object;
+    struct fuse_open_out opened = {0};
+    unsigned long long handle;
+    int direct, keep_cache;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "K$pp:reply_open", names, &handle, &direct, &keep_cache))
+        return NULL;
+    opened.fh = handle;
+    opened.open_flags = (direct ? FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES : 0U) |
+                        (keep_cache ? FOPEN_KEEP_CACHE : 0U);
+    if (send_message(self->fd, 0, self->unique, &opened, sizeof opened) >= 0)
+        Py_RETURN_TRUE;
+    if (errno != ENOENT && errno != ENODEV)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_FALSE;
+}
+
 static PyObject *request_invalidate(PyObject *object, PyObject *args)
 {
     const Request *self = (const Request *)object;
@@ -110,6 +130,9 @@ static PyMethodDef request_methods[] = {
     {"reply", request_reply, METH_VARARGS, "reply(error=0): it is done, or has failed with this errno."},
     {"reply_data", request_reply_data, METH_O, "reply_data(bytes): to a READ."},
     {"reply_offset", request_reply_offset, METH_O, "reply_offset(offset): to an LSEEK."},
+    {"reply_open", (PyCFunction)(void (*)(void))request_reply_open, METH_VARARGS | METH_KEYWORDS,
+     "reply_open(fh, *, direct, keep_cache) -> whether the kernel has taken the handle. direct: past its cache, with "
+     "writers in parallel."},
     {"invalidate", request_invalidate, METH_VARARGS,
      "invalidate(offset, size): have the kernel write what it has for a range (size 0: to the end) of the request's "
      "file, and forget it. No reply. Waits for these writes to be answered."},

@@ -63,6 +63,8 @@ enum outcome answer(struct burst *burst, void *request, size_t size)
         struct fuse_write_in *write = arg;
         return write->size == size - sizeof *write ? answer_write(burst, in, write) : PASS;
     }
+    if (in->opcode == FUSE_OPEN && size == sizeof(struct fuse_open_in))
+        return hand_open(burst, in, arg);
     if (in->opcode == FUSE_FALLOCATE && size == sizeof(struct fuse_fallocate_in))
         return hand_fallocate(burst, in, arg);
     if (in->opcode == FUSE_FSYNC && size == sizeof(struct fuse_fsync_in))

@@ -1,6 +1,6 @@
 /*
  * The sidecar: a process that lives for one call, and sets the times or the size of a mount's file from outside the
- * daemon that serves it. Used by root_times.py and oversize.py, which tell why.
+ * daemon that serves it. Used by kernel_times.py and oversize.py, which tell why.
  *
  * `set_times` takes times in nanoseconds since the epoch. `cut` takes a limit in bytes: for a larger file it asks for
  * one byte more than that. Both take the mount's device number (st_dev) and touch nothing else that is at the path by

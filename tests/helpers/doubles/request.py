@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+from qedfuse.fuse.bypass import Request
 from qedfuse.host.storage import Buffer
 
 
@@ -32,9 +33,17 @@ class NotedRequest:
     def reply_offset(self, offset: int, /) -> None:
         self._note(offset)
 
+    def reply_open(self, fh: int, /, *, direct: bool, keep_cache: bool) -> bool:
+        raise AssertionError("no OPEN")
+
     def invalidate(self, offset: int, size: int, /) -> None:
         self.invalidated.append((offset, size))
 
     def _note(self, reply: int | bytes) -> None:
         self.replies.append(reply)
         self._replied.set()
+
+
+async def no_opener(_request: Request, _node: int, _flags: int) -> None:
+    """For handlers that get no OPEN."""
+    raise AssertionError

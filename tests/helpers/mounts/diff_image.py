@@ -78,7 +78,7 @@ class DiffImage(Killable):
             words = (self.image, other, point) if self.place == "directory" else (images, point)
         self.words = (*(("-o", self.options) if self.options else ()), *words)
         native = mode == "native"
-        self.able = ["holes"] * native + ["map"] * (self.options != "direct_io")
+        self.able = ["holes"] * native + ["map"] * (native or self.options != "direct_io")
         self.able += ["size"] * (self.options != "fixed_size")
         self.able += ["sync"] * (self.options == "sync")
         self.able += ["rwf"] * (native or self.options != "direct_io")

@@ -35,7 +35,7 @@ from tests.helpers.qemu.cli import ROOT, TIMEOUT, environment
 
 #: The sizes of backing files: some of the guest's sectors lie behind the end.
 BELOW = {"alone": 0, "over raw": 30 * CLUSTER + SECTOR}
-#: With the writeback cache, for requests that overlap: of a file with direct_io the kernel writes one at a time.
+#: With the writeback cache, for requests that overlap: past it, without the fast path, the kernel writes one at a time.
 CACHED = {"threads", "asynchronous"}
 
 
@@ -103,9 +103,13 @@ def trace(
     )
 
 
-def traced(directory: Path, scenario: str, mode: Mode, backing: str, seed: int = SEED) -> Traced:
-    """The same, over one of the backing files of `BELOW`, with the mount options that the scenario wants."""
-    cached = scenario in CACHED or (scenario == "walk" and seed % 2 == 0)
+def traced(
+    directory: Path, scenario: str, mode: Mode, backing: str, seed: int = SEED, *, cached: bool | None = None
+) -> Traced:
+    """The same, over one of the backing files of `BELOW`, with the mount options that the scenario wants, or with a
+    page cache or without it."""
+    if cached is None:
+        cached = scenario in CACHED or (scenario == "walk" and seed % 2 == 0)
     options = () if cached else ("-o", "direct_io")
     return trace(directory, scenario, mode, *options, below=BELOW[backing], seed=seed)
 

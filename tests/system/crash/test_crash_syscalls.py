@@ -53,10 +53,12 @@ def judge(run: Run, directory: Path | None, seed: int = SEED) -> None:
     run_seeded(SEED, main)
 
 
-def crash(directory: Path, scenario: str, mode: Mode, backing: str, seed: int = SEED) -> Traced:
+def crash(
+    directory: Path, scenario: str, mode: Mode, backing: str, seed: int = SEED, *, cached: bool | None = None
+) -> Traced:
     if scenario == "asynchronous" and not SUPPORTED:
         pytest.skip("not known how to write asynchronously on this processor")
-    found = traced(directory, scenario, mode, backing, seed)
+    found = traced(directory, scenario, mode, backing, seed, cached=cached)
     run = run_of(found)
     judge(run, directory, seed)
     TOTALS.add(found, run)
@@ -72,6 +74,14 @@ def test_native(tmp_path: Path, mode: Mode, scenario: str, backing: str) -> None
     assert found.native >= NATIVE_WRITES.get(scenario, 1), "the fast path left the work to Python"
     if scenario == "holes":
         assert reused(found), "no hole was written into"
+
+
+@in_native_mode
+@pytest.mark.parametrize("backing", BELOW)
+@pytest.mark.parametrize("scenario", ["threads", "asynchronous"])
+def test_writers_past_the_cache(tmp_path: Path, mode: Mode, scenario: str, backing: str) -> None:
+    """The kernel lets them write in parallel."""
+    assert crash(tmp_path, scenario, mode, backing, cached=False).native > 0
 
 
 @pytest.mark.parametrize(

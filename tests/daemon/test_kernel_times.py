@@ -16,9 +16,8 @@ import pytest
 import trio
 import trio.testing
 
-from qedfuse.daemon import root_times as rootclock
-from qedfuse.daemon.root_times import RootClock
-from qedfuse.host.mountinfo import FSTYPE, Mount
+from qedfuse.daemon import kernel_times
+from qedfuse.daemon.kernel_times import Clock
 from qedfuse.native import _sidecar
 from tests.helpers.mounts.mounts import find_daemon, mounted, mountpoint, need_fuse, wait_for_exit, wait_until
 from tests.helpers.mounts.slots import slot_of
@@ -85,9 +84,6 @@ def test_the_process_keeps_descriptors_and_signals(tmp_path: Path) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-NOWHERE = Mount(1, 1, "0:0", "/", "/nowhere", FSTYPE, "", "")
-
-
 # -- the clock --------------------------------------------------------------------------------------------------------
 
 
@@ -124,9 +120,9 @@ def test_a_slow_call_is_not_waited_for_for_ever(
         return 0
 
     monkeypatch.setattr(_sidecar, "set_times", set_times)
-    monkeypatch.setattr(rootclock, "_PATIENCE", 0.1)
+    monkeypatch.setattr(kernel_times, "_PATIENCE", 0.1)
     writes = 0
-    clock = RootClock(NOWHERE, lambda: writes)
+    clock = Clock("/nowhere", 0, lambda: writes)
     slot = slot_of(_Image())
 
     async def main() -> None:
@@ -167,7 +163,7 @@ def test_a_slow_call_is_not_waited_for_for_ever(
 def test_the_wrong_size_at_the_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sidecar, "set_times", lambda *args: 7)
     with pytest.raises(OSError, match="not usable: the kernel shows 7 bytes instead of 0"):
-        trio.run(RootClock(NOWHERE, lambda: 0).start, slot_of(_Image()))
+        trio.run(Clock("/nowhere", 0, lambda: 0).start, slot_of(_Image()))
 
 
 def test_an_image_can_be_replaced_while_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +180,7 @@ def test_an_image_can_be_replaced_while_the_kernel_is_told(monkeypatch: pytest.M
     async def main() -> None:
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(RootClock(NOWHERE, lambda: 0).start, slot)
+                nursery.start_soon(Clock("/nowhere", 0, lambda: 0).start, slot)
                 await trio.testing.wait_all_tasks_blocked()
                 async with slot.quiesced():
                     free.set()
