@@ -28,6 +28,8 @@ from qedfuse.text import describe
 #: Seconds that setting the times may take, and at the start.
 _PATIENCE = 2.0
 _START_PATIENCE = 20.0
+#: Seconds from a look at a file that is being written to its consequence: a program may look after each of its writes.
+_DELAY = 0.25
 
 _log = logging.getLogger("qedfuse")
 
@@ -119,6 +121,7 @@ class Clocks:
         self._device = device
         self._count = count
         self._clocks: dict[Node, Clock] = {}
+        self._due: set[Node] = set()
 
     async def start(self, root: Node) -> None:
         """See `Clock.start`."""
@@ -137,7 +140,15 @@ class Clocks:
 
     def update_soon(self, node: Node) -> None:
         """Somebody looks at a file that is written past the cache. This look still sees the time before."""
-        self._nursery.start_soon(self.update, node)
+        if node not in self._due:
+            self._due.add(node)
+            self._nursery.start_soon(self._update_later, node)
+
+    async def _update_later(self, node: Node) -> None:
+        await trio.sleep(_DELAY)
+        self._due.remove(node)
+        if node.direct_writers:  # else it was closed, and the mount may be on its way down
+            await self.update(node)
 
     def _clock(self, node: Node) -> Clock:
         if node not in self._clocks:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,7 +18,7 @@ import trio
 import trio.testing
 
 from qedfuse.daemon import kernel_times
-from qedfuse.daemon.kernel_times import Clock
+from qedfuse.daemon.kernel_times import Clock, Clocks
 from qedfuse.native import _sidecar
 from tests.helpers.mounts.mounts import find_daemon, mounted, mountpoint, need_fuse, wait_for_exit, wait_until
 from tests.helpers.mounts.slots import slot_of
@@ -187,6 +188,41 @@ def test_an_image_can_be_replaced_while_the_kernel_is_told(monkeypatch: pytest.M
                     await trio.testing.wait_all_tasks_blocked(0.01)
                     slot.replace(cast(Any, _Image()))
                     assert nursery.child_tasks
+
+    trio.run(main)
+
+
+class _Node:
+    fixed = False
+
+    def __init__(self) -> None:
+        self.direct_writers = 1
+        self.mounted = SimpleNamespace(slot=slot_of(_Image()))
+
+
+def test_many_looks_have_one_consequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none when nothing was written since, or the file is closed by then."""
+    calls: list[object] = []
+
+    def set_times(path: str, *_args: object) -> int:
+        calls.append(path)
+        return 0
+
+    monkeypatch.setattr(_sidecar, "set_times", set_times)
+    monkeypatch.setattr(kernel_times, "_DELAY", 0.01)
+    writes = 0
+
+    async def main() -> None:
+        nonlocal writes
+        node = cast(Any, _Node())
+        async with trio.open_nursery() as nursery:
+            clocks = Clocks(nursery, lambda _node: b"/there", 0, lambda: writes)
+            for opened, written, expected in ((1, 1, 1), (1, 1, 1), (1, 2, 2), (0, 3, 2)):
+                node.direct_writers, writes = opened, written
+                for _ in range(100):
+                    clocks.update_soon(node)
+                await trio.testing.wait_all_tasks_blocked(0.2)
+                assert calls == ["/there"] * expected
 
     trio.run(main)
 
