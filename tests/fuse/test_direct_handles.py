@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qedfuse.fuse.page_cache import TICK
 from tests.helpers.mounts.fastpath_modes import flat
 from tests.helpers.mounts.meeting import MANY
 from tests.helpers.mounts.modes import MODES, NEEDS_NATIVE, Mode
@@ -191,8 +193,10 @@ def test_a_time_of_change_follows(tmp_path: Path, image: Path, mode: Mode, over_
         with opened(raw, os.O_RDWR | os.O_DIRECT) as fd:
             for number in range(2):
                 before = os.fstat(fd).st_mtime_ns
+                time.sleep(TICK / 1e9)
                 Direct(fd).write(number * CLUSTER, b"x" * PAGE)
                 wait_until(lambda before=before: os.fstat(fd).st_mtime_ns > before)
             before = os.fstat(fd).st_mtime_ns
+            time.sleep(TICK / 1e9)
             Direct(fd).write(0, b"y" * PAGE)
         assert raw.stat().st_mtime_ns > before
