@@ -160,7 +160,8 @@ class Daemon:
             from qedfuse.fuse.fastpath import FastPath
 
             maps = self._memory_limit is None or self._flusher  # see dirty_limit.py: no pages that could not be written
-            return FastPath(session.library(), cached=not self._options.direct_io, maps=maps)
+            options = self._options
+            return FastPath(session.library(), cached=not options.direct_io, writeback=options.writeback, maps=maps)
         except (ImportError, OSError) as error:
             _log.warning("no native fast path (%s): all is answered in Python", error)
             return None

@@ -114,12 +114,18 @@ class HandOver:
 
     # -- READ ---------------------------------------------------------------------------------------------------------
 
-    def read(self, request: Request, fh: int, offset: int, size: int, /) -> bool:
-        self._begin(self._read, request, self._slots[fh], offset, size)
+    def read(self, request: Request, fh: int, offset: int, size: int, to_end: int, /) -> bool:
+        """`to_end`: past the kernel's cache, and perhaps past the image's end."""
+        self._begin(self._read, request, self._slots[fh], offset, size, to_end)
         return False
 
-    async def _read(self, request: Request, slot: ImageSlot, offset: int, size: int) -> None:
+    async def _read(self, request: Request, slot: ImageSlot, offset: int, size: int, to_end: int) -> None:
         try:
+            if to_end and self._is_cached(slot):
+                async with slot as image:
+                    end = image.size
+                if offset + size > end:  # where the kernel may have data, which make the file longer
+                    await self._write_back(request, end, 0)
             async with slot as image:
                 data = await image.read(offset, size)
         except Exception as error:

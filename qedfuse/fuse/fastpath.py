@@ -72,16 +72,17 @@ class FastPath:
     """The filter of this process's mount. `pyfuse3_file`: pyfuse3's library. Raises OSError if libfuse is not there, or
     no memory for a request.
 
-    `cached`: the kernel has a page cache, and may hold data that we do not know of: written ones if its writeback cache
-    is on, stores into shared maps in any case. `maps`: it may also have such maps of files that are open past its
+    `cached`: the kernel has a page cache, and may hold data that we do not know of: written ones if its `writeback`
+    cache is on, stores into shared maps in any case. `maps`: it may also have such maps of files that are open past its
     cache, if it knows how.
     """
 
-    def __init__(self, pyfuse3_file: str, *, cached: bool, maps: bool) -> None:
+    def __init__(self, pyfuse3_file: str, *, cached: bool, writeback: bool, maps: bool) -> None:
         mode = os.environ.get(MODE_VARIABLE)
         self.answers = mode != "pass"
         self._spin = mode != "nospin"
         self._cached = cached
+        self._writeback = writeback
         self._maps = maps
         self._attached: dict[ImageSlot, _Attached] = {}
         self._handles: dict[int, ImageSlot] = {}
@@ -141,7 +142,9 @@ class FastPath:
         async with trio.open_nursery() as nursery:
             has_writers = self._has_writers if self._cached or self._maps else None
             handlers = HandOver(nursery, self._handles, has_writers, self.in_python, opener)
-            native.configure(self.answers, spin=self._spin, maps=self._maps, handlers=handlers)
+            native.configure(
+                self.answers, spin=self._spin, maps=self._maps, writeback=self._writeback, handlers=handlers
+            )
             try:
                 yield
             finally:

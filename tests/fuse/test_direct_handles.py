@@ -117,6 +117,22 @@ def test_all_see_the_same(raw: Path, image: Path, mode: Mode, options: tuple[str
     assert flat(image) == model
 
 
+@MODES
+@pytest.mark.parametrize("over_file", [True, False], ids=["file", "directory"])
+def test_a_file_ends_where_the_kernel_says(tmp_path: Path, image: Path, mode: Mode, over_file: bool) -> None:
+    """What is in its cache only makes the file longer than the image, and there is no end of file before that."""
+    point, raw = mountpoint(tmp_path, over_file=over_file)
+    with mounted(*mode, image, point), opened(raw) as fd, opened(raw, os.O_RDWR | os.O_DIRECT) as other:
+        direct = Direct(other)
+        for size in (2 * SIZE, 2 * SIZE + SECTOR):
+            os.pwrite(fd, b"x" * SECTOR, size - SECTOR)
+            assert direct.read(SIZE + PAGE, PAGE) == bytes(PAGE)
+        os.pwrite(fd, b"y" * SECTOR, 3 * SIZE)
+        assert direct.read(size - PAGE, 2 * PAGE) == bytes(PAGE - 2 * SECTOR) + b"x" * 2 * SECTOR + bytes(PAGE)
+        assert direct.read(3 * SIZE, PAGE) == b"y" * SECTOR
+        assert direct.read(3 * SIZE + SECTOR, PAGE) == b""
+
+
 @pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_NATIVE)])
 @OPTIONS
 def test_a_direct_handle_can_be_mapped(raw: Path, image: Path, options: tuple[str, ...], native: bool) -> None:

@@ -76,6 +76,7 @@ enum {
 };
 
 bool enabled;
+bool writeback;
 bool sync_asked;
 
 /* The next request, awaited for a moment. */

@@ -8,6 +8,7 @@
 #include <stdbool.h>
 
 extern bool enabled;    /* false: every request is passed */
+extern bool writeback;  /* the kernel gathers writes: for a while a file may be longer than its image */
 extern bool sync_asked; /* the request that was passed last is a WRITE to be durable when it is answered */
 
 #endif

@@ -65,9 +65,10 @@ static enum outcome hand(struct burst *burst, enum method method, const struct f
     return done ? DONE : HANDED;
 }
 
-enum outcome hand_read(struct burst *burst, const struct fuse_in_header *in, const struct fuse_read_in *arg)
+enum outcome hand_read(struct burst *burst, const struct fuse_in_header *in, const struct fuse_read_in *arg,
+                       bool to_end)
 {
-    return hand(burst, READ, in, arg->fh, (uint64_t[]){arg->offset, arg->size}, 2);
+    return hand(burst, READ, in, arg->fh, (uint64_t[]){arg->offset, arg->size, to_end}, 3);
 }
 
 enum outcome hand_open(struct burst *burst, const struct fuse_in_header *in, const struct fuse_open_in *arg)

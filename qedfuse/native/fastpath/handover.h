@@ -14,7 +14,8 @@ void hand_to(PyObject *handlers);
 
 /* The arguments of its methods, which reply, now or later, and return whether they have. DONE, HANDED; PASS: nothing is
  * handed, or not for this handle. */
-enum outcome hand_read(struct burst *burst, const struct fuse_in_header *in, const struct fuse_read_in *arg);
+enum outcome hand_read(struct burst *burst, const struct fuse_in_header *in, const struct fuse_read_in *arg,
+                       bool to_end);
 enum outcome hand_open(struct burst *burst, const struct fuse_in_header *in, const struct fuse_open_in *arg);
 enum outcome hand_fsync(struct burst *burst, const struct fuse_in_header *in, const struct fuse_fsync_in *arg);
 enum outcome hand_fallocate(struct burst *burst, const struct fuse_in_header *in, const struct fuse_fallocate_in *arg);

@@ -31,14 +31,16 @@ static PyObject *bind_library(PyObject *Py_UNUSED(module), PyObject *args)
 
 static PyObject *configure(PyObject *Py_UNUSED(module), PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"enabled", "spin", "maps", "handlers", NULL};
-    int on, may_spin = 1, maps = 0;
+    static char *names[] = {"enabled", "spin", "maps", "writeback", "handlers", NULL};
+    int on, may_spin = 1, maps = 0, gathers = 0;
     PyObject *handlers = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "p|$ppO:configure", names, &on, &may_spin, &maps, &handlers))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "p|$pppO:configure", names, &on, &may_spin, &maps, &gathers,
+                                     &handlers))
         return NULL;
     enabled = on;
     spinning = may_spin;
     wants_direct_maps = on && maps;
+    writeback = gathers;
     hand_to(handlers == Py_None ? NULL : handlers);
     Py_RETURN_NONE;
 }
@@ -124,8 +126,8 @@ static PyObject *counters(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)
 static PyMethodDef methods[] = {
     {"bind", bind_library, METH_VARARGS, "bind(path): find libfuse's functions behind pyfuse3's library."},
     {"configure", (PyCFunction)(void (*)(void))configure, METH_VARARGS | METH_KEYWORDS,
-     "configure(enabled, *, spin=True, maps=False, handlers=None): maps: INIT asks for direct_maps; handlers has a "
-     "method for each kind of request handed over."},
+     "configure(enabled, *, spin=True, maps=False, writeback=False, handlers=None): maps: INIT asks for direct_maps; "
+     "writeback: the kernel gathers writes; handlers has a method for each kind of request handed over."},
     {"attach", attach_handle, METH_VARARGS, "attach(fh, layer, writable): answer requests for this handle."},
     {"suspend", suspend_handle, METH_O, "suspend(fh): pass its READs and WRITEs to pyfuse3, until attach."},
     {"detach", detach_handle, METH_O, "detach(fh): no longer."},

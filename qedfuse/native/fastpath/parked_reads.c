@@ -48,7 +48,7 @@ enum outcome retry_parked(struct burst *burst)
         parked[i] = parked[--parking];
         if (outcome != DONE) {
             count.missed++;
-            if (hand_read(burst, &place.in, &place.arg) == PASS)
+            if (hand_read(burst, &place.in, &place.arg, false) == PASS)
                 reply(burst->fd, place.in.unique, -EIO, 0);
             result = HANDED;
         }

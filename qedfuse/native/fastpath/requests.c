@@ -2,6 +2,7 @@
 
 #include "requests.h"
 #include "counts.h"
+#include "filter.h"
 #include "handover.h"
 #include "handles.h"
 #include "memory.h"
@@ -33,6 +34,17 @@ enum outcome answer_read(struct burst *burst, const struct fuse_in_header *in, c
     return outcome;
 }
 
+/*
+ * Is it a READ past the kernel's cache that reaches the image's end? For the kernel the file may be longer, by what it
+ * has not written yet. A READ into the cache it completes itself; the owner of locks tells the two apart.
+ */
+static bool passes_end(struct burst *burst, const struct fuse_read_in *arg)
+{
+    const struct handle *handle = writeback && arg->read_flags & FUSE_READ_LOCKOWNER ? handle_find(arg->fh) : NULL;
+    const Layer *layer = handle ? current_layer(burst, handle) : NULL;
+    return handle && (!layer || arg->offset >= layer->size || arg->size > layer->size - arg->offset);
+}
+
 static enum outcome answer_write(struct burst *burst, const struct fuse_in_header *in, struct fuse_write_in *arg)
 {
     const struct handle *handle = handle_find(arg->fh);
@@ -58,7 +70,7 @@ enum outcome answer(struct burst *burst, void *request, size_t size)
     void *arg = in + 1;
     size -= sizeof *in;
     if (in->opcode == FUSE_READ && size == sizeof(struct fuse_read_in))
-        return answer_read(burst, in, arg);
+        return passes_end(burst, arg) ? hand_read(burst, in, arg, true) : answer_read(burst, in, arg);
     if (in->opcode == FUSE_WRITE && size >= sizeof(struct fuse_write_in)) {
         struct fuse_write_in *write = arg;
         return write->size == size - sizeof *write ? answer_write(burst, in, write) : PASS;
