@@ -232,7 +232,7 @@ class Operations(pyfuse3.Operations):
         handle = self._take_handle()
         self._slots[handle] = slot
         self._nodes[handle] = node
-        direct = self._options.direct_io or bool(flags & os.O_DIRECT and self._fastpath and self._fastpath.direct_maps)
+        direct = self._options.direct_io or bool(flags & os.O_DIRECT and self._direct_maps)
         sync = bool(flags & _SYNC_FLAGS) or (direct and "sync" in self._options.kernel)
         if to_write:
             self._writing.add(handle)
@@ -283,10 +283,12 @@ class Operations(pyfuse3.Operations):
                         await look(change)
                 await refresh(image)
                 entry = self._entry(node.id, attributes_of(node, image, self._options))
-            if fields.update_size and self.enable_writeback_cache:
-                # The kernel is the master of the size, and drops from its cache what lies behind the one it is told:
-                # with the image's, which is rounded up, bytes that were cut off would stay there, and be written again.
+            if fields.update_size and (self.enable_writeback_cache or self._direct_maps):
+                # The kernel drops from its cache what lies behind the size that it is told: with the image's, which is
+                # rounded up, bytes that were cut off would stay there, and be written again.
                 entry.st_size = size
+                if not self.enable_writeback_cache:  # else it is the master of the size
+                    entry.attr_timeout = 0
             return entry
         finally:
             node.mounted.release()
@@ -417,6 +419,11 @@ class Operations(pyfuse3.Operations):
             entry.st_uid = os.geteuid()
             entry.st_mode |= 0o600
         return entry
+
+    @property
+    def _direct_maps(self) -> bool:
+        """See `FastPath.direct_maps`."""
+        return self._fastpath is not None and self._fastpath.direct_maps
 
     def _take_handle(self) -> int:
         self._next_handle += 1

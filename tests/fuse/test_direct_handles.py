@@ -151,6 +151,23 @@ def test_a_direct_handle_can_be_mapped(raw: Path, image: Path, options: tuple[st
     assert (content[0], content[PAGE : PAGE + 6], content[3 * MIB]) == (1, b"stored", 33)
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_NATIVE)])
+@OPTIONS
+@pytest.mark.parametrize("end", [PAGE - 24, PAGE + 1])
+def test_what_is_cut_off_of_a_map_is_gone(
+    raw: Path, image: Path, options: tuple[str, ...], end: int, native: bool
+) -> None:
+    """Up to the byte, though an image ends with a sector."""
+    with mounted(*options, image, raw), opened(raw, os.O_RDWR | os.O_DIRECT) as fd, mmap.mmap(fd, 2 * PAGE) as view:
+        view[:] = b"x" * 2 * PAGE
+        os.ftruncate(fd, end)
+        assert os.fstat(fd).st_size == (-(-end // SECTOR) * SECTOR if options else end)
+        os.ftruncate(fd, SIZE)
+        expected = b"x" * end + bytes(2 * PAGE - end)
+        assert (view[:], Direct(fd).read(0, 2 * PAGE)) == (expected, expected)
+    assert flat(image) == expected + bytes(SIZE - 2 * PAGE)
+
+
 @MODES
 @OPTIONS
 def test_of_writes_that_overlap_each_sector_has_one(
