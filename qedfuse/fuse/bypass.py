@@ -129,9 +129,9 @@ class HandOver:
             async with slot as image:
                 data = await image.read(offset, size)
         except Exception as error:
-            _send(request.reply, self._complaints.errno_of(error, "read"))
+            send(request.reply, self._complaints.errno_of(error, "read"))
         else:
-            _send(request.reply_data, data)
+            send(request.reply_data, data)
 
     # -- FSYNC --------------------------------------------------------------------------------------------------------
 
@@ -152,9 +152,9 @@ class HandOver:
                 self._begin(self._finish_flush, request, slot, stepper)
                 return False
         except Exception as error:
-            _send(request.reply, self._complaints.errno_of(error, "fsync"))
+            send(request.reply, self._complaints.errno_of(error, "fsync"))
         else:
-            _send(request.reply)
+            send(request.reply)
         return True
 
     async def _finish_flush(self, request: Request, slot: ImageSlot, stepper: Stepper) -> None:
@@ -166,7 +166,7 @@ class HandOver:
             code = self._complaints.errno_of(error, "fsync")
         finally:
             slot.release()
-        _send(request.reply, code)
+        send(request.reply, code)
 
     async def _flush(self, request: Request, slot: ImageSlot) -> None:
         code = 0
@@ -176,7 +176,7 @@ class HandOver:
                 await check_not_orphaned(image)
         except Exception as error:
             code = self._complaints.errno_of(error, "fsync")
-        _send(request.reply, code)
+        send(request.reply, code)
 
     # -- FALLOCATE, LSEEK ---------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class HandOver:
                 await fallocate(image, mode, offset, size)
         except Exception as error:
             code = self._complaints.errno_of(error, "fallocate", quiet=True)
-        _send(request.reply, code)
+        send(request.reply, code)
 
     def seek(self, request: Request, fh: int, offset: int, whence: int, /) -> bool:
         """`whence`: SEEK_DATA or SEEK_HOLE; the kernel does the others itself."""
@@ -211,18 +211,18 @@ class HandOver:
         if found is None:
             return False
         if found == image.size and whence == os.SEEK_DATA:
-            _send(request.reply, errno.ENXIO)
+            send(request.reply, errno.ENXIO)
         else:
-            _send(request.reply_offset, found)
+            send(request.reply_offset, found)
         return True
 
     async def _answer_seek(self, request: Request, slot: ImageSlot, offset: int, whence: int) -> None:
         try:
             found = await self._seek(request, slot, offset, whence)
         except Exception as error:
-            _send(request.reply, self._complaints.errno_of(error, "seek", quiet=True))
+            send(request.reply, self._complaints.errno_of(error, "seek", quiet=True))
         else:
-            _send(request.reply_offset, found)
+            send(request.reply_offset, found)
 
     async def _seek(self, request: Request, slot: ImageSlot, offset: int, whence: int) -> int:
         """Where the data or the hole is, once the kernel has handed out the data that it may still have for a hole.
@@ -269,8 +269,10 @@ class HandOver:
                 self._write_backs.pop(request.node, None)
 
 
-def _send(reply: Callable[[Unpack[Ts]], None], *args: *Ts) -> None:
+def send(reply: Callable[[Unpack[Ts]], bool | None], *args: *Ts) -> bool:
+    """Reply. False: what the reply gave to the kernel it has not got."""
     try:
-        reply(*args)
+        return reply(*args) is not False
     except OSError as error:
         _log.error("cannot reply to the kernel: %s", error.strerror)
+        return False

@@ -19,7 +19,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from qedfuse.fuse.attributes import Attributes, directory_attributes
-from qedfuse.fuse.bypass import Request
+from qedfuse.fuse.bypass import Request, send
 from qedfuse.fuse.complaints import Complaints, Unopened
 from qedfuse.fuse.image_slot import ImageSlot
 from qedfuse.fuse.node import Entry, Node
@@ -90,7 +90,7 @@ def _translated(
         except FUSEError:
             raise
         except Exception as error:
-            raise FUSEError(self.complaints.errno_of(error, handler.__name__)) from None
+            raise FUSEError(self.complaints.errno_of(error, handler.__name__.lstrip("_"))) from None
         finally:
             self._leave()
 
@@ -208,9 +208,9 @@ class Operations(pyfuse3.Operations):
         try:
             opened = await self._open(inode, flags)
         except FUSEError as error:
-            request.reply(error.errno)
+            send(request.reply, error.errno)
         else:
-            if not request.reply_open(opened.handle, direct=opened.direct, keep_cache=opened.keep_cache):
+            if not send(partial(request.reply_open, direct=opened.direct, keep_cache=opened.keep_cache), opened.handle):
                 await self.release(opened.handle)
 
     @_translated
