@@ -35,12 +35,13 @@ class Hurry:
 
 async def flush_all(images: Sequence[MountedImage], nursery: trio.Nursery) -> tuple[list[str], list[str]]:
     """Make durable what was completed in the open ones. Returns what went wrong, and what of that may be mended.
+    Those that are open for reading have nothing to lose: nothing waits for their hosts.
 
     `nursery`: where a flush goes on that takes too long, as its host does not answer.
     """
     problems: list[str] = []
     unwritten: list[str] = []
-    waiting = {image for image in images if image.opened is not None}
+    waiting = {image for image in images if image.opened is not None and image.opened.writable}
     flushed = trio.Event()
     local_flushed = trio.Event()
 

@@ -170,6 +170,15 @@ def test_an_image(place: Place) -> None:
     qemu_img("check", image)
 
 
+def test_an_image_that_is_open_for_reading_can_be_unmounted(place: Place) -> None:
+    """There is nothing in it that could be lost."""
+    new_image(place.behind / "far.qed", fill=7)
+    with impatient(place, "--ro", place.far / "far.qed") as mount:
+        assert first_byte(place.point / "far.raw") == b"\7"
+        place.host.stop()
+        assert mount.umount().code == 0
+
+
 def test_a_source_directory(place: Place, tmp_path: Path) -> None:
     new_image(place.behind / "both.qed", fill=1)
     new_image(place.source / "both.qed", fill=2)
