@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
@@ -25,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _UNITS = {unit: 1024**power for power, unit in enumerate("bkmgtpe")}
-_SIZE = re.compile(r"(?=\.?\d)(?P<whole>\d*)(?P<part>\.\d+)?(?P<unit>[bkmgtpe])?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(?=\.?\d)(?P<whole>\d*)(?:\.(?P<part>\d+))?(?P<unit>[bkmgtpe])?", re.IGNORECASE | re.ASCII)
 _HEX = re.compile(r"0x[0-9a-f]+", re.IGNORECASE | re.ASCII)
 _MAX_SIZE = (1 << 63) - 1
 
@@ -47,7 +45,9 @@ def parse_size(text: str) -> int:
         unit = _UNITS[(found["unit"] or "b").lower()] if found else 0
         if not found or (found["part"] and unit == 1):
             raise ValueError(f"{text!r} is no size (a number, with k, M, G, T, P or E for powers of 1024)")
-        size = math.floor(Fraction((found["whole"] or "0") + (found["part"] or "")) * unit + Fraction(1, 2))
+        part = found["part"] or ""
+        scale = 10 ** len(part)
+        size = (2 * int(found["whole"] + part) * unit + scale) // (2 * scale)  # rounded, half up
     if size > _MAX_SIZE:
         raise ValueError(f"{text!r} is over the largest size, {_MAX_SIZE}")
     return size

@@ -38,7 +38,6 @@ import struct
 from contextlib import suppress
 
 from qedfuse.errors import InUseError
-from qedfuse.host.lock_holder import find_holder, name_of
 
 _HELD_BASE = 100
 _UNSHARED_BASE = 200
@@ -153,6 +152,8 @@ def _unlock(fd: int) -> None:
 
 
 def _explain(fd: int, byte: int) -> str:
+    from qedfuse.host.lock_holder import find_holder, name_of  # `info` starts without it
+
     if byte < _UNSHARED_BASE:
         what = "may write to it"
     elif byte == _UNSHARED_BASE + _CONSISTENT_READ:
