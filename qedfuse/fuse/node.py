@@ -18,6 +18,7 @@ class Node:
     """
 
     __slots__ = (
+        "__weakref__",
         "direct_writers",
         "fixed",
         "id",

@@ -78,4 +78,4 @@ class Oversize:
 
     async def _truncate(self, node: Node, limit: int) -> None:
         await abandonable(partial(self._hand_out, node.id), self._threads)
-        await abandonable(partial(_sidecar.cut, self._path_of(node), self._device, limit), self._threads)
+        await abandonable(partial(_sidecar.cut, self._path_of(node), self._device, node.id, limit), self._threads)

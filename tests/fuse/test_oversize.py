@@ -71,13 +71,18 @@ def test_only_what_is_over_the_limit_is_cut_and_nothing_else_is_touched(tmp_path
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_bytes(b"x" * 5000)
     link.symlink_to(file)
-    device = file.stat().st_dev
-    for path, number, code in ((file, device + 1, errno.ENODEV), (tmp_path / "no", device, errno.ENOENT)):
+    place = os.fsencode(file), file.stat().st_dev, file.stat().st_ino
+
+    for path, device, inode, code in (
+        (file, 1, 0, errno.ENODEV),
+        (file, 0, 1, errno.ESTALE),
+        (tmp_path / "no", 0, 0, errno.ENOENT),
+    ):
         with raises_errno(code):
-            _sidecar.cut(os.fsencode(path), number, 100)
+            _sidecar.cut(os.fsencode(path), place[1] + device, place[2] + inode, 100)
     with raises_errno(errno.EINVAL):  # truncate(2) of a link itself
-        _sidecar.cut(os.fsencode(link), device, 0)
-    assert _sidecar.cut(os.fsencode(file), device, 5000) == 5000
+        _sidecar.cut(os.fsencode(link), place[1], link.lstat().st_ino, 0)
+    assert _sidecar.cut(*place, 5000) == 5000
     assert file.read_bytes() == b"x" * 5000
-    assert _sidecar.cut(os.fsencode(file), device, 100) == 5000
+    assert _sidecar.cut(*place, 100) == 5000
     assert file.read_bytes() == b"x" * 101

@@ -1,11 +1,13 @@
 /*
- * The sidecar: a process that lives for one call, and sets the times or the size of a mount's file from outside the
+ * The sidecar: a process that lives for one call, and sets the time or the size of a mount's file from outside the
  * daemon that serves it. Used by kernel_times.py and oversize.py, which tell why.
  *
- * `set_times` takes times in nanoseconds since the epoch. `cut` takes a limit in bytes: for a larger file it asks for
- * one byte more than that. Both take the mount's device number (st_dev) and touch nothing else that is at the path by
- * now (ENODEV). They return the size in bytes that the kernel believed in just before the change; any writer may have
- * changed it since. They raise OSError: what a system call said, ECANCELED if the sidecar was killed. They wait,
+ * `set_time` takes a time of change: seconds since the epoch, and nanoseconds. A later one stands if the kernel has
+ * given it, to what it has not written yet: with that, the image gets a later one still. One that is ahead of the clock
+ * is not of that kind. `cut` takes a limit in bytes: for a larger file it asks for one byte more than that. Both take
+ * the mount's device number (st_dev) and the file's number (st_ino), and touch nothing else that is at the path by now
+ * (ENODEV, ESTALE). They return the size in bytes that the kernel believed in just before the change; any writer may
+ * have changed it since. They raise OSError: what a system call said, ECANCELED if the sidecar was killed. They wait,
  * without the GIL, until the daemon has answered, perhaps for ever: the caller needs a thread that it can abandon.
  *
  * A thread of the daemon must not do it: once the request has been taken, not even SIGKILL interrupts a thread that
@@ -48,15 +50,27 @@
 
 struct errand {
     const char *path;
-    unsigned long long device;
-    enum { TIMES, SIZE } what;
-    struct timespec times[2];
+    unsigned long long device, inode;
+    enum { TIME, SIZE } what;
+    struct timespec times[2]; /* of the last read, which stays, and of change */
     unsigned long long limit;
     /* what came of it */
     volatile bool done;
     volatile int error;
     volatile unsigned long long size;
 };
+
+static bool is_before(const struct timespec *one, const struct timespec *other)
+{
+    return one->tv_sec != other->tv_sec ? one->tv_sec < other->tv_sec : one->tv_nsec < other->tv_nsec;
+}
+
+/* Whether the file has a time that the kernel has given it, later than the one that is to be set. */
+static bool is_later(const struct statx_timestamp *found, const struct timespec *wanted)
+{
+    struct timespec time = {.tv_sec = found->tv_sec, .tv_nsec = found->tv_nsec}, clock;
+    return is_before(wanted, &time) && !clock_gettime(CLOCK_REALTIME, &clock) && !is_before(&clock, &time);
+}
 
 /* Returns an errno. Only the mount itself may be touched, not what is at the path now: it may have been unmounted. */
 static int run(struct errand *errand)
@@ -65,13 +79,17 @@ static int run(struct errand *errand)
     if (syscall(SYS_close_range, 0U, ~0U, CLOSE_RANGE_UNSHARE))
         return errno;
     int fd = open(errand->path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-    if (fd < 0 || statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &status))
+    if (fd < 0 || statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE | STATX_INO | STATX_MTIME, &status))
         return errno;
     if (makedev(status.stx_dev_major, status.stx_dev_minor) != errand->device)
         return ENODEV;
+    if (status.stx_ino != errand->inode)
+        return ESTALE;
     errand->size = status.stx_size;
-    if (errand->what == TIMES)
-        return utimensat(fd, "", errand->times, AT_EMPTY_PATH) ? errno : 0;
+    if (errand->what == TIME) {
+        bool stands = is_later(&status.stx_mtime, &errand->times[1]);
+        return !stands && utimensat(fd, "", errand->times, AT_EMPTY_PATH) ? errno : 0;
+    }
     if (errand->size <= errand->limit)
         return 0;
     return truncate(FIRST_FD, errand->limit + 1) ? errno : 0;
@@ -120,17 +138,16 @@ static PyObject *do_errand(struct errand *errand, PyObject *path)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-static PyObject *set_times(PyObject *Py_UNUSED(module), PyObject *args)
+static PyObject *set_time(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    struct errand errand = {.what = TIMES};
-    long long times[2];
+    struct errand errand = {.what = TIME, .times = {{.tv_nsec = UTIME_OMIT}}};
+    long long seconds;
+    long nanoseconds;
     PyObject *path;
-    if (!PyArg_ParseTuple(args, "O&KLL:set_times", PyUnicode_FSConverter, &path, &errand.device, &times[0], &times[1]))
+    if (!PyArg_ParseTuple(args, "O&KKLl:set_time", PyUnicode_FSConverter, &path, &errand.device, &errand.inode,
+                          &seconds, &nanoseconds))
         return NULL;
-    for (int i = 0; i < 2; i++) { /* tv_nsec is never negative, tv_sec may be */
-        errand.times[i].tv_sec = times[i] / 1000000000 - (times[i] % 1000000000 < 0);
-        errand.times[i].tv_nsec = (times[i] % 1000000000 + 1000000000) % 1000000000;
-    }
+    errand.times[1] = (struct timespec){.tv_sec = seconds, .tv_nsec = nanoseconds};
     return do_errand(&errand, path);
 }
 
@@ -138,16 +155,18 @@ static PyObject *cut(PyObject *Py_UNUSED(module), PyObject *args)
 {
     struct errand errand = {.what = SIZE};
     PyObject *path;
-    if (!PyArg_ParseTuple(args, "O&KK:cut", PyUnicode_FSConverter, &path, &errand.device, &errand.limit))
+    if (!PyArg_ParseTuple(args, "O&KKK:cut", PyUnicode_FSConverter, &path, &errand.device, &errand.inode,
+                          &errand.limit))
         return NULL;
     return do_errand(&errand, path);
 }
 
 static PyMethodDef methods[] = {
-    {"set_times", set_times, METH_VARARGS,
-     "set_times(mountpoint, device, atime_ns, mtime_ns) -> size in bytes that the kernel believes in"},
+    {"set_time", set_time, METH_VARARGS,
+     "set_time(path, device, inode, seconds, nanoseconds) -> size in bytes that the kernel believes in"},
     {"cut", cut, METH_VARARGS,
-     "cut(path, device, limit) -> size in bytes that the kernel believed in; one over the limit is cut to limit + 1"},
+     "cut(path, device, inode, limit) -> size in bytes that the kernel believed in; one over the limit is cut to "
+     "limit + 1"},
     {NULL, NULL, 0, NULL},
 };
 
