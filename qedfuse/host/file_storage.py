@@ -100,6 +100,8 @@ class FileStorage:
 
     def become(self, other: FileStorage) -> None:
         """Be as another opening of the same file is, from the next call on; the other one is closed. Raises OSError."""
+        with suppress(OSError):  # this file system has no locks; else the other one has them
+            image_lock.unlock(self._fd)  # see `image_lock.close`
         os.dup2(other._fd, self._fd, inheritable=False)
         self.writable = other.writable
         fd, other._fd = other._fd, -1

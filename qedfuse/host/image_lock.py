@@ -76,7 +76,7 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
             _log.warning("%s: this file system has no locks: nothing keeps others from writing the image", path)
         return
     if blocked is not None:
-        _unlock(fd)
+        unlock(fd)
         raise InUseError(path, _explain(fd, blocked))
 
 
@@ -104,9 +104,15 @@ def close(fd: int) -> None:
     """close(2) of what may be locked, and no longer is. Raises OSError; closed it is in any case."""
     try:
         with suppress(OSError):  # this file system has no locks
-            _unlock(fd)
+            unlock(fd)
     finally:
         os.close(fd)
+
+
+def unlock(fd: int) -> None:
+    """Give all locks back. Raises OSError."""
+    whole = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _HELD_BASE, _BASES_END - _HELD_BASE, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole)
 
 
 def drop_writers_locks(fd: int) -> None:
@@ -144,11 +150,6 @@ def _conflict(fd: int, held: tuple[int, ...]) -> int | None:
         if answer != fcntl.F_UNLCK:
             return byte
     return None
-
-
-def _unlock(fd: int) -> None:
-    whole = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _HELD_BASE, _BASES_END - _HELD_BASE, 0)
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole)
 
 
 def _explain(fd: int, byte: int) -> str:

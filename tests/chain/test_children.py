@@ -9,6 +9,7 @@ from pathlib import Path
 import trio
 
 from qedfuse.chain.opening import open_image
+from qedfuse.chain.upgrade import make_writable
 from qedfuse.host import image_lock
 from qedfuse.native import _sidecar
 from tests.helpers.qemu.cli import qemu_img
@@ -51,9 +52,11 @@ def test_a_child_does_not_keep_locks(tmp_path: Path) -> None:
     path = tmp_path / "disk.qed"
     qemu_img("create", "-q", "-f", "qed", path, "1M")
 
-    async def main(read_only: bool) -> None:
-        async with open_image(path, read_only=read_only):
+    async def main(read_only: bool, upgraded: bool) -> None:
+        async with open_image(path, read_only=read_only) as image:
             process = await start()
+            if upgraded:
+                await make_writable(image)
         try:
             async with open_image(path):
                 pass
@@ -66,8 +69,8 @@ def test_a_child_does_not_keep_locks(tmp_path: Path) -> None:
         assert ours
         return await trio.lowlevel.open_process(["sleep", "60"], pass_fds=ours)
 
-    for read_only in (False, True):
-        trio.run(main, read_only)
+    for read_only, upgraded in ((False, False), (True, False), (True, True)):
+        trio.run(main, read_only, upgraded)
 
 
 def descriptors_of(path: Path) -> list[int]:
