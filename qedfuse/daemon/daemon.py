@@ -35,6 +35,7 @@ from qedfuse.fuse import session
 from qedfuse.fuse.all_images import Hurry, close_all, flush_all
 from qedfuse.fuse.complaints import Complaints
 from qedfuse.fuse.connection import abort
+from qedfuse.fuse.kernel import cache_survives_direct_writes
 from qedfuse.fuse.node import Node
 from qedfuse.fuse.operations import Operations
 from qedfuse.fuse.oversize import Oversize
@@ -159,7 +160,8 @@ class Daemon:
         try:
             from qedfuse.fuse.fastpath import FastPath
 
-            maps = self._memory_limit is None or self._flusher  # see dirty_limit.py: no pages that could not be written
+            # See dirty_limit.py: no pages that could not be written.
+            maps = cache_survives_direct_writes(os.uname().release) and (self._memory_limit is None or self._flusher)
             options = self._options
             return FastPath(session.library(), cached=not options.direct_io, writeback=options.writeback, maps=maps)
         except (ImportError, OSError) as error:

@@ -17,7 +17,7 @@ import pytest
 from qedfuse.fuse.page_cache import TICK
 from tests.helpers.mounts.fastpath_modes import flat
 from tests.helpers.mounts.meeting import MANY
-from tests.helpers.mounts.modes import MODES, NEEDS_NATIVE, Mode
+from tests.helpers.mounts.modes import MODES, NEEDS_DIRECT, Mode
 from tests.helpers.mounts.mounts import mounted, mountpoint, opened, status, wait_until
 from tests.helpers.mounts.system_calls import system_calls
 from tests.helpers.qemu.cli import qemu_img
@@ -63,7 +63,7 @@ class Direct:
             assert os.pwrite(self._fd, buffer, offset) == len(data)
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_NATIVE)])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_DIRECT)])
 @OPTIONS
 def test_writers_need_not_wait_for_each_other(raw: Path, image: Path, options: tuple[str, ...], native: bool) -> None:
     """Each write is done only when the others have come, too."""
@@ -133,7 +133,7 @@ def test_a_file_ends_where_the_kernel_says(tmp_path: Path, image: Path, mode: Mo
         assert direct.read(3 * SIZE + SECTOR, PAGE) == b""
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_NATIVE)])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_DIRECT)])
 @OPTIONS
 def test_a_direct_handle_can_be_mapped(raw: Path, image: Path, options: tuple[str, ...], native: bool) -> None:
     with mounted(*options, image, raw), opened(raw, os.O_RDWR | os.O_DIRECT) as fd:
@@ -151,7 +151,7 @@ def test_a_direct_handle_can_be_mapped(raw: Path, image: Path, options: tuple[st
     assert (content[0], content[PAGE : PAGE + 6], content[3 * MIB]) == (1, b"stored", 33)
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_NATIVE)])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_DIRECT)])
 @OPTIONS
 @pytest.mark.parametrize("end", [PAGE - 24, PAGE + 1])
 def test_what_is_cut_off_of_a_map_is_gone(
@@ -201,7 +201,7 @@ def test_of_writes_that_overlap_each_sector_has_one(
             assert found == (tag * (SECTOR // len(tag) + 1))[:SECTOR]
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_NATIVE)])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDS_DIRECT)])
 @pytest.mark.parametrize("single", [False, True], ids=["O_DSYNC", "RWF_DSYNC"])
 def test_writes_that_must_be_durable_are(tmp_path: Path, raw: Path, image: Path, single: bool, native: bool) -> None:
     """Of these the kernel asks for no fsync, in a mount with a page cache neither."""

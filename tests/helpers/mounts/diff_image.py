@@ -17,7 +17,7 @@ from tests.helpers.mounts.diff_disk import MIB, new_disk, new_model, qemu_writes
 from tests.helpers.mounts.diff_team import Team
 from tests.helpers.mounts.guests import assert_clean, run
 from tests.helpers.mounts.kill_case import Killable
-from tests.helpers.mounts.modes import NATIVE, PYTHON, Mode
+from tests.helpers.mounts.modes import NATIVE, OPENS_DIRECTLY, PYTHON, Mode
 from tests.helpers.mounts.mounts import Mounted, abort
 from tests.helpers.qemu.cli import qedfuse
 
@@ -78,7 +78,7 @@ class DiffImage(Killable):
             words = (self.image, other, point) if self.place == "directory" else (images, point)
         self.words = (*(("-o", self.options) if self.options else ()), *words)
         native = mode == "native"
-        self.able = ["holes"] * native + ["map"] * (native or self.options != "direct_io")
+        self.able = ["holes"] * native + ["map"] * (self.options != "direct_io" or (native and OPENS_DIRECTLY))
         self.able += ["size"] * (self.options != "fixed_size")
         self.able += ["sync"] * (self.options == "sync")
         self.able += ["rwf"] * (native or self.options != "direct_io")

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from qedfuse.fuse.kernel import cache_survives_direct_writes
 from tests.helpers.mounts.mounts import EXTRA_OPTIONS
 
 #: The words of a mode for `mounted`.
@@ -25,6 +26,10 @@ _MODE = os.environ.get("QEDFUSE_FASTPATH")
 
 #: The marks of a test that is nothing without the fast path.
 NEEDS_NATIVE = [*_LOADED, pytest.mark.skipif(_MODE is not None, reason=f"QEDFUSE_FASTPATH is {_MODE}")]
+
+#: Whether files are opened past the page cache beside others that are not, and can be mapped.
+OPENS_DIRECTLY = cache_survives_direct_writes(os.uname().release)
+NEEDS_DIRECT = [*NEEDS_NATIVE, pytest.mark.skipif(not OPENS_DIRECTLY, reason="this kernel's page cache may go stale")]
 
 #: Gives a test the argument `mode`.
 MODES = pytest.mark.parametrize(
