@@ -10,8 +10,8 @@ from types import TracebackType
 import trio
 
 from qedfuse.errors import InUseError
+from qedfuse.host import image_lock
 from qedfuse.host.file_id import FileId
-from qedfuse.host.image_lock import lock
 
 
 class NewFile:
@@ -40,7 +40,7 @@ class NewFile:
                 if error is not None:
                     self.remove()
             finally:
-                os.close(self._fd)
+                image_lock.close(self._fd)
 
     async def make_durable(self) -> None:
         """Its name; the content is not ours. Raises OSError."""
@@ -58,7 +58,7 @@ class NewFile:
     def _is_in_use(self) -> bool:
         """If not, it is locked: no process begins to use what is removed."""
         try:
-            lock(self._fd, self._path, writable=True)
+            image_lock.lock(self._fd, self._path, writable=True)
         except InUseError:
             return True
         except OSError:
