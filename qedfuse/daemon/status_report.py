@@ -21,7 +21,8 @@ _LISTED = 100
 def report(
     config: MountConfig, options: MountOptions, tree: Tree, operations: Operations, fastpath: FastPath | None
 ) -> dict[str, Any]:
-    """Sizes in bytes; the counters count requests of the kernel. `options` are those in force."""
+    """Sizes in bytes; the counters count requests of the kernel; "pending-images" says how many are on their way open
+    or closed, and may be locked. `options` are those in force."""
     paths = {node.mounted.path for node in tree.nodes}
     return {
         "pid": os.getpid(),
@@ -32,6 +33,7 @@ def report(
         "fastpath": fastpath is not None and fastpath.answers,
         "fastpath-counters": fastpath.counters if fastpath else {},
         "images": [node.mounted.status() for node in tree.nodes if node.mounted.opened],
+        "pending-images": sum(node.mounted.open and not node.mounted.opened for node in tree.nodes),
         "unopened-images": operations.unopened.status(paths),
         "hidden-images": [
             {"filename": path, "hidden-by": by} for path, by in islice(tree.sources.hidden.items(), _LISTED)

@@ -38,6 +38,7 @@ import struct
 from contextlib import suppress
 
 from qedfuse.errors import InUseError
+from qedfuse.host.lock_holder import find_holder, name_of
 
 _HELD_BASE = 100
 _UNSHARED_BASE = 200
@@ -153,8 +154,6 @@ def _conflict(fd: int, held: tuple[int, ...]) -> int | None:
 
 
 def _explain(fd: int, byte: int) -> str:
-    from qedfuse.host.lock_holder import find_holder, name_of  # `info` starts without it
-
     if byte < _UNSHARED_BASE:
         what = "may write to it"
     elif byte == _UNSHARED_BASE + _CONSISTENT_READ:

@@ -174,7 +174,7 @@ def test_a_discarded_terabyte_is_seen_in_no_time(terabyte: Path, tmp_path: Path)
 
 
 def test_seeking_through_a_discarded_terabyte_lets_others_run(terabyte: Path) -> None:
-    """It takes about 5 times as long as counting the clusters does."""
+    """A machine that needs longer than 0.3 s to count the clusters may need so much longer for this, too."""
     count_them = partial(counting, TIB // (64 * KIB))
 
     async def check() -> None:
@@ -186,12 +186,12 @@ def test_seeking_through_a_discarded_terabyte_lets_others_run(terabyte: Path) ->
                 position = await next_data(image, position)
             assert await next_hole(image, 12345) == 12345
             seconds = time.thread_time() - started
-            ratio = 2 * seconds / (pace + count_them())
+            pace = (pace + count_them()) / 2
             print(
-                f"figures: {seconds:.2f} s of processor time, {ratio:.1f} times as long as counting; "
+                f"figures: {seconds:.2f} s of processor time, where counting takes {pace:.2f} s; "
                 f"others waited for {max(gaps) * 1000:.1f} ms at most"
             )
-            assert ratio < 12
+            assert seconds < 5 * max(1, pace / 0.3)
 
     run(check)
 

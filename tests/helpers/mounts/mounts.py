@@ -221,7 +221,12 @@ def status(point: Path) -> dict[str, Any]:
 
 def until_closed(point: Path) -> None:
     """Until the daemon has closed the images of a source directory that nobody uses."""
-    wait_until(lambda: status(point)["images"] == [])
+
+    def closed() -> bool:
+        found = status(point)
+        return not found["images"] and not found["pending-images"]
+
+    wait_until(closed)
 
 
 def counters(point: Path) -> dict[str, int]:
