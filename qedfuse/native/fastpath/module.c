@@ -109,9 +109,8 @@ static PyObject *counters(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)
         uint64_t number;
     } all[] = {
         {"calls", count.calls},   {"reads", count.reads},   {"writes", count.writes}, {"syncs", count.syncs},
-        {"opens", count.opens},
-        {"passed", count.passed}, {"missed", count.missed}, {"handed", count.handed}, {"spins", spins.tries},
-        {"spun", spins.met},      {"waits", disk.tries},    {"waited", disk.met},
+        {"opens", count.opens},   {"passed", count.passed}, {"missed", count.missed}, {"handed", count.handed},
+        {"spins", spins.tries},   {"spun", spins.met},      {"waits", disk.tries},    {"waited", disk.met},
     };
     PyObject *result = PyDict_New();
     for (size_t i = 0; result && i < sizeof all / sizeof *all; i++) {

@@ -12,14 +12,12 @@
 
 #define _GNU_SOURCE /* dup3, pipe2 */
 #include "negotiate.h"
-#include "filter.h"
 #include "receive.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <stddef.h>
-#include <string.h>
 #include <unistd.h>
 
 /* In `flags2`; the headers that we are built with may be older. */
