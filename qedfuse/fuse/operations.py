@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
@@ -62,8 +63,20 @@ class Times(Protocol):
         """Somebody looks at a file that is being written past the cache. Returns at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """An open file. `writes_directly`: past the kernel's page cache. `synced`: each write is durable when answered."""
+
+    slot: ImageSlot
+    node: Node
+    writes: bool = False
+    writes_directly: bool = False
+    synced: bool = False
+
+
 class _Opened(NamedTuple):
-    """A file's handle. `direct`: reads and writes are past the kernel's cache. `keep_cache`: what is there is valid."""
+    """The number of a file's handle. `direct`: reads and writes are past the kernel's cache. `keep_cache`: what is
+    there is valid."""
 
     handle: int
     direct: bool
@@ -127,11 +140,7 @@ class Operations(pyfuse3.Operations):
         # Of a write past its cache that must be durable the kernel says so in the request only, which pyfuse3 does not
         # show; after any other it asks for an fsync.
         self._sync_asked = fastpath.sync_asked if fastpath else _no
-        self._slots: dict[int, ImageSlot] = {}
-        self._nodes: dict[int, Node] = {}
-        self._writing: set[int] = set()
-        self._synced: set[int] = set()
-        self._direct_writers: set[int] = set()
+        self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[Entry]] = {}
         self._next_handle = 1
         self._names_timeout = NAMES_TIMEOUT if tree.sources else FIXED_NAMES_TIMEOUT
@@ -144,7 +153,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         self._enter()
         try:
-            slot = self._slots[fh]
+            slot = self._handles[fh].slot
             data = slot.ready.read_nowait(off, size) if slot.ready is not None else None
             if data is None:
                 async with slot as image:
@@ -159,8 +168,9 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         self._enter()
         try:
-            slot = self._slots[fh]
-            durable = fh in self._synced or self._sync_asked()
+            handle = self._handles[fh]
+            slot = handle.slot
+            durable = handle.synced or self._sync_asked()
             if durable or slot.ready is None or not slot.ready.write_nowait(off, buf):
                 async with slot as image:
                     if not durable or not image.write_nowait(off, buf):
@@ -173,7 +183,7 @@ class Operations(pyfuse3.Operations):
         except Exception as error:
             code = self.complaints.errno_of(error, "write")
             if code == errno.EFBIG and self.oversize:
-                self.oversize.note(self._nodes[fh], off, len(buf))
+                self.oversize.note(handle.node, off, len(buf))
             raise FUSEError(code) from None
         finally:
             self._leave()
@@ -181,21 +191,21 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:
         self.counts.syncs += 1
-        async with self._slots[fh] as image:
+        async with self._handles[fh].slot as image:
             await image.flush()
             await check_not_orphaned(image)
 
     @_translated
     async def flush(self, fh: int) -> None:
         """close(2): promises nothing, but is the last chance to tell a writer that something was lost."""
-        slot = self._slots[fh]
+        handle = self._handles[fh]
         # It waits for an image that is being replaced: one that has failed cannot be, and stays with its error.
-        async with slot as image:
-            if image.failed is not None and fh in self._writing:
+        async with handle.slot as image:
+            if image.failed is not None and handle.writes:
                 raise image.failed
         # Without the slot: the kernel has a SETATTR answered for that.
-        if self.times and (self._nodes[fh].id == ROOT or fh in self._direct_writers):
-            await self.times.update(self._nodes[fh])
+        if self.times and (handle.node.id == ROOT or handle.writes_directly):
+            await self.times.update(handle.node)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -229,34 +239,23 @@ class Operations(pyfuse3.Operations):
         except BaseException:
             node.mounted.release()
             raise
-        handle = self._take_handle()
-        self._slots[handle] = slot
-        self._nodes[handle] = node
+        fh = self._take_handle()
         direct = self._options.direct_io or bool(flags & os.O_DIRECT and self._direct_maps)
         sync = bool(flags & _SYNC_FLAGS) or (direct and "sync" in self._options.kernel)
-        if to_write:
-            self._writing.add(handle)
-        if to_write and (direct or flags & os.O_DIRECT):
-            self._direct_writers.add(handle)
-            node.direct_writers += 1
-        if sync:
-            self._synced.add(handle)
+        writes_directly = to_write and (direct or bool(flags & os.O_DIRECT))
+        node.direct_writers += writes_directly
+        self._handles[fh] = Handle(slot, node, writes=to_write, writes_directly=writes_directly, synced=sync)
         if self._fastpath:
-            self._fastpath.attach(handle, slot, to_write=to_write, synced=sync)
-        return _Opened(handle, direct, keep_cache)
+            self._fastpath.attach(fh, slot, to_write=to_write, synced=sync)
+        return _Opened(fh, direct, keep_cache)
 
     @_translated
     async def release(self, fh: int) -> None:
         if self._fastpath:
             self._fastpath.detach(fh)
-        del self._slots[fh]
-        self._writing.discard(fh)
-        self._synced.discard(fh)
-        node = self._nodes.pop(fh)
-        if fh in self._direct_writers:
-            self._direct_writers.remove(fh)
-            node.direct_writers -= 1
-        node.mounted.release()
+        handle = self._handles.pop(fh)
+        handle.node.direct_writers -= handle.writes_directly
+        handle.node.mounted.release()
 
     @_translated
     async def setattr(

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pyfuse3
@@ -15,10 +16,13 @@ import trio.testing
 
 from qedfuse.errors import CorruptError, InUseError, ReadOnlyError, UnsupportedError
 from qedfuse.fuse.complaints import Complaints
-from qedfuse.fuse.operations import Operations
+from qedfuse.fuse.operations import Handle, Operations
 from qedfuse.fuse.options import MountOptions
 from qedfuse.fuse.tree import Tree
 from tests.helpers.mounts.slots import slot_of
+
+#: As much of a node as a handle looks at.
+NODE = cast(Any, SimpleNamespace(id=2))
 
 
 class Broken:
@@ -53,7 +57,7 @@ def operations(tmp_path: Path) -> Operations:
 )
 def test_errors_become_errnos(tmp_path: Path, error: Exception, code: int) -> None:
     edge = operations(tmp_path)
-    edge._slots[7] = slot_of(Broken(error))
+    edge._handles[7] = Handle(slot_of(Broken(error)), NODE)
     for call in (lambda: edge.read(7, 0, 512), lambda: edge.write(7, 0, b"x"), lambda: edge.fsync(7, True)):
         with pytest.raises(pyfuse3.FUSEError) as caught:
             trio.run(call)
@@ -84,14 +88,14 @@ def test_a_close_waits_for_an_image_that_is_being_replaced(tmp_path: Path) -> No
     """And is told of the failure of the one that is there then."""
     edge = operations(tmp_path)
     old, other = Broken(ZeroDivisionError()), Broken(ZeroDivisionError())
-    slot = edge._slots[7] = slot_of(old)
+    slot = slot_of(old)
+    edge._handles[7] = Handle(slot, NODE, writes=True)
 
     async def nothing() -> None:
         """Nothing is to be made durable."""
 
     for image, failed in ((old, None), (other, OSError(errno.EIO, "an earlier sync failed"))):
         vars(image).update(failed=failed, clean=nothing, size=512, writable=True)
-    edge._writing.add(7)
     caught: list[int] = []
 
     async def close() -> None:
@@ -122,7 +126,7 @@ def test_cancellation_passes_through(tmp_path: Path) -> None:
             await trio.sleep_forever()
             raise AssertionError
 
-    edge._slots[7] = slot_of(Slow())
+    edge._handles[7] = Handle(slot_of(Slow()), NODE)
 
     async def main() -> None:
         with trio.move_on_after(0.01) as scope:
