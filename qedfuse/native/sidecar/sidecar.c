@@ -19,8 +19,8 @@
  * last descriptor is closed, and the child has its error.
  *
  * It begins with the daemon's table of descriptors, not with a copy, and leaves it for one of its own, in which there
- * are none. A copy would keep open for a moment what the daemon closes meanwhile: an image's locks would last longer
- * than the daemon has it open, and whoever opens it next would be refused.
+ * are none. A copy would keep open what the daemon closes until the child has its turn on a processor. (The kernel may
+ * still copy some for the moment that this takes; an image's locks do not depend on it, see image_lock.py.)
  *
  * It makes system calls only. Signals are blocked in it: a handler would run in the daemon's memory.
  *
