@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from tests.bench import measures, qemu_root, report, targets, workloads
+from tests.bench import measures, memory, qemu_root, report, targets, workloads
 
 
 class Run:
@@ -34,6 +34,7 @@ class Run:
                 if not row.takes(kind):
                     continue
                 target = kind(directory)
+                memory.have_at_hand()
                 try:
                     figure = row.measure(target, context)
                 except Exception as error:  # one row's failure must not cost the others
