@@ -70,6 +70,11 @@ def test_a_root_takes_part_with_one_thread_and_with_two(tmp_path: Path) -> None:
     assert one.tool == program(tmp_path / "root", "qemu-img") and not two.tool
 
 
+def test_an_older_one_takes_part_with_one_thread_alone(tmp_path: Path) -> None:
+    (one,) = peers(make_root(tmp_path / "root", "10.0.13"))
+    assert (one.name, one.threads) == ("QEMU 10.0.13, 1 thread", 1)
+
+
 def test_a_directory_of_a_target_may_stand_in_an_option_of_qemu(tmp_path: Path) -> None:
     for kind in [*ALL, *peers(make_root(tmp_path / "root", "11.1.3"))]:
         assert not set(kind(tmp_path / "scratch").scratch.name) & set(", =")
