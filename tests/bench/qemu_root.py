@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tests.bench.targets import StorageDaemon, Target, run
 
-
 #: From which version on an export takes a list of iothreads, as far as was tried: 10.0 refuses it, 11.1 takes it.
 _LIST_OF_THREADS = (11,)
 
