@@ -73,11 +73,17 @@ def lasting(context: Context) -> tuple[str, str]:
     return "--time_based", f"--runtime={round(context.seconds * 1000)}ms"
 
 
+def fill(target: Target, context: Context) -> None:
+    """A fully allocated image, durably: else the host writes it out while it is measured."""
+    target.fill(context.source)
+    run("sync", target.image)
+
+
 def on_full(*options: str) -> Callable[[Target, Context], float]:
     """Time-based fio on a fully allocated image."""
 
     def measure(target: Target, context: Context) -> float:
-        target.fill(context.source)
+        fill(target, context)
         with served(target) as path:
             return fio(path, *lasting(context), *options).iops
 
@@ -99,7 +105,7 @@ def processor_time(*options: str) -> Callable[[Target, Context], float]:
     """Microseconds of the serving process's processor time for each request, on a fully allocated image."""
 
     def measure(target: Target, context: Context) -> float:
-        target.fill(context.source)
+        fill(target, context)
         with served(target) as path:
             assert target.pid
             before = processor.used_by(target.pid)
@@ -123,7 +129,7 @@ class served:
 
 
 def warm_reads(target: Target, context: Context) -> float:
-    target.fill(context.source)
+    fill(target, context)
     with served(target) as path:
         run("dd", f"if={path}", "of=/dev/null", "bs=1M")
         return fio(path, "--rw=randread", "--bs=4k", "--invalidate=0", *lasting(context)).iops
@@ -257,7 +263,7 @@ def trim(target: Target, context: Context) -> float:
 
 def write_discarded(target: Target, context: Context) -> float:
     """Small writes all over a disk that was full, and all of whose data was discarded."""
-    target.fill(context.source)
+    fill(target, context)
     with served(target) as path:
         need_holes(path)
         run("fallocate", "--punch-hole", "--offset", "0", "--length", str(SIZE), path)

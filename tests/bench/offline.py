@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tests.bench.measures import SIZE, Context, mapped_terabyte
+from tests.bench.measures import SIZE, Context, fill, mapped_terabyte
 from tests.bench.targets import Target, run
 
 
@@ -26,8 +26,7 @@ def convert_to_qed(target: Target, context: Context) -> float:
 
 def convert_to_raw(target: Target, context: Context) -> float:
     """Seconds until a full QED image is a raw file, durably."""
-    target.fill(context.source)
-    run("sync", target.image)
+    fill(target, context)
     flat = target.scratch / "converted.raw"
     try:
         started = time.monotonic()
