@@ -182,6 +182,14 @@ class FileStorage:
     def _truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)
 
+    async def reserve(self, offset: int, size: int) -> None:
+        if size:
+            await self._in_thread(self._reserve, offset, size)
+
+    def _reserve(self, offset: int, size: int) -> None:
+        if not self._attempt(0, offset, size) and self.size() < offset + size:
+            self._truncate(offset + size)
+
     async def punch(self, offset: int, size: int) -> None:
         await self._in_thread(self._punch, offset, size)
 
@@ -216,8 +224,9 @@ class FileStorage:
         return any(self._attempt(mode, offset, size) for mode in modes)
 
     def _attempt(self, mode: int, offset: int, size: int) -> bool:
+        """fallocate(2); only mode 0 changes the size. False: the file system, or the device, can't."""
         try:
-            _fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, size)
+            _fallocate(self._fd, mode | (FALLOC_FL_KEEP_SIZE if mode else 0), offset, size)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
                 return False

@@ -45,7 +45,7 @@ class NewFile:
     async def make_durable(self) -> None:
         """Its name; the content is not ours. Raises OSError."""
         if self.made:
-            await trio.to_thread.run_sync(_sync_directory, os.path.dirname(self._path))
+            await trio.to_thread.run_sync(sync_directory, os.path.dirname(self._path))
 
     def remove(self) -> None:
         """Take it away, unless its name is another file's by now or another process uses it, which has then found it
@@ -74,7 +74,7 @@ def _make(path: str, real: str) -> int:
         raise
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
     """Make a new name in a directory durable, where the file system knows how."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -92,6 +92,10 @@ class RemoteFile(FileStorage):
         super()._truncate(size)
         self._note()
 
+    def _reserve(self, offset: int, size: int) -> None:
+        super()._reserve(offset, size)
+        self._note()
+
     async def refresh(self) -> None:
         if not self._refreshing:
             with suppress(OSError):

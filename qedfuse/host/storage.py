@@ -111,6 +111,12 @@ class Storage(ReadStorage, Protocol):
         """Set the file's size; what is added reads as zeroes."""
         ...
 
+    async def reserve(self, offset: int, size: int) -> None:
+        """See to it that writes to this range will find room; the file grows to its end, and what was not there before
+        reads as zeroes. Where the file system cannot promise that, the file only grows. Raises OSError, ENOSPC; the
+        file may have grown then."""
+        ...
+
     async def punch(self, offset: int, size: int) -> None:
         """Make a range inside the file read as zeroes and deallocate it where the file system can."""
         ...

@@ -235,6 +235,10 @@ class RamStorage:
         if self.chaos:
             await self.chaos.pause()
 
+    async def reserve(self, offset: int, size: int) -> None:
+        if offset + size > self.file.size:
+            await self.truncate(offset + size)
+
     async def punch(self, offset: int, size: int) -> None:
         self._check(True)
         if self.chaos:
