@@ -14,13 +14,15 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
 from qedfuse.chain.backing import open_backing_file, resolve_backing, shown
-from qedfuse.chain.format_probe import PROBE_BYTES, probe_format
+from qedfuse.chain.format_probe import PROBE_BYTES, RAW, probe_format
 from qedfuse.chain.link import Link, Reference, read_link
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
+from qedfuse.chain.unfinished import UnfinishedError, describe_unfinished, refuse_unfinished
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
 from qedfuse.host import image_lock
 from qedfuse.host.file_id import FileId
@@ -77,6 +79,14 @@ async def open_backing(
         return chain.build()
 
 
+class _Claimed(NamedTuple):
+    """A file of a chain, locked. `unfinished`: what is under way with it, for a message."""
+
+    storage: FileStorage
+    file: FileId
+    unfinished: str | None
+
+
 class Chain:
     """A chain while it is being opened. `files`: the files that may not occur (again) further down.
 
@@ -131,16 +141,19 @@ class Chain:
         self, open_file: Callable[[], FileStorage], image: str | None, format: str | None, patience: float | None = None
     ) -> Reference | None:
         """Open what `image` names, as the next link. Returns what its header refers to."""
-        storage, found = await look(partial(self._claim, open_file, image), discard=_drop, patience=patience)
+        claimed = await look(partial(self._claim, open_file, image), discard=_drop, patience=patience)
+        storage = claimed.storage
         self._opened.append(storage)
-        self.files.add(found)
+        self.files.add(claimed.file)
         if format is None:
             format = probe_format(await read(storage, 0, min(PROBE_BYTES, storage.size())), storage.path)
+        if format == RAW and claimed.unfinished is not None:  # it is longer than the disk
+            raise UnfinishedError(storage.path, claimed.unfinished)
         header, reference = await read_link(storage, format)
         self.links.append(Link(storage, header))
         return reference
 
-    def _claim(self, open_file: Callable[[], FileStorage], image: str | None) -> tuple[FileStorage, FileId]:
+    def _claim(self, open_file: Callable[[], FileStorage], image: str | None) -> _Claimed:
         """Open and lock a file of the chain. Blocks."""
         storage = open_file()
         try:
@@ -152,10 +165,13 @@ class Chain:
                 raise CorruptError(image or storage.path, message, errno.ELOOP)
             if not self._share:
                 image_lock.lock(storage.fileno(), storage.path, writable=storage.writable)
+            if storage.writable:
+                refuse_unfinished(storage.fileno(), storage.path)
+            unfinished = describe_unfinished(storage.fileno(), storage.path)
         except BaseException:
             image_lock.close(storage.fileno())
             raise
-        return storage, found
+        return _Claimed(storage, found, unfinished)
 
     def build(self) -> Layer:
         """The top layer, with the others below it."""
@@ -184,5 +200,5 @@ def _open_entry(path: str, writable: bool) -> FileStorage:
         return FileStorage.open(path, writable, pin=pin)
 
 
-def _drop(opened: tuple[FileStorage, FileId]) -> None:
-    image_lock.close(opened[0].fileno())
+def _drop(claimed: _Claimed) -> None:
+    image_lock.close(claimed.storage.fileno())

@@ -26,6 +26,7 @@ from qedfuse.chain.format_probe import FORMATS
 from qedfuse.errors import FormatError, QedfuseError
 from qedfuse.host.durable_note import read_note, remove_note, write_note
 from qedfuse.sizes import MAX_OFFSET, SECTOR_SIZE
+from qedfuse.text import describe
 
 SUFFIX = ".qedfuse-journal"
 _VERSION = 1
@@ -171,6 +172,23 @@ def refuse_unfinished(fd: int, path: str) -> None:
     found = find_unfinished(fd, path)
     if found is not None:
         raise UnfinishedError(path, way_out(found, path))
+
+
+def refuse_unfinished_at(path: str) -> None:
+    """As `refuse_unfinished`, for a file that is not open and need not exist."""
+    found = read_journal(os.path.realpath(path) + SUFFIX)
+    if found is not None:
+        raise UnfinishedError(path, way_out(found, path))
+
+
+def describe_unfinished(fd: int, path: str) -> str | None:
+    """What is under way with an open file, for a person who only looks at it; or that its journal cannot be read.
+    Blocks. Raises OSError."""
+    try:
+        found = find_unfinished(fd, path)
+    except (FormatError, PermissionError) as error:
+        return describe(error, path)
+    return None if found is None else way_out(found, path)
 
 
 def way_out(found: Unfinished, path: str) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 import trio
 
 from qedfuse.chain.recovery import recover
+from qedfuse.chain.unfinished import refuse_unfinished
 from qedfuse.errors import InUseError
 from qedfuse.host import image_lock
 from qedfuse.host.file_storage import FileStorage
@@ -56,6 +57,7 @@ def _claim(readers: FileStorage) -> FileStorage:
     try:
         add_writers_locks(readers.fileno(), readers.path)
         share_writers_locks(storage.fileno())
+        refuse_unfinished(storage.fileno(), readers.path)
         return storage if readers.local else isolate(storage)
     except BaseException:
         _unclaim(readers, storage)

@@ -75,6 +75,7 @@ def check(output: str, repair: str | None, share: bool, quiet: bool, image: str)
 
 async def _check(path: str, repair: str | None, share: bool, bar: Bar) -> CheckResult | None:
     """None: the file is something else."""
+    from qedfuse.chain.unfinished import UnfinishedError, describe_unfinished, refuse_unfinished
     from qedfuse.check.check import Repair, check_image
     from qedfuse.host.closing import closing
     from qedfuse.host.file_storage import FileStorage
@@ -86,8 +87,19 @@ async def _check(path: str, repair: str | None, share: bool, bar: Bar) -> CheckR
         async with closing(FileStorage.open(path, repair is not None)) as storage:
             if not share:
                 lock(storage.fileno(), path, writable=repair is not None)
-            header = await read_header(storage)
-            return await check_image(storage, header, repair=Repair(repair or "none"), progress=bar)
+            if repair is not None:
+                refuse_unfinished(storage.fileno(), path)
+            unfinished = describe_unfinished(storage.fileno(), path)
+            try:
+                header = await read_header(storage)
+            except NotQedError:
+                if unfinished is not None:
+                    raise UnfinishedError(path, unfinished) from None
+                raise
+            result = await check_image(storage, header, repair=Repair(repair or "none"), progress=bar)
+            if unfinished is not None:
+                result.note(unfinished, first=True)
+            return result
     except NotQedError:
         return None
 

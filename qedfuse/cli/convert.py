@@ -9,8 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from qedfuse.chain.format_probe import FORMATS
+from qedfuse.cli.convert_in_place import convert_in_place, refuse_other_options
 from qedfuse.cli.params import (
     BACKING_OPTIONS,
     GEOMETRY_HELP,
@@ -89,9 +91,14 @@ _CACHES = click.Choice(["none", "writeback", "writethrough", "directsync", "unsa
 @_hint("-t", "cache", type=_CACHES)
 @_hint("-T", "source_cache", type=_CACHES)
 @backing_options
+@click.option("--in-place", is_flag=True, help="Convert FILE itself: its data stays where it is. See below.")
+@click.option("--undo", is_flag=True, help="With --in-place: take back a conversion that was interrupted.")
+@click.option("--force", is_flag=True, help="With --in-place: also if FILE has other names (hard links).")
 @click.argument("source", type=file_name)
-@click.argument("target", type=file_name)
+@click.argument("target", type=file_name, required=False)
+@click.pass_context
 def convert(
+    context: click.Context,
     source_format: str | None,
     target_format: str,
     options: tuple[str, ...],
@@ -104,14 +111,37 @@ def convert(
     share: bool,
     backing_root: str | None,
     no_backing: bool,
+    in_place: bool,
+    undo: bool,
+    force: bool,
     source: str,
-    target: str,
+    target: str | None,
 ) -> int:
     """Copy the disk in SOURCE (raw, qed or qcow2, with its backing files) to TARGET.
 
     A TARGET that exists is replaced, in place, unless somebody uses it. If that fails half-way, it is empty; a new
     TARGET is removed. A raw TARGET may be a block device.
+
+    With --in-place SOURCE is FILE, which becomes the image: raw to qed, and qed to raw. Until one sector has been
+    written it is what it was, from then on it is the new image; a journal beside it tells what is under way if the
+    machine stops meanwhile, and the same command finishes it, or takes it back with --undo.
     """
+    if in_place:
+        refuse_other_options(context)
+        explicit = context.get_parameter_source("target_format") is ParameterSource.COMMANDLINE
+        return convert_in_place(
+            source,
+            source_format,
+            target_format if explicit else None,
+            options,
+            undo=undo,
+            force=force,
+            bar=_bar(percentage, quiet),
+        )
+    if undo or force:
+        raise click.UsageError(f"{'--undo' if undo else '--force'} is for --in-place")
+    if target is None:
+        raise click.UsageError("Missing argument 'TARGET'.")
     known = (*GEOMETRY_OPTIONS, *BACKING_OPTIONS) if target_format == "qed" else ()
     given = parse_options(target, options, known)
     backing, backing_format = parse_backing(given, backing, backing_format, "-B")
@@ -139,7 +169,7 @@ def convert(
         share=share,
         policy=backing_policy(backing_root, no_backing),
     )
-    bar = Percentage() if percentage and not quiet else Bar("converting", sys.stderr.isatty() and not quiet)
+    bar = _bar(percentage, quiet)
     try:
         outcome = trio.run(_run, partial(job, progress=bar), target)
     finally:
@@ -149,6 +179,10 @@ def convert(
     if outcome is not None:
         warn_of_objection(target, outcome)
     return EXIT_OK
+
+
+def _bar(percentage: bool, quiet: bool) -> Bar | Percentage:
+    return Percentage() if percentage and not quiet else Bar("converting", sys.stderr.isatty() and not quiet)
 
 
 async def _run(job: Callable[[], Awaitable[Header | None]], target: str) -> Header | signal.Signals | None:

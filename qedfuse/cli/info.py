@@ -97,6 +97,8 @@ def _describe(item: ImageInfo) -> str:
     header = item.header
     if header is not None and header.needs_check:
         lines.append("cleanly shut down: no")
+    if item.unfinished is not None:
+        lines.append(f"unfinished: {printable(item.unfinished)}")
     if item.cluster_size is not None:
         lines.append(f"cluster_size: {item.cluster_size}")
     if item.backing_name is not None and item.full_backing_name is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import compress
 
+from qedfuse.errors import CorruptError
 from qedfuse.host.chunks import TableChunks, unpack_entries
 from qedfuse.host.storage import ReadStorage
 from qedfuse.host.waiting import Breather
@@ -75,3 +76,38 @@ class Bounds:
         geometry = self.header.geometry
         clusters = geometry.clusters_for(self.header.image_size) - index * geometry.table_entries
         return max(0, min(clusters, geometry.table_entries))
+
+
+class GuestEntries:
+    """The L2 entries of all guest clusters, ascending, in chunks: the first one's guest cluster (over the whole guest)
+    and their bytes. What is left out between chunks is 0. Those past the image's end come, too.
+
+    An asynchronous iterator. Raises OSError; CorruptError for an L2 table that is not wholly inside the file.
+    """
+
+    def __init__(self, storage: ReadStorage, bounds: Bounds, breathe: Breather) -> None:
+        self._storage = storage
+        self._bounds = bounds
+        self._breathe = breathe
+        self._tables = L1Entries(storage, bounds.header, breathe)
+        self._chunks: TableChunks | None = None
+        self._first = 0
+
+    def __aiter__(self) -> GuestEntries:
+        return self
+
+    async def __anext__(self) -> tuple[int, bytearray]:
+        geometry = self._bounds.header.geometry
+        while True:
+            if self._chunks is not None:
+                try:
+                    position, chunk = await self._chunks.__anext__()
+                    return self._first + position // ENTRY_SIZE, chunk
+                except StopAsyncIteration:
+                    self._chunks = None
+            index, offset = await self._tables.__anext__()
+            if not self._bounds.holds(offset, geometry.table_bytes):
+                fault = self._bounds.fault(offset, geometry.table_bytes)
+                raise CorruptError(self._storage.path, f"the l2 table at {offset:#x} {fault}; see qedfuse check")
+            self._first = index * geometry.table_entries
+            self._chunks = TableChunks(self._storage, offset, geometry.table_bytes, self._breathe)

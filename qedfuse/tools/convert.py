@@ -19,6 +19,7 @@ from contextlib import AsyncExitStack, aclosing
 
 from qedfuse.chain.chain import open_backing, open_layer
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
+from qedfuse.chain.unfinished import refuse_unfinished_at
 from qedfuse.errors import UsageError
 from qedfuse.host.closing import closing
 from qedfuse.host.file_id import FileId
@@ -74,6 +75,7 @@ async def convert_image(
     is_new_image = create and target_format == "qed"
     if not is_new_image and (geometry or backing is not None):
         raise UsageError(target, "cluster size, table size and backing file are for new qed images only")
+    refuse_unfinished_at(target)
     async with AsyncExitStack() as stack:
         top = await stack.enter_async_context(
             closing(await open_layer(source, source_format, share=share, policy=policy))

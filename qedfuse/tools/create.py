@@ -9,6 +9,7 @@ import errno
 import os
 
 from qedfuse.chain.chain import open_backing
+from qedfuse.chain.unfinished import refuse_unfinished
 from qedfuse.errors import QedfuseError, UsageError
 from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import FileStorage
@@ -62,6 +63,7 @@ async def _write_file(path: str, header: Header, backing_name: bytes) -> None:
                     what = "is a block device, and a new qed image must be a regular file"
                     raise QedfuseError(path, what, errno.EINVAL)
                 lock(storage.fileno(), path, writable=True)
+                refuse_unfinished(storage.fileno(), path)
                 await write_image(storage, header, backing_name)
                 await new.make_durable()
     except OSError as error:

@@ -13,12 +13,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
+from qedfuse.chain.unfinished import UnfinishedError, describe_unfinished
 from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
 from qedfuse.host.storage import ReadStorage
 from qedfuse.host.waiting import run_blocking
-from qedfuse.qed.header import FEATURE_BACKING_FILE, FEATURE_BACKING_FORMAT_NO_PROBE, FEATURE_NEED_CHECK, Header
+from qedfuse.qed.header import (
+    FEATURE_BACKING_FILE,
+    FEATURE_BACKING_FORMAT_NO_PROBE,
+    FEATURE_NEED_CHECK,
+    Header,
+    NotQedError,
+)
 from qedfuse.qed.header_io import read_backing_name, read_header
 from qedfuse.sizes import SECTOR_SIZE, round_up
 
@@ -39,7 +46,8 @@ class ImageInfo:
     `cluster_size`.
 
     `path` is the name it was opened by, `virtual_size` what a guest sees, `actual_size` what it takes on the host (0 on
-    a block device, as in qemu-img), `file_size` how long the file is.
+    a block device, as in qemu-img), `file_size` how long the file is. `unfinished`: that a conversion in place is under
+    way, for a person.
     """
 
     path: str
@@ -53,6 +61,7 @@ class ImageInfo:
     cluster_size: int | None = None
     qcow2: Qcow2Header | None = None
     on_device: bool = False
+    unfinished: str | None = None
 
     @property
     def full_backing_name(self) -> str | None:
@@ -88,6 +97,8 @@ class ImageInfo:
             result["format-specific"] = {"type": "qed", "data": _header_to_json(self.header)}
         if self.qcow2 is not None:
             result["format-specific"] = {"type": "qcow2", "data": _qcow2_to_json(self.qcow2)}
+        if self.unfinished is not None:
+            result["unfinished-conversion"] = self.unfinished
         return result
 
     def _file_to_json(self) -> dict[str, object]:
@@ -136,7 +147,13 @@ def read_info(path: str, *, share: bool = False) -> ImageInfo:
     FormatError, UnsupportedError, CorruptError.
     """
     with opened(path, share=share) as storage:
-        return run_blocking(info_of(storage))
+        unfinished = describe_unfinished(storage.fileno(), path)
+        try:
+            return replace(run_blocking(info_of(storage)), unfinished=unfinished)
+        except NotQedError:
+            if unfinished is not None:
+                raise UnfinishedError(path, unfinished) from None
+            raise
 
 
 @contextmanager

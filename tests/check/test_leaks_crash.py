@@ -57,8 +57,8 @@ def without_sync(which: int) -> type[_Filling]:
             if which == 0:
                 self._skip_one()
 
-        async def _relink(self, moves: Moves) -> tuple[ClusterMap, ClusterMap]:
-            maps = await super()._relink(moves)
+        async def relink(self, moves: Moves) -> tuple[ClusterMap, ClusterMap]:
+            maps = await super().relink(moves)
             if which == 1:
                 self._skip_one()
             return maps
@@ -81,8 +81,8 @@ class EntriesFirst(_Filling):
     async def _copy(self, moves: Moves) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def _relink(self, moves: Moves) -> tuple[ClusterMap, ClusterMap]:
-        maps = await super()._relink(moves)
+    async def relink(self, moves: Moves) -> tuple[ClusterMap, ClusterMap]:
+        maps = await super().relink(moves)
         await self._storage.sync()
         await super()._copy(moves)
         return maps
@@ -93,7 +93,7 @@ class ReusesAtOnce(_Filling):
 
     async def _copy(self, moves: Moves) -> None:
         await super()._copy(moves)
-        await self._punch_sources(moves)
+        await self.punch_sources(moves)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ class InPlace:
             await storage.reserve(conversion.old_size, conversion.new_bytes)
             new_first = await conversion.write_tail(storage, progress)
             await storage.sync()
-            unfinished = replace(unfinished, step=Step.SWITCH, new_first=new_first)
+            old_first = await read(storage, 0, SECTOR_SIZE)  # if it was altered it may be another one
+            unfinished = replace(unfinished, step=Step.SWITCH, old_first=old_first, new_first=new_first)
             await self._in_thread(self._journal.write, unfinished)
         except BaseException:
             await self._retreat(conversion)
@@ -101,22 +102,23 @@ class InPlace:
 
     async def go_on(self, found: Unfinished, wanted: Wanted, progress: Report) -> None:
         """Finish a conversion that has been interrupted, with what its journal says."""
-        self.ending = GO_ON if found.step is Step.FINISH else GO_ON_OR_BACK
-        if not await self._is_switched(found):
-            await self.take_back(found)
-            await self.begin(wanted, progress)
-        else:
+        if await self._is_switched(found):
+            self.ending = GO_ON if found.step is Step.FINISH else GO_ON_OR_BACK
             conversion = await self._converter.resume(self._storage, found)
             await self._finish(conversion, found, progress)
+        else:
+            await self.take_back(found)
+            await self.begin(wanted, progress)
 
     async def take_back(self, found: Unfinished) -> None:
         """Make the file what it was before a conversion that has been interrupted."""
         storage = self._storage
         if found.step is Step.FINISH:
             self.ending = GO_ON
-            raise UnfinishedError(storage.path, f"{found} can be taken back no more")
+            raise UnfinishedError(storage.path, f"{found} can be taken back no more, only finished (without --undo)")
+        switched = await self._is_switched(found)
         self.ending = GO_ON_OR_BACK
-        if await self._is_switched(found):
+        if switched:
             await self._put_first(found.old_first)
         end = await self._converter.old_end(storage, found)
         if storage.size() > end:
@@ -131,8 +133,8 @@ class InPlace:
             return found.step is Step.FINISH
         first = await read(self._storage, 0, SECTOR_SIZE)
         if first not in (found.old_first, found.new_first):
-            message = f"{found} was under way, and since then another program has changed the file's first sector"
-            raise UnfinishedError(self._storage.path, message)
+            message = f"{found} was under way, and another program has changed the file's first sector since then"
+            raise UnfinishedError(self._storage.path, f"{message}; if the file is in order, remove its journal")
         return first == found.new_first
 
     async def _put_first(self, sector: bytes) -> None:
@@ -148,6 +150,7 @@ class InPlace:
         await conversion.finish(self._storage, progress)
         await self._storage.sync()
         await self._in_thread(self._journal.remove)
+        self.ending = f"{self._storage.path} is converted"
 
     async def _retreat(self, conversion: Conversion) -> None:
         """Take back at once what has failed before the switch. If that fails, too, or the old image was altered, it is

@@ -28,7 +28,9 @@ class Conversion(Protocol):
 
     old_size: int
     new_bytes: int
-    altered: bool
+
+    @property
+    def altered(self) -> bool: ...
 
     async def write_tail(self, storage: Storage, progress: Report) -> bytes:
         """Write all of the new image but its first sector, which is returned (512 bytes). Only where the old image has
