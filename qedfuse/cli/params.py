@@ -192,7 +192,7 @@ def warn_of_objection(file: str, header: Header) -> None:
     """Say so if QEMU cannot open the new image `file`."""
     from qedfuse.qed.new_image import qemu_objection
 
-    objection = qemu_objection(header)
+    objection = qemu_objection(header.geometry, header.image_size)
     if objection is not None:
         click.echo(f"qedfuse: {printable(file)}: warning: QEMU cannot open images with {objection}", err=True)
 

@@ -29,10 +29,13 @@ def read_note(path: str, most: int) -> bytes | None:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             return None
         raise
-    with open(fd, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        return file.read(most)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(fd)
 
 
 def write_note(path: str, content: bytes, mode: int) -> None:

@@ -50,15 +50,16 @@ def new_header(
     return header
 
 
-def qemu_objection(header: Header) -> str | None:
+def qemu_objection(geometry: Geometry, image_size: int) -> str | None:
     """Why QEMU cannot open such an image, valid though it is; None if it can.
 
     Source: QEMU 7.2 and 10.0, observed. Its largest size for a geometry is computed in 64 bits and overflows to 0.
     """
-    if header.table_size == 1:
+    if geometry.table_size == 1:
         return "table_size=1"
-    if header.geometry.table_entries**2 * header.cluster_size >= 1 << 64 and header.image_size:
-        return f"cluster_size={header.cluster_size},table_size={header.table_size}, of which it miscounts the maximum"
+    if geometry.table_entries**2 * geometry.cluster_size >= 1 << 64 and image_size:
+        sizes = f"cluster_size={geometry.cluster_size},table_size={geometry.table_size}"
+        return f"{sizes}, of which it miscounts the maximum"
     return None
 
 

@@ -164,7 +164,8 @@ class InPlace:
                 if self._storage.size() > conversion.old_size:
                     await self._storage.truncate(conversion.old_size)
                 await self._storage.sync()
-                await self._in_thread(self._journal.remove)
+                if await trio.to_thread.run_sync(self._journal.read) is not None:
+                    await self._in_thread(self._journal.remove)
             except OSError:
                 return
         self.ending = self._unchanged

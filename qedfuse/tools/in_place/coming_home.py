@@ -39,7 +39,8 @@ MIN_LIMIT = 1 << 30
 
 
 class ComingHome:
-    """The moves within one image. `homes` is replaced when the L1 table has moved. `begun`: a table may have changed.
+    """The moves within one image. `homes` is replaced when the L1 table has moved. `begun`: a table may have changed,
+    or data that nothing refers to.
 
     All calls raise OSError. Failed or cancelled, they have done a part, and the image reads as before.
     """
@@ -69,10 +70,11 @@ class ComingHome:
         storage = self.homes.storage
         used = await read_used(storage, self.homes.bounds, self.homes.breathe)
         behind = max(used.end_of_marked() << self.homes.bits, self.homes.end)
+        self.begun |= has_data(storage, behind, behind + self._behind)
         await storage.reserve(behind, self._behind)
         if storage.size() < behind:
             await storage.truncate(behind)
-        await self._each_free_home(used, storage.reserve)
+        await self._each_free_home(used, self._reserve)
         relocation = Relocation(storage, await self._known_header())
         done = 0
         while moves := await self._plan(used):
@@ -97,6 +99,10 @@ class ComingHome:
             header = header.with_known_autoclear()
             await write_header(self.homes.storage, header)
         return header
+
+    async def _reserve(self, offset: int, size: int) -> None:
+        self.begun |= has_data(self.homes.storage, offset, offset + size)
+        await self.homes.storage.reserve(offset, size)
 
     async def give_back(self) -> None:
         """What has been reserved, if nothing has been `begun`."""
@@ -148,6 +154,12 @@ class ComingHome:
 
 def _is_used(used: ClusterMap, cluster: int) -> bool:
     return cluster < used.clusters and used.next_marked(cluster) == cluster
+
+
+def has_data(storage: Storage, start: int, end: int) -> bool:
+    """Whether the host has data anywhere in a range of the file."""
+    data = storage.next_data(start)
+    return data is not None and data < end
 
 
 async def _visit_run(visit: Callable[[int, int], Awaitable[None]], start: int, end: int) -> None:

@@ -21,7 +21,7 @@ from qedfuse.qed.geometry import ZERO_CLUSTER
 from qedfuse.qed.header import Header
 from qedfuse.qed.header_io import read_header
 from qedfuse.sizes import SECTOR_SIZE
-from qedfuse.tools.in_place.coming_home import ComingHome
+from qedfuse.tools.in_place.coming_home import ComingHome, has_data
 from qedfuse.tools.in_place.homes import Homes, Survey, end_in_use, survey
 from qedfuse.tools.in_place.plan import Wanted
 
@@ -86,7 +86,7 @@ class QedToRawConversion:
         self._homes = homes
         self._found = found
         self._moves = moves
-        self._before: list[tuple[int, bytes]] = []
+        self._before: list[tuple[int, bytes]] | None = None
         self._leaks_cleared = False
 
     @property
@@ -105,11 +105,12 @@ class QedToRawConversion:
             await storage.truncate(self._size)
 
         async def clear(start: int, end: int) -> None:
-            self._leaks_cleared |= await _clear(storage, start, end, homes.breathe)
+            self._leaks_cleared |= has_data(storage, start, end)
+            await _clear(storage, start, end, homes.breathe)
 
         await homes.each_empty_run(clear)
         end = min(homes.header.cluster_size, self._size)
-        await self._keep(storage, end)
+        self._before = await _pieces(storage, SECTOR_SIZE, end)
         await _clear(storage, SECTOR_SIZE, end, homes.breathe)
         if found.first <= ZERO_CLUSTER:
             return bytes(SECTOR_SIZE)
@@ -123,34 +124,33 @@ class QedToRawConversion:
                 await storage.write(first, [piece])
         return await read(storage, found.first, SECTOR_SIZE)
 
-    async def _keep(self, storage: Storage, end: int) -> None:
-        """Remember what is behind the header, up to `end`. As a rule that is nothing."""
-        position = SECTOR_SIZE
-        while (data := storage.next_data(position)) is not None and data < end:
-            position = min(storage.next_hole(data), data + _PIECE, end)
-            piece = await read(storage, data, position - data)
-            if piece.count(0) < len(piece):
-                self._before.append((data, piece))
-
     async def restore(self, storage: Storage) -> None:
         if self._moves is not None:
             await self._moves.give_back()
-        if self._homes is not None:
+        if self._homes is not None and self._before is not None:
             await _clear(storage, SECTOR_SIZE, self._homes.header.cluster_size, self._homes.breathe)
-        for offset, piece in self._before:
-            await storage.write(offset, [piece])
+            for offset, piece in self._before:
+                await storage.write(offset, [piece])
 
     async def finish(self, storage: Storage, progress: Report) -> None:
         if storage.size() > self._size:
             await storage.truncate(self._size)
 
 
-async def _clear(storage: Storage, start: int, end: int, breathe: Breather) -> bool:
-    """Make a range read as zeroes, as far as it is inside the file. Returns whether there was any data."""
-    found = False
+async def _clear(storage: Storage, start: int, end: int, breathe: Breather) -> None:
+    """Make a range read as zeroes, as far as it is inside the file."""
     while (data := storage.next_data(start)) is not None and data < end:
         await breathe()
         start = min(storage.next_hole(data), end)
         await storage.punch(data, start - data)
-        found = True
+
+
+async def _pieces(storage: Storage, start: int, end: int) -> list[tuple[int, bytes]]:
+    """What is not zero in a range that hardly holds anything: where, and what."""
+    found: list[tuple[int, bytes]] = []
+    while (data := storage.next_data(start)) is not None and data < end:
+        start = min(storage.next_hole(data), data + _PIECE, end)
+        piece = await read(storage, data, start - data)
+        if piece.count(0) < len(piece):
+            found.append((data, piece))
     return found

@@ -6,7 +6,8 @@
     behind the disk, from a whole cluster on: a copy of guest cluster 0, the L1 table, the L2 tables one after the other
 
 All of the file is referred to, so that no check finds a leak. Nothing is scanned: the cost is that of the tables, 8
-bytes for each cluster, and those are 64 MiB at most as long as the caller does not ask for smaller clusters.
+bytes for each cluster, and those are 64 MiB at most for a disk of up to 32 TiB (the largest clusters of an image that
+QEMU can open have 4 MiB), unless the caller asks for smaller clusters.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qedfuse.host.waiting import Breather
 from qedfuse.progress import Report
 from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, MAX_CLUSTER_SIZE, MAX_TABLE_SIZE, Geometry
 from qedfuse.qed.header import Header
+from qedfuse.qed.new_image import qemu_objection
 from qedfuse.sizes import ENTRY_SIZE, SECTOR_SIZE, round_up
 from qedfuse.tools.in_place.plan import Wanted
 
@@ -33,28 +35,30 @@ _PIECE = 1 << 20
 
 
 def choose_geometry(size: int, wanted: Wanted, path: str) -> Geometry:
-    """The geometry for a disk of `size` bytes, whose tables are small. What the caller wants is as it wants.
+    """The geometry for a disk of `size` bytes. What the caller wants is as it wants; for the rest, it is one that QEMU
+    can open, with clusters so large that the tables are small; else the largest that QEMU can open.
 
-    Raises QedfuseError if that cannot map so much, with what can.
+    Raises QedfuseError if what is wanted cannot map so much, with what can.
     """
-    found = _first_that_fits(size, wanted)
-    if found is not None:
-        return found
-    least = _first_that_fits(size, Wanted())
-    hint = "" if least is None else f"; cluster_size={least.cluster_size},table_size={least.table_size} can"
-    raise QedfuseError(path, f"its {size} bytes are more than such clusters and tables can map{hint}", errno.EFBIG)
+    possible = _possible(size, wanted)
+    if not possible:
+        found = choose_geometry(size, Wanted(), path)
+        hint = f"cluster_size={found.cluster_size},table_size={found.table_size} can"
+        raise QedfuseError(
+            path, f"its {size} bytes are more than such clusters and tables can map; {hint}", errno.EFBIG
+        )
+    fit = [geometry for geometry in possible if qemu_objection(geometry, size) is None] or possible
+    small = (geometry for geometry in fit if geometry.clusters_for(size) * ENTRY_SIZE <= MAX_TABLE_BYTES)
+    return next(small, max(fit, key=lambda geometry: geometry.cluster_size))
 
 
-def _first_that_fits(size: int, wanted: Wanted) -> Geometry | None:
-    cluster_sizes = [wanted.cluster_size] if wanted.cluster_size else _powers(DEFAULT_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
-    table_sizes = [wanted.table_size] if wanted.table_size else _powers(DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE)
-    for cluster_size in cluster_sizes:
-        small = -(-size // cluster_size) * ENTRY_SIZE <= MAX_TABLE_BYTES or cluster_size == cluster_sizes[-1]
-        for table_size in table_sizes:
-            geometry = Geometry(cluster_size, table_size)
-            if small and geometry.max_image_size >= size:
-                return geometry
-    return None
+def _possible(size: int, wanted: Wanted) -> list[Geometry]:
+    """What can map so many bytes, of what is wanted; clusters ascending, and for each the usual tables first."""
+    clusters = [wanted.cluster_size] if wanted.cluster_size else _powers(DEFAULT_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
+    usual_first = (DEFAULT_TABLE_SIZE, *_powers(DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE), DEFAULT_TABLE_SIZE // 2)
+    tables = [wanted.table_size] if wanted.table_size else usual_first
+    geometries = (Geometry(cluster_size, table_size) for cluster_size in clusters for table_size in tables)
+    return [geometry for geometry in geometries if geometry.max_image_size >= size]
 
 
 def _powers(first: int, last: int) -> list[int]:

@@ -1,0 +1,190 @@
+"""Every call of a conversion between raw and QED fails once, or is cancelled: what the message says then is true."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+
+from qedfuse.chain.unfinished import Unfinished
+from qedfuse.tools.in_place.apply import InPlace
+from tests.helpers.doubles.faults import Fault, FaultStorage
+from tests.helpers.doubles.ram import Chaos, RamStorage
+from tests.helpers.doubles.ram_journal import RamJournal
+from tests.helpers.images.check_images import CLUSTER
+from tests.helpers.images.images import Chain, assert_sound, contents
+from tests.helpers.images.in_place_cases import back_case, in_any_order, raw_case, with_leaks, written
+from tests.helpers.judges.history import Clock
+from tests.helpers.judges.in_place import Case, again, silent
+
+WAYS = {
+    "read": [(errno.EIO, "before")],
+    "seek": [(errno.EIO, "before")],
+    "write": [(errno.EIO, "before"), (errno.ENOSPC, "half"), (errno.EIO, "after")],
+    "header": [(errno.EIO, "before"), (errno.EIO, "after")],
+    "truncate": [(errno.ENOSPC, "before"), (errno.EIO, "after")],
+    "punch": [(errno.EIO, "before"), (errno.EIO, "half"), (errno.ENOSPC, "after")],
+    "sync": [(errno.EIO, "before"), (errno.ENOSPC, "after")],
+}
+UNCHANGED = "file is unchanged"
+
+
+class FailingJournal(RamJournal):
+    """Its n-th change fails, before it is done or after that."""
+
+    def __init__(self, call: int, when: str) -> None:
+        super().__init__(Clock())
+        self.call = call
+        self.when = when
+
+    def _set(self, value: Unfinished | None) -> None:
+        self.call -= 1
+        if self.call != -1:
+            super()._set(value)
+        else:
+            if self.when == "after":
+                super()._set(value)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def work_on(case: Case, storage: RamStorage, journal: RamJournal) -> InPlace:
+    return InPlace(storage, journal, case.converter, case.source, case.target)
+
+
+async def expect_new(case: Case, storage: RamStorage, journal: RamJournal) -> None:
+    assert journal.read() is None
+    if case.target == "raw":
+        assert storage.file.read(0, storage.file.size) == case.flat
+    else:
+        await assert_sound(storage.file)
+        assert await contents(Chain(storage.file, [])) == case.flat
+
+
+async def expect_old(case: Case, storage: RamStorage, journal: RamJournal, *, same: bool) -> None:
+    """`same`: byte for byte, holes apart."""
+    assert journal.read() is None
+    if same:
+        assert (storage.file.size, storage.file.read(0, storage.file.size)) == (
+            case.old.size,
+            case.old.read(0, case.old.size),
+        )
+    else:
+        await assert_sound(storage.file, leaks=True)
+        assert await contents(Chain(storage.file, [])) == case.flat
+
+
+async def expect_truth(case: Case, work: InPlace, storage: RamStorage, journal: RamJournal) -> str:
+    """Whatever the ending of the message says is so. Returns it."""
+    ending = work.ending
+    if ending == UNCHANGED:
+        await expect_old(case, storage, journal, same=True)
+        return ending
+    found = journal.read()
+    if found is not None and "--undo" in ending:
+        undone = RamStorage("file", storage.file.fork())
+        undone_journal = RamJournal(Clock(), found)
+        await work_on(case, undone, undone_journal).take_back(found)
+        await expect_old(case, undone, undone_journal, same=case.exact)
+    assert ending.startswith("run the command again")
+    finished = RamStorage("file", storage.file.fork())
+    finished_journal = RamJournal(Clock(), found)
+    if found is not None or (finished.file.read(0, 3) == b"QED") == (case.source == "qed"):
+        await again(case, work_on(case, finished, finished_journal), found)
+    await expect_new(case, finished, finished_journal)
+    return ending
+
+
+CASES: list[Callable[[], Awaitable[Case]]] = [written, in_any_order, with_leaks]
+
+
+async def raw() -> Case:
+    return raw_case(5 * CLUSTER + 1024)
+
+
+async def back() -> Case:
+    return await back_case(raw_case(5 * CLUSTER + 1024))
+
+
+CASES += [raw, back]
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_every_call_fails_once(make: Callable[[], Awaitable[Case]]) -> None:
+    endings: Counter[str] = Counter()
+
+    async def main() -> None:
+        case = await make()
+        whole = FaultStorage("file", case.old.fork(), Clock(), None)
+        await again(case, work_on(case, whole, RamJournal(Clock())), None)
+        for number, kind in enumerate(whole.calls):
+            for code, when in WAYS[kind]:
+                storage = FaultStorage("file", case.old.fork(), Clock(), Fault(number, code, when))
+                journal = RamJournal(Clock())
+                work = work_on(case, storage, journal)
+                with pytest.raises(OSError) as caught:
+                    await again(case, work, None)
+                assert caught.value.errno in (code, errno.EIO), caught.value
+                endings[await expect_truth(case, work, storage, journal)] += 1
+
+    trio.run(main)
+    print(f"figures: {endings.total()} faults: {dict(endings)}")
+    assert endings[UNCHANGED] > 3 and len(endings) > 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("make", CASES)
+def test_every_change_of_the_journal_fails_once(make: Callable[[], Awaitable[Case]], when: str) -> None:
+    async def main() -> None:
+        case = await make()
+        endings = []
+        for call in range(4):
+            storage, journal = RamStorage("file", case.old.fork()), FailingJournal(call, when)
+            work = work_on(case, storage, journal)
+            with pytest.raises(OSError) as caught:
+                await again(case, work, None)
+            assert caught.value.errno == errno.EIO
+            endings.append(await expect_truth(case, work, storage, journal))
+        assert endings[0] == UNCHANGED and "--undo" not in endings[3]
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_cancelled_anywhere(make: Callable[[], Awaitable[Case]]) -> None:
+    endings: Counter[str] = Counter()
+
+    async def main() -> None:
+        case = await make()
+        checkpoints, cancelled = 0, True
+        while cancelled:
+            storage = RamStorage("file", case.old.fork(), chaos=Chaos(1, refuse=1, split=0))
+            journal = RamJournal(Clock())
+            work = work_on(case, storage, journal)
+            cancelled = await cancelled_after(checkpoints, case, work)
+            if cancelled:
+                storage.chaos = None
+                endings[await expect_truth(case, work, storage, journal)] += 1
+            checkpoints += 1
+
+    trio.run(main)
+    print(f"figures: cancelled {endings.total()} times: {dict(endings)}")
+    assert endings[UNCHANGED] > 3
+
+
+async def cancelled_after(checkpoints: int, case: Case, work: InPlace) -> bool:
+    async def count_down() -> None:
+        for _ in range(checkpoints):
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+
+    done = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_down)
+        await work.begin(case.wanted, silent)
+        done = True
+        nursery.cancel_scope.cancel()
+    return not done
