@@ -6,7 +6,7 @@
 # examples/setup.sh.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
-qedfuse=${QEDFUSE:-$PWD/.venv/bin/qedfuse}
+read -ra qedfuse <<<"${QEDFUSE:-$PWD/.venv/bin/qedfuse}"
 PATH=$PATH:/usr/sbin:/sbin
 
 say() {
@@ -20,6 +20,8 @@ fail() {
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/qedfuse-in-place.XXXXXX")
 trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 disk=$work/guest.raw
 image=$work/guest.qed
 
@@ -33,7 +35,7 @@ du --block-size=1 "$disk"
 say "in place to qed"
 # The disk must not be in use. If it has other names (hard links), --force is needed. If the machine stops meanwhile,
 # the same command finishes it, and with --undo takes it back.
-time "$qedfuse" convert --in-place -f raw -O qed "$disk"
+time "${qedfuse[@]}" convert --in-place -f raw -O qed "$disk"
 mv "$disk" "$image" # the format has changed, so the name should
 du --block-size=1 "$image"
 
@@ -49,7 +51,7 @@ qemu-io -f qed -c "write -z 100M 1M" "$image"
 
 say "and out again"
 mv "$image" "$disk"
-time "$qedfuse" convert --in-place -f qed -O raw "$disk"
+time "${qedfuse[@]}" convert --in-place -f qed -O raw "$disk"
 [ "$(sha256sum <"$disk")" = "$before" ] || fail "the disk has changed"
 e2fsck -fn "$disk"
 

@@ -21,7 +21,7 @@ _PARAMETERS = {"in_place", "undo", "force", "source_format", "target_format", "o
 
 
 def refuse_other_options(context: click.Context) -> None:
-    """Raises click.UsageError for what is given and says how to copy."""
+    """Raise a UsageError for what is given and says how to copy."""
     for parameter in context.command.params:
         name = parameter.name or ""
         given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE

@@ -26,7 +26,8 @@ With a journal that says TAIL (since 1), or SWITCH (since 4) over the old first 
 cutting the tail off; with SWITCH over the new one, by the old first sector and then the cut; with FINISH (since 6), not
 at all. To finish it, what is not switched is taken back and begun anew, since another program may have written to the
 old image meanwhile; what is switched goes on with 6. Taking back and finishing may crash and be repeated: each leaves
-a state of the table until its last step, which removes the journal.
+a state of the table until its last step, which removes the journal. Both write the first sector again whichever it is:
+after a sync that has failed, what is read need not be what is on the disk.
 
 If something fails or the caller is cancelled before 5, all is taken back at once. Nobody else may write meanwhile:
 QEMU's locks are the caller's affair.
@@ -104,6 +105,8 @@ class InPlace:
         """Finish a conversion that has been interrupted, with what its journal says."""
         if await self._is_switched(found):
             self.ending = GO_ON if found.step is Step.FINISH else GO_ON_OR_BACK
+            if found.step is Step.SWITCH and found.new_first is not None:
+                await self._put_first(found.new_first)
             conversion = await self._converter.resume(self._storage, found)
             await self._finish(conversion, found, progress)
         else:
@@ -116,9 +119,9 @@ class InPlace:
         if found.step is Step.FINISH:
             self.ending = GO_ON
             raise UnfinishedError(storage.path, f"{found} can be taken back no more, only finished (without --undo)")
-        switched = await self._is_switched(found)
+        await self._is_switched(found)  # raises if that is not to be told
         self.ending = GO_ON_OR_BACK
-        if switched:
+        if found.step is Step.SWITCH:
             await self._put_first(found.old_first)
         end = await self._converter.old_end(storage, found)
         if storage.size() > end:

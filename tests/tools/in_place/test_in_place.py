@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from qedfuse.tools.in_place.plan import Wanted
 from qedfuse.tools.in_place.raw_to_qed import MAX_TABLE_BYTES, choose_geometry
 from tests.helpers.images.conversions import MIB, scatter, usage
 from tests.helpers.mounts.guests import assert_clean
-from tests.helpers.qemu.cli import new_image, one_line, qedfuse, qemu_img, qemu_io
+from tests.helpers.qemu.cli import ROOT, environment, new_image, one_line, qedfuse, qemu_img, qemu_io
 
 GIB, TIB = 1 << 30, 1 << 40
 
@@ -196,16 +198,25 @@ def test_leaked_data_does_not_show(tmp_path: Path) -> None:
 
 
 def test_the_guest_begins_like_another_format(tmp_path: Path) -> None:
-    path, inner = tmp_path / "disk", tmp_path / "inner.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", inner, "1M")
-    content = inner.read_bytes()
-    path.write_bytes(content.ljust(2 * MIB, b"\0"))
-    one_line(qedfuse("convert", "--in-place", "-O", "qed", path), 1, "qcow2", f"{path} is unchanged")
-    assert path.read_bytes() == content.ljust(2 * MIB, b"\0")
+    path = new_image(tmp_path / "disk", "2M", fill=7)
+    content = path.read_bytes().ljust(3 * MIB, b"\0")
+    path.write_bytes(content)
+    one_line(qedfuse("convert", "--in-place", "-O", "qed", path), 1, "is a qed image already", f"{path} is unchanged")
     in_place(path, "-f", "raw", "-O", "qed")
+    assert_clean(path)
     done = qedfuse("convert", "--in-place", path)
-    assert done.code == 0 and "begins like a qcow2 image" in done.err and "-f raw" in done.err
-    assert path.read_bytes() == content.ljust(2 * MIB, b"\0")
+    assert done.code == 0 and "begins like a qed image" in done.err and "-f raw" in done.err
+    assert path.read_bytes() == content
+
+
+def test_the_example(tmp_path: Path) -> None:
+    more = environment({"QEDFUSE": f"{sys.executable} -m qedfuse", "TMPDIR": str(tmp_path)})
+    command = [ROOT / "examples" / "move_in_in_place.sh"]
+    done = subprocess.run(command, env=more, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No errors were found" in done.stdout and "Images are identical." in done.stdout
+    assert done.stdout.endswith("done: the same disk, byte for byte\n")
+    assert os.listdir(tmp_path) == []
 
 
 @settings(max_examples=25, deadline=None)

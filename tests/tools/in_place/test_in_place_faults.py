@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
-from qedfuse.chain.unfinished import Unfinished
+from qedfuse.chain.unfinished import Step, Unfinished
 from qedfuse.tools.in_place.apply import InPlace
+from tests.helpers.doubles.crash import CrashStorage
 from tests.helpers.doubles.faults import Fault, FaultStorage
-from tests.helpers.doubles.ram import Chaos, RamStorage
+from tests.helpers.doubles.ram import Chaos, RamFile, RamStorage
 from tests.helpers.doubles.ram_journal import RamJournal
 from tests.helpers.images.check_images import CLUSTER
 from tests.helpers.images.images import Chain, assert_sound, contents
@@ -188,3 +189,70 @@ async def cancelled_after(checkpoints: int, case: Case, work: InPlace) -> bool:
         done = True
         nursery.cancel_scope.cancel()
     return not done
+
+
+class LosingStorage(CrashStorage):
+    """Its n-th sync fails, and what it was to make durable will never be, although it is what is read."""
+
+    def __init__(self, file: RamFile, number: int) -> None:
+        super().__init__("file", file, Clock())
+        self.number = number
+
+    async def sync(self) -> None:
+        self.number -= 1
+        if self.number != -1:
+            await super().sync()
+            return
+        durable = max([change.begun for change in self.log if change.kind == "synced"], default=0)
+        del self.log[durable:]
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("undo", [False, True], ids=["finished", "undone"])
+@pytest.mark.parametrize("make", [raw, back])
+def test_what_a_failed_sync_has_lost_is_written_again(make: Callable[[], Awaitable[Case]], undo: bool) -> None:
+    """The switch is read as done, and is not on the disk."""
+
+    async def main() -> None:
+        case = await make()
+        storage, journal = LosingStorage(case.old.fork(), 1), RamJournal(Clock())
+        work = work_on(case, storage, journal)
+        with pytest.raises(OSError, match="Input/output error"):
+            await again(case, work, None)
+        found = journal.read()
+        assert found is not None and found.step is Step.SWITCH and storage.file.read(0, 512) == found.new_first
+        if undo:
+            await work_on(case, storage, journal).take_back(found)
+            await expect_old(case, RamStorage("file", storage.crash_point_now().least()), journal, same=case.exact)
+        else:
+            await again(case, work_on(case, storage, journal), found)
+            await expect_new(case, RamStorage("file", storage.crash_point_now().least()), journal)
+
+    trio.run(main)
+
+
+def test_what_a_failed_sync_of_taking_back_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old first sector is read, and the new one is on the disk: it is written again before the cut."""
+
+    async def main() -> None:
+        case = raw_case(5 * CLUSTER)
+        storage, journal = LosingStorage(case.old.fork(), 2), RamJournal(Clock())
+        with monkeypatch.context() as patch:
+            patch.setattr(InPlace, "_finish", fail)
+            with pytest.raises(OSError, match="stopped"):
+                await again(case, work_on(case, storage, journal), None)
+        for fails in (True, False):
+            found = journal.read()
+            assert found is not None
+            try:
+                await work_on(case, storage, journal).take_back(found)
+                assert not fails
+            except OSError:
+                assert fails and storage.file.read(0, 512) == found.old_first
+        await expect_old(case, RamStorage("file", storage.crash_point_now().least()), journal, same=True)
+
+    trio.run(main)
+
+
+async def fail(*_arguments: object) -> None:
+    raise OSError(errno.EIO, "stopped")
