@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qedfuse.cli.params import file_name, format_option, output_option, share_hint, to_json
+from qedfuse.cli.in_use import share_hint
+from qedfuse.cli.params import file_name, format_option, output_option, to_json
 from qedfuse.cli.progress import Bar
 from qedfuse.errors import EXIT_FAILED, EXIT_OK
 from qedfuse.text import printable

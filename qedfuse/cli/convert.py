@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from qedfuse.chain.format_probe import FORMATS
 from qedfuse.cli.convert_in_place import convert_in_place, refuse_other_options
+from qedfuse.cli.in_use import share_hint
 from qedfuse.cli.params import (
     BACKING_OPTIONS,
     GEOMETRY_HELP,
@@ -23,7 +24,6 @@ from qedfuse.cli.params import (
     parse_backing,
     parse_geometry,
     parse_options,
-    share_hint,
     size_param,
     warn_of_objection,
 )

@@ -7,6 +7,7 @@ from functools import partial
 import click
 
 from qedfuse.chain.format_probe import FORMATS
+from qedfuse.cli.in_use import name_mount
 from qedfuse.cli.params import (
     BACKING_OPTIONS,
     GEOMETRY_HELP,
@@ -64,9 +65,9 @@ def create(
 
     from qedfuse.tools.create import create_image
 
-    header, found_format = trio.run(
-        partial(create_image, file, size, geometry=geometry, backing=backing, backing_format=backing_format)
-    )
+    job = partial(create_image, file, size, geometry=geometry, backing=backing, backing_format=backing_format)
+    with name_mount():
+        header, found_format = trio.run(job)
     if not quiet:
         words = [f"Formatting '{file}', fmt=qed size={header.image_size}"]
         words += [f"backing_file={backing} backing_fmt={found_format}"] if backing is not None else []

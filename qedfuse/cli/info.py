@@ -6,13 +6,13 @@ from functools import partial
 
 import click
 
+from qedfuse.cli.in_use import share_hint
 from qedfuse.cli.params import (
     backing_options,
     backing_policy,
     file_name,
     format_option,
     output_option,
-    share_hint,
     share_option,
     show_size,
     size_param,

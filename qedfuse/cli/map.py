@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qedfuse.cli.in_use import share_hint
 from qedfuse.cli.params import (
     backing_options,
     backing_policy,
     file_name,
     format_option,
     output_option,
-    share_hint,
     share_option,
     size_param,
     to_json,

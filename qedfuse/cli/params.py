@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from qedfuse.errors import InUseError, QedfuseError, UsageError
+from qedfuse.errors import QedfuseError, UsageError
 from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, Geometry
 from qedfuse.text import printable
 
@@ -195,14 +194,3 @@ def warn_of_objection(file: str, header: Header) -> None:
     objection = qemu_objection(header.geometry, header.image_size)
     if objection is not None:
         click.echo(f"qedfuse: {printable(file)}: warning: QEMU cannot open images with {objection}", err=True)
-
-
-@contextmanager
-def share_hint(*, target: str | None = None) -> Iterator[None]:
-    """Say how to look at an image in use; not of `target`, which is to be written."""
-    try:
-        yield
-    except InUseError as error:
-        if error.path == target:
-            raise
-        raise InUseError(error.path, f"{error.message}, or use -U to look at it anyway") from None

@@ -40,12 +40,12 @@ def peer_uid(connection: socket.socket | trio.socket.SocketType) -> int:
 
 
 class Client:
-    """A connection to the daemon of `mount`. Raises QedfuseError if there is none to be had."""
+    """A connection to the daemon of `mount`. Raises QedfuseError if there is none to be had within `seconds`."""
 
-    def __init__(self, mount: Mount) -> None:
+    def __init__(self, mount: Mount, seconds: float = _PATIENCE) -> None:
         self._path = mount.mountpoint
-        self._socket = _connect(mount)
-        self._socket.settimeout(_PATIENCE)
+        self._socket = _connect(mount, seconds)
+        self._socket.settimeout(seconds)
         self._lines = self._socket.makefile("rb")
         self._more = False  # whether the last answer was not the last one
 
@@ -108,7 +108,7 @@ class Client:
         self._socket.close()
 
 
-def _connect(mount: Mount) -> socket.socket:
+def _connect(mount: Mount, seconds: float) -> socket.socket:
     """A connection to the daemon of `mount`. Raises QedfuseError."""
     owner = mount.owner or 0
     strangers = False
@@ -117,7 +117,7 @@ def _connect(mount: Mount) -> socket.socket:
     for address in addresses:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _wait_for_turn(connection, address)
+            _wait_for_turn(connection, address, seconds)
             if peer_uid(connection) in (0, owner):
                 return connection
             strangers = True
@@ -129,9 +129,9 @@ def _connect(mount: Mount) -> socket.socket:
     raise QedfuseError(mount.mountpoint, "its daemon does not answer", code)
 
 
-def _wait_for_turn(connection: socket.socket, address: str | bytes) -> None:
+def _wait_for_turn(connection: socket.socket, address: str | bytes, seconds: float) -> None:
     """Connect, also if many others wait for the daemon. Raises OSError."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + seconds
     connection.setblocking(False)
     while True:
         try:

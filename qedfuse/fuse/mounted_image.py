@@ -403,14 +403,16 @@ class MountedImage:
             _log.error("%s: closing failed", self.path, exc_info=error)
 
     def status(self) -> dict[str, Any]:
-        """For `qedfuse status`; sizes in bytes."""
+        """For `qedfuse status`; sizes in bytes. "files": which ones are open, from the image's down its chain."""
         image = self.opened
+        storages = [layer.storage for layer in layers_of(image)]
         error = (image.failed if image else None) or (None if self._users else self.unwritten)
         return {
             "filename": self.path,
             "virtual-size": image.size if image else None,
             "writable": image.writable if image else False,
             "backing-filename": image.backing.path if image and image.backing else None,
+            "files": [storage.id._asdict() for storage in storages if isinstance(storage, FileStorage)],
             "error": describe(error, self.path) if error else None,
         }
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from qedfuse.errors import QedfuseError
 from qedfuse.host import image_lock
+from qedfuse.host.file_id import FileId
 from qedfuse.host.host_call import CallKind, Host, HostCall
 from qedfuse.host.storage import Buffer, HostExtent, check_type, find_extents, size_in_sectors
 from qedfuse.host.waiting import in_background, in_thread
@@ -48,7 +49,7 @@ _MAX_SIZE = (1 << 63) - 1
 class FileStorage:
     """A regular file or a block device of the host. See `storage.Storage`.
 
-    `local`: calls that do not wait for a disk are made inline.
+    `local`: calls that do not wait for a disk are made inline. `id`: which file it is.
     """
 
     local = True
@@ -60,6 +61,7 @@ class FileStorage:
             _libc()  # while there are descriptors to load it
         status = os.fstat(fd)
         self.fixed = stat.S_ISBLK(status.st_mode)
+        self.id = FileId.of(status)
         self._fd = fd
         self._lent = False
         self._host = Host(status.st_rdev if self.fixed else status.st_dev, self.local)
