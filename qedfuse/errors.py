@@ -10,12 +10,16 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Iterator
+from typing import Self, TypeVar
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 #: Ctrl-C, as a shell reports a command that SIGINT ended.
 EXIT_INTERRUPTED = 130
+
+
+_Error = TypeVar("_Error", bound="QedfuseError")
 
 
 class QedfuseError(OSError):
@@ -34,6 +38,12 @@ class QedfuseError(OSError):
         self.message = message
         self.filename = self.path or None
 
+    def reworded(self, message: str) -> Self:
+        """The same error with another message."""
+        error = _remake(type(self), self.path, message, self.errno)
+        vars(error).update({**vars(self), "message": message})
+        return error
+
     def __reduce__(self) -> tuple[object, ...]:
         """Copied, and pickled for another process, by what it consists of: a subclass may be made of other things."""
         return _remake, (type(self), self.path, self.message, self.errno), {**vars(self), "filename": self.filename}
@@ -42,7 +52,7 @@ class QedfuseError(OSError):
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
-def _remake(kind: type[QedfuseError], path: str, message: str, errno: int | None) -> QedfuseError:
+def _remake(kind: type[_Error], path: str, message: str, errno: int | None) -> _Error:
     error = kind.__new__(kind)
     QedfuseError.__init__(error, path, message, errno)
     return error

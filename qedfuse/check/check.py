@@ -46,12 +46,15 @@ from qedfuse.text import describe
 class Repair(Enum):
     """What check_image may change: nothing, give leaked clusters back, or everything.
 
+    COMPACT is LEAKS, and what only entries past the image's end refer to goes, too.
+
     CRASH is for `recovery.py`: everything that does not take long, so that leaks in the middle of the file are only
     punched; and a table or cluster that is cut off keeps what the file has of it.
     """
 
     NONE = "none"
     LEAKS = "leaks"
+    COMPACT = "compact"
     ALL = "all"
     CRASH = "crash"
 
@@ -63,8 +66,8 @@ async def check_image(
 
     `progress(done, total)` is called with L1 entries, for each walk over the tables (a repair takes several) from 0,
     and with clusters while they are moved. Memory is one bit for each cluster of the file, and 170 MiB at most if the
-    file is sparse; four times as much while clusters are moved. With LEAKS, nothing is changed if there is any
-    corruption: what a damaged table referred to looks leaked, and may be what is to be rescued.
+    file is sparse; four times as much while clusters are moved. With LEAKS and COMPACT, nothing is changed if there
+    is any corruption: what a damaged table referred to looks leaked, and may be what is to be rescued.
 
     Raises OSError: the host's, for the header or the L1 table or while repairing; CorruptError for an L1 table outside
     the file and for an image that cannot be checked in bounded memory or repaired in bounded space; ReadOnlyError.
@@ -77,17 +80,22 @@ async def check_image(
         return result
     if not storage.writable:
         raise ReadOnlyError(storage.path, "cannot be repaired: it is open read-only")
-    if repair is Repair.LEAKS and result.corruptions:
+    if repair in (Repair.LEAKS, Repair.COMPACT) and result.corruptions:
         if result.leaks:
             result.note("leaked clusters are kept as long as the image is corrupt; repair all")
         return result
-    if result.corruptions or result.leaks or header.needs_check:
-        return await _repair(storage, result, used, progress, crash=repair is Repair.CRASH)
+    if result.corruptions or result.leaks or header.needs_check or _is_cut(result, repair):
+        return await _repair(storage, result, used, progress, repair)
     return result
 
 
+def _is_cut(result: CheckResult, repair: Repair) -> bool:
+    """Whether what lies past the image's end is to go."""
+    return repair is Repair.COMPACT and result.past_end_clusters > 0
+
+
 async def _repair(
-    storage: Storage, found: CheckResult, used: ClusterMap, progress: Report | None, *, crash: bool
+    storage: Storage, found: CheckResult, used: ClusterMap, progress: Report | None, repair: Repair
 ) -> CheckResult:
     """The steps of the rulebook in `repair.py`. `found` and `used` are from the scan before."""
     header = found.header
@@ -95,10 +103,11 @@ async def _repair(
         header = header.with_known_autoclear()
         await write_header(storage, header)
     result = replace(found, header=header)
+    crash = repair is Repair.CRASH
     if crash and found.cut_end:
         await extend(storage, found.cut_end)
         result, used = await _scan(storage, header, progress)
-    if result.corruptions:
+    if result.corruptions or _is_cut(result, repair):
         await repair_tables(storage, header, overlaps=result.overlaps > 0, progress=progress)
         result, used = await _scan_again(storage, header, progress, found)
     if not (result.corruptions or result.check_errors):

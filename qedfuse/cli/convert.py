@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -28,11 +26,8 @@ from qedfuse.cli.params import (
     warn_of_objection,
 )
 from qedfuse.cli.progress import Bar, Percentage
+from qedfuse.cli.until_signal import until_signal
 from qedfuse.errors import EXIT_OK
-from qedfuse.host.signals import ending_signals
-
-if TYPE_CHECKING:
-    from qedfuse.qed.header import Header
 
 _FORMATS = click.Choice(FORMATS)
 
@@ -171,7 +166,7 @@ def convert(
     )
     bar = _bar(percentage, quiet)
     try:
-        outcome = trio.run(_run, partial(job, progress=bar), target)
+        outcome = trio.run(until_signal, partial(job, progress=bar), share_hint(target=target))
     finally:
         bar.close()
     if isinstance(outcome, signal.Signals):
@@ -183,24 +178,3 @@ def convert(
 
 def _bar(percentage: bool, quiet: bool) -> Bar | Percentage:
     return Percentage() if percentage and not quiet else Bar("converting", sys.stderr.isatty() and not quiet)
-
-
-async def _run(job: Callable[[], Awaitable[Header | None]], target: str) -> Header | signal.Signals | None:
-    """The job's result, or the signal that ended it, after it has cleaned up."""
-    import trio
-
-    outcome: Header | signal.Signals | None = None
-    with trio.open_signal_receiver(*ending_signals()) as signals:
-        async with trio.open_nursery() as nursery:
-
-            @nursery.start_soon
-            async def wait_for_signal() -> None:
-                nonlocal outcome
-                async for number in signals:
-                    outcome = signal.Signals(number)
-                    nursery.cancel_scope.cancel()
-
-            with share_hint(target=target):
-                outcome = await job()
-            nursery.cancel_scope.cancel()
-    return outcome

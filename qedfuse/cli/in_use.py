@@ -22,7 +22,7 @@ def name_mount() -> Iterator[None]:
         message = _name_mount(error.path)
         if message is None:
             raise
-        raise InUseError(error.path, message) from None
+        raise error.reworded(message) from None
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def share_hint(*, target: str | None = None) -> Iterator[None]:
     except InUseError as error:
         if error.path == target:
             raise
-        raise InUseError(error.path, f"{error.message}, or use -U to look at it anyway") from None
+        raise error.reworded(f"{error.message}, or use -U to look at it anyway") from None
 
 
 def _name_mount(path: str) -> str | None:

@@ -39,6 +39,10 @@ COMMANDS = {
     "map": _Entry("qedfuse.cli.map:map_command", "Show where an image's bytes are."),
     "convert": _Entry("qedfuse.cli.convert:convert", "Copy an image, as a raw disk or a qed image."),
     "check": _Entry("qedfuse.cli.check:check", "Check an image, and repair it."),
+    "compact": _Entry("qedfuse.cli.compact:compact", "Make an image's file as short as what it holds."),
+    "compare": _Entry("qedfuse.cli.compare:compare", "Tell whether two images have the same content."),
+    "resize": _Entry("qedfuse.cli.resize:resize", "Give an image another size."),
+    "measure": _Entry("qedfuse.cli.measure:measure", "Tell how long a converted image would be."),
     "status": _Entry("qedfuse.cli.status:status", "Show what a mount is doing."),
 }
 

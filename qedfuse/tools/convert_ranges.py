@@ -34,6 +34,15 @@ async def data_ranges(source: Layer, size: int) -> AsyncGenerator[Range, None]:
 async def differing_ranges(one: Layer, other: Layer, size: int) -> AsyncGenerator[Range, None]:
     """Ranges of `one` that may differ from `other`: all but zeroes in both, and the same bytes of the same file."""
     files, others = files_of(one), files_of(other)
+    async with aclosing(pairs(one, other, size)) as found:
+        async for start, end, entry, under in found:
+            yield start, end, not is_same(entry, files, under, others)
+
+
+async def pairs(
+    one: Layer, other: Layer, size: int
+) -> AsyncGenerator[tuple[int, int, MapEntry, MapEntry | None], None]:
+    """The first `size` bytes in parts (start, end) for which both disks have one entry each; None: it is shorter."""
     rest = min(size, other.size)
     async with aclosing(walk(one, 0, size)) as entries, aclosing(walk(other, 0, rest)) as below:
         under = await anext(below, None)
@@ -43,11 +52,11 @@ async def differing_ranges(one: Layer, other: Layer, size: int) -> AsyncGenerato
                 while under is not None and under.start + under.length <= position:
                     under = await anext(below, None)
                 stop = end if under is None else min(end, under.start + under.length)
-                yield position, stop, not _is_same(entry, files, under, others)
+                yield position, stop, entry, under
                 position = stop
 
 
-def _is_same(one: MapEntry, files: dict[str, FileId], other: MapEntry | None, others: dict[str, FileId]) -> bool:
+def is_same(one: MapEntry, files: dict[str, FileId], other: MapEntry | None, others: dict[str, FileId]) -> bool:
     """Whether two entries are of the same bytes where they overlap, by where those are."""
     if not one.data or other is None or not other.data:
         return not one.data and (other is None or not other.data)
