@@ -15,18 +15,21 @@ from qedfuse.check import gap_filling as release
 from qedfuse.check.check import Repair
 from qedfuse.check.compaction import Moves
 from qedfuse.check.gap_filling import _Filling
+from qedfuse.check.repair import repair_tables
+from qedfuse.progress import Report
 from qedfuse.qed.cluster_map import ClusterMap
+from qedfuse.qed.header import Header
 from tests.helpers.doubles.image_ram import Ram
-from tests.helpers.images.check_faults import LEAKS, broken, leaks_in_the_middle
+from tests.helpers.images.check_faults import CUT_SHORT, LEAKS, broken, cut_short, leaks_in_the_middle
 from tests.helpers.images.check_faults import Fault as Damage
 from tests.helpers.images.check_images import contents, count
 from tests.helpers.judges.check_tools import check_ram, expect_no_worse, shared_with_tables
 
 
-def enumerate_crashes(damage: Damage, samples: int) -> int:
+def enumerate_crashes(damage: Damage, samples: int, repair: Repair = Repair.LEAKS) -> int:
     raw = broken(damage)
     storage = Ram(raw)
-    check_ram(storage, Repair.LEAKS)
+    check_ram(storage, repair)
     before, shared, tried = contents(raw), shared_with_tables(raw), set()
     assert not shared
     left = count(storage.raw)
@@ -45,6 +48,15 @@ def enumerate_crashes(damage: Damage, samples: int) -> int:
 def test_a_crash_while_clusters_move(damage: Damage, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release, "BATCH_CLUSTERS", limit)
     states = enumerate_crashes(damage, 2 if limit == 1 else 5)
+    print(f"{damage.__name__}, batches of {limit}: {states} states")
+
+
+@pytest.mark.parametrize("limit", [5, 1 << 18])
+@pytest.mark.parametrize("damage", [*LEAKS, *CUT_SHORT])
+def test_a_crash_while_an_image_is_compacted(damage: Damage, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, and before that the entries past the image's end become 0."""
+    monkeypatch.setattr(release, "BATCH_CLUSTERS", limit)
+    states = enumerate_crashes(damage, 5, Repair.COMPACT)
     print(f"{damage.__name__}, batches of {limit}: {states} states")
 
 
@@ -94,6 +106,24 @@ class ReusesAtOnce(_Filling):
     async def _copy(self, moves: Moves) -> None:
         await super()._copy(moves)
         await self.punch_sources(moves)
+
+
+def test_entries_that_are_dropped_are_durable_before_their_clusters_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 4's sync, and the one with which step 6 begins."""
+
+    async def hasty(storage: Ram, header: Header, used: ClusterMap, progress: Report | None = None) -> Header:
+        return await _Filling(storage, header, progress).run(used)
+
+    async def drop(storage: Ram, header: Header, *, overlaps: bool, progress: Report | None = None) -> None:
+        sync = storage.sync
+        storage.sync = trio.lowlevel.checkpoint  # type: ignore[method-assign]
+        await repair_tables(storage, header, overlaps=overlaps, progress=progress)
+        storage.sync = sync  # type: ignore[method-assign]
+
+    monkeypatch.setattr("qedfuse.check.check.fill_gaps", hasty)
+    monkeypatch.setattr("qedfuse.check.check.repair_tables", drop)
+    with pytest.raises(AssertionError, match="corrupt after a crash"):
+        enumerate_crashes(cut_short, 10, Repair.COMPACT)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 from qedfuse.qed.header import FEATURE_NEED_CHECK, HEADER_BYTES, Header
 from tests.helpers.images.check_images import (
@@ -187,6 +188,20 @@ def lost_table(image: Builder, tables: list[int], data: list[list[int]]) -> None
     image.set_l1(1, 0)
 
 
+def cut_short(image: Builder, tables: list[int], data: list[list[int]]) -> None:
+    """Past the image's end: some entries of a table, and all of another one."""
+    image.header = Header(CLUSTER, TABLE, 1, 0, 0, 0, CLUSTER, COVERAGE + 20 * CLUSTER + 512)
+    image.raw[:HEADER_BYTES] = image.header.encode()
+
+
+def cut_short_and_leaks(image: Builder, tables: list[int], data: list[list[int]]) -> None:
+    cut_short(image, tables, data)
+    leaks_in_the_middle(image, tables, data)
+    l1_at_the_end(image, tables, data)
+    image.header = replace(image.header, image_size=COVERAGE + 20 * CLUSTER + 512)
+    image.raw[:HEADER_BYTES] = image.header.encode()
+
+
 def not_closed(image: Builder, tables: list[int], data: list[list[int]]) -> None:
     image.raw[16] |= FEATURE_NEED_CHECK
 
@@ -207,6 +222,8 @@ LEAKS = [
     l1_at_the_end,
     lost_table,
 ]
+#: Nothing is wrong with these.
+CUT_SHORT = [cut_short, cut_short_and_leaks]
 FAULTS = [
     nothing,
     l1_misaligned,
