@@ -88,7 +88,8 @@ def _describe(found: Comparison) -> list[str]:
 
     if found.difference is Difference.SIZE:
         return ["Strict mode: Image size mismatch!"]
-    lines = ["Warning: Image size mismatch!"] if found.sizes[0] != found.sizes[1] else []
+    is_behind_one = found.difference is None or found.offset >= min(found.sizes)
+    lines = ["Warning: Image size mismatch!"] if found.sizes[0] != found.sizes[1] and is_behind_one else []
     if found.difference is None:
         lines.append("Images are identical.")
     elif found.difference is Difference.STATUS:

@@ -26,7 +26,7 @@ from qedfuse.layers.layer import Layer
 from qedfuse.layers.mapping import MapEntry
 from qedfuse.layers.resolve import read_layer_into
 from qedfuse.progress import Report
-from qedfuse.sizes import SECTOR_SIZE
+from qedfuse.sizes import SECTOR_SIZE, round_down, round_up
 from qedfuse.tools.blocks import are_data, differ
 from qedfuse.tools.convert_ranges import files_of, is_same, pairs
 
@@ -143,11 +143,15 @@ class _Comparing:
         self, start: int, end: int, entry: MapEntry, under: MapEntry | None, progress: Report | None
     ) -> int | None:
         """The first sector that differs."""
+        reads_one, reads_other = entry.data, under is not None and under.data
+        if start % SECTOR_SIZE or end % SECTOR_SIZE:  # inside a file's last sector, of which another part has the rest
+            start, end = round_down(start, SECTOR_SIZE), round_up(end, SECTOR_SIZE)
+            reads_one = reads_other = True
         for position in range(start, end, _STEP):
             await self._breathe()
             length = min(_STEP, end - position)
-            here = await _read(self._one, position, length) if entry.data else None
-            there = await _read(self._other, position, length) if under is not None and under.data else None
+            here = await _read(self._one, position, length) if reads_one else None
+            there = await _read(self._other, position, length) if reads_other else None
             if here is not None and there is not None:
                 different = [] if here == there else differ(memoryview(here), memoryview(there), SECTOR_SIZE)
             else:
