@@ -15,7 +15,7 @@ from qedfuse.cli.main import main
 from qedfuse.qed.header import HEADER_BYTES
 from tests.helpers.images.check_images import header_of
 from tests.helpers.images.conversions import MIB, flat, qemu_finds_no_error, usage
-from tests.helpers.qemu.cli import new_image, one_line, qedfuse, qemu_img, qemu_io
+from tests.helpers.qemu.cli import Result, new_image, one_line, qedfuse, qemu_img, qemu_io
 
 KIB, GIB, TIB = 1 << 10, 1 << 30, 1 << 40
 CLUSTER = 4096
@@ -123,7 +123,7 @@ ALIKE = [
 
 @pytest.mark.parametrize("format", ["qed", "raw"])
 @pytest.mark.parametrize("words", ALIKE, ids=" ".join)
-def test_as_qemu_img(tmp_path: Path, format: str, words: tuple[str, ...]) -> None:
+def test_as_qemu_img(tmp_path: Path, capfd: pytest.CaptureFixture[str], format: str, words: tuple[str, ...]) -> None:
     ours, theirs = tmp_path / f"ours.{format}", tmp_path / f"theirs.{format}"
     qemu_img("create", "-q", "-f", format, ours, "2M")
     shutil.copy(ours, theirs)
@@ -132,7 +132,8 @@ def test_as_qemu_img(tmp_path: Path, format: str, words: tuple[str, ...]) -> Non
     options = tuple(word for word in options if word != "--")
     line = ["qemu-img", "resize", "-f", format, *options, *separator, str(theirs), size]
     judge = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
-    done = qedfuse("resize", "-f", format, *options, *separator, ours, size)
+    code = main(["resize", "-f", format, *options, *separator, str(ours), size])
+    done = Result(code, *capfd.readouterr())
     assert (done.code == 0, done.out) == (judge.returncode == 0, judge.stdout), (done, judge.stderr)
     assert virtual_size(ours) == virtual_size(theirs)
     if done.code:
