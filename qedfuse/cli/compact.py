@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 @format_option
 @output_option
-@click.option("-n", "--dry-run", is_flag=True, help="Change nothing; tell how short the file would get.")
+@click.option("--dry-run", is_flag=True, help="Change nothing; tell how short the file would get.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.argument("image", type=file_name)
 def compact(output: str, dry_run: bool, quiet: bool, image: str) -> int:

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from qedfuse.cli.main import main
 from qedfuse.layers.resolve import read_layer_into
-from tests.helpers.images.conversions import MIB, flat, make_chain
+from tests.helpers.images.conversions import CHAINS, MIB, chain_names, flat, make_chain
 from tests.helpers.qemu.cli import new_image, one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
-from tests.tools.test_convert import CHAINS, names
 
 
 def theirs(*words: object) -> tuple[int, str]:
@@ -34,7 +33,7 @@ def expect_agreement(capfd: pytest.CaptureFixture[str], *words: object) -> tuple
     return found
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=names(CHAINS))
+@pytest.mark.parametrize("chain", CHAINS, ids=chain_names(CHAINS))
 def test_each_format_with_its_chain(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], chain: list[tuple[str, int]]
 ) -> None:

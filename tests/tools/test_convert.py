@@ -12,25 +12,18 @@ from pathlib import Path
 import pytest
 
 from qedfuse.cli.main import main
-from tests.helpers.images.conversions import MIB, flat, make_chain, qemu_finds_no_error, scatter, usage
+from tests.helpers.images.conversions import (
+    CHAINS,
+    GEOMETRIES,
+    MIB,
+    chain_names,
+    flat,
+    make_chain,
+    qemu_finds_no_error,
+    scatter,
+    usage,
+)
 from tests.helpers.qemu.cli import environment, qedfuse, qemu_img, qemu_io
-
-#: A raw file of an odd size, and images that are shorter and longer than it, ending inside clusters.
-ODD = 5 * MIB + 333
-CHAINS: list[list[tuple[str, int]]] = [
-    [("raw", ODD)],
-    [("qed", 5 * MIB + 512)],
-    [("qcow2", 5 * MIB + 512)],
-    [("raw", ODD), ("qed", 3 * MIB + 512)],
-    [("qcow2", 5 * MIB), ("qed", 8 * MIB + 1024)],
-    [("raw", ODD), ("qed", 3 * MIB), ("qed", 7 * MIB + 512)],
-    [("qed", 6 * MIB), ("qcow2", 4 * MIB), ("qed", 5 * MIB)],
-]
-GEOMETRIES = [(4096, 2), (4096, 16), (65536, 4), (2 * MIB, 2), (2 * MIB, 8)]
-
-
-def names(chains: list[list[tuple[str, int]]]) -> list[str]:
-    return ["-".join(format for format, _ in chain) for chain in chains]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +47,7 @@ def check(image: Path) -> None:
     qemu_finds_no_error(image)
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=names(CHAINS))
+@pytest.mark.parametrize("chain", CHAINS, ids=chain_names(CHAINS))
 class TestAsQemu:
     def test_to_raw(self, tmp_path: Path, capfd: pytest.CaptureFixture[str], chain: list[tuple[str, int]]) -> None:
         source = make_chain(tmp_path, *chain)

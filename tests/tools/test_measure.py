@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from qedfuse.cli.main import main
-from tests.helpers.images.conversions import MIB, make_chain
+from tests.helpers.images.conversions import CHAINS, GEOMETRIES, MIB, chain_names, make_chain
 from tests.helpers.qemu.cli import one_line, qedfuse, qemu_img
-from tests.tools.test_convert import CHAINS, GEOMETRIES, names
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +25,7 @@ def measure(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, int
     return found["required"], found["fully-allocated"]
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=names(CHAINS))
+@pytest.mark.parametrize("chain", CHAINS, ids=chain_names(CHAINS))
 @pytest.mark.parametrize(("cluster", "table"), [*GEOMETRIES, (16 * MIB, 1)])
 def test_as_convert_makes_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], chain: list[tuple[str, int]], cluster: int, table: int
@@ -40,7 +39,7 @@ def test_as_convert_makes_it(
         assert (tmp_path / "out.qed").stat().st_size == size, more
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=names(CHAINS))
+@pytest.mark.parametrize("chain", CHAINS, ids=chain_names(CHAINS))
 def test_a_raw_target_as_qemu_img_has_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], chain: list[tuple[str, int]]
 ) -> None:

@@ -17,6 +17,24 @@ from tests.helpers.qemu.cli import qemu_img
 
 MIB = 1 << 20
 
+#: A raw file of an odd size, and images that are shorter and longer than it, ending inside clusters.
+ODD = 5 * MIB + 333
+CHAINS: list[list[tuple[str, int]]] = [
+    [("raw", ODD)],
+    [("qed", 5 * MIB + 512)],
+    [("qcow2", 5 * MIB + 512)],
+    [("raw", ODD), ("qed", 3 * MIB + 512)],
+    [("qcow2", 5 * MIB), ("qed", 8 * MIB + 1024)],
+    [("raw", ODD), ("qed", 3 * MIB), ("qed", 7 * MIB + 512)],
+    [("qed", 6 * MIB), ("qcow2", 4 * MIB), ("qed", 5 * MIB)],
+]
+GEOMETRIES = [(4096, 2), (4096, 16), (65536, 4), (2 * MIB, 2), (2 * MIB, 8)]
+
+
+def chain_names(chains: list[list[tuple[str, int]]]) -> list[str]:
+    """Of tests that take a chain."""
+    return ["-".join(format for format, _ in chain) for chain in chains]
+
 
 def scatter(path: Path, format: str, size: int, seed: int) -> None:
     """Writes, zeroes, and data that is zeroes, all over an image; none of which QEMU's qed driver miscounts."""
