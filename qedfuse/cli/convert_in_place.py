@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
+from qedfuse.cli.in_use import name_mount
 from qedfuse.cli.params import GEOMETRY_OPTIONS, parse_geometry, parse_options, warn_of_objection
 from qedfuse.cli.progress import Bar, Percentage
 from qedfuse.cli.until_signal import until_signal
-from qedfuse.errors import EXIT_OK
+from qedfuse.errors import EXIT_OK, InUseError
 from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from qedfuse.tools.in_place.convert import FileConversion
 
 #: The parameters of `qedfuse convert` that mean something to a conversion in place.
 _PARAMETERS = {"in_place", "undo", "force", "source_format", "target_format", "options", "percentage", "quiet"}
@@ -56,7 +61,7 @@ def convert_in_place(
     conversion = FileConversion(file, source=source_format, target=target_format)
     job = conversion.take_back if undo else partial(conversion.run, wanted, bar)
     try:
-        outcome = trio.run(until_signal, job, nullcontext())
+        outcome = trio.run(until_signal, job, _name_mount(conversion))
     finally:
         bar.close()
     if isinstance(outcome, signal.Signals):
@@ -67,6 +72,17 @@ def convert_in_place(
     if conversion.looks_like is not None:
         _say(file, f"warning: the disk begins like a {conversion.looks_like} image; say -f raw wherever it is opened")
     return EXIT_OK
+
+
+@contextmanager
+def _name_mount(conversion: FileConversion) -> Iterator[None]:
+    """As `name_mount`; the message ends as the others do."""
+    try:
+        with name_mount():
+            yield
+    except InUseError as error:
+        ending = f"; {conversion.ending}"
+        raise error.reworded(error.message.removesuffix(ending) + ending) from None
 
 
 def _say(file: str, message: str) -> None:

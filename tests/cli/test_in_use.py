@@ -46,6 +46,8 @@ def test_each_command_names_the_mount(image: Path, raw: Path, tmp_path: Path) ->
         line = f"qedfuse: {image}: is {way_out(raw, mount.pid())}"
         for words in writing:
             assert qedfuse(*words) == (1, "", line + "\n"), words
+        in_place = qedfuse("convert", "--in-place", "-f", "qed", "-O", "raw", image)
+        assert in_place == (1, "", f"{line}; {image} is unchanged\n")
         for words in looking:
             assert qedfuse(*words) == (1, "", f"{line}, or use -U to look at it anyway\n"), words
         assert image.read_bytes() == before

@@ -131,9 +131,7 @@ class FileConversion:
     def _with_ending(self, error: OSError) -> QedfuseError:
         """The same error, with a message that ends as it must."""
         if isinstance(error, QedfuseError):
-            told = QedfuseError(error.path, f"{error.message}; {self.ending}", error.errno)
-            told.exit_code = error.exit_code
-            return told
+            return error.reworded(f"{error.message}; {self.ending}")
         reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
         name = error.filename if isinstance(error.filename, str) else self._path
         return QedfuseError(name, f"{reason}; {self.ending}", error.errno)
