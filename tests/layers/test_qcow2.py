@@ -12,6 +12,7 @@ import trio
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.qcow2 import layer as qcow2
+from qedfuse.layers.qcow2 import unpack
 from qedfuse.layers.qcow2.entries import inflate
 from qedfuse.layers.qcow2.layer import Qcow2Layer, read_qcow2_header
 from qedfuse.layers.resolve import read_layer
@@ -240,7 +241,7 @@ def test_compressed_cluster_is_unpacked_once(
         assert (threading.current_thread() is threading.main_thread()) == (size <= 64 << 10)
         return inflate(raw, size)
 
-    monkeypatch.setattr(qcow2, "inflate", count)
+    monkeypatch.setattr(unpack, "inflate", count)
 
     async def check() -> None:
         layer = await open_qcow2(image)

@@ -38,6 +38,7 @@ from tests.helpers.images.qcow2_images import (
     runs_of,
     same,
 )
+from tests.helpers.images.qcow2_victims import DAMAGES, Damage, Victim
 
 
 class TestEndOfFile:
@@ -179,26 +180,6 @@ def put_stream(image: Path, stream: bytes) -> None:
     poke(image, l2_offset(image) + 8, struct.pack(">Q", 1 << 62 | (len(stream) - 1) // 512 << 54 | host))
 
 
-class Victim:
-    """A small image with everything in it, to be mutated, and the places worth it."""
-
-    def __init__(self, directory: Path, cluster_size: int, compat: str) -> None:
-        base = directory / "base.raw"
-        base.write_bytes(noise(1 << 18))
-        self.path = create(
-            directory / f"{cluster_size}-{compat}.qcow2",
-            1 << 20,
-            f"cluster_size={cluster_size},compat={compat}",
-            backing=base,
-        )
-        c = cluster_size
-        qemu_io(self.path, f"write -P 1 0 {c}", f"write -c -P 2 {c} {c}", f"write -z {2 * c} {c}")
-        self.bytes = self.path.read_bytes()
-        stream, _size = compressed_extent(be64(self.path, l2_offset(self.path) + 8), cluster_size.bit_length() - 1)
-        l1, l2 = l1_offset(self.path), l2_offset(self.path)
-        self.places = [*range(160), *range(l1, l1 + 16), *range(l2, l2 + 32), *range(stream, stream + 16)]
-
-
 @pytest.fixture(scope="module")
 def victims() -> Iterator[list[Victim]]:
     directory = Path(tempfile.mkdtemp(prefix="qcow2-victims-"))
@@ -209,26 +190,12 @@ def victims() -> Iterator[list[Victim]]:
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    which=st.integers(0, 3),
-    changes=st.lists(
-        st.tuples(
-            st.floats(0, 1, exclude_max=True), st.one_of(st.binary(min_size=1, max_size=8), st.just(b"\xff" * 8))
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    cut=st.one_of(st.none(), st.floats(0, 1)),
-)
-def test_any_bytes(victims: list[Victim], which: int, changes: list[tuple[float, bytes]], cut: float | None) -> None:
+@given(which=st.integers(0, 3), damage=DAMAGES)
+def test_any_bytes(victims: list[Victim], which: int, damage: Damage) -> None:
     """Whatever stands in the header, tables and streams: bytes or a plain error, within bounded time."""
     victim = victims[which]
-    data = bytearray(victim.bytes)
-    for place, value in changes:
-        at = victim.places[int(place * len(victim.places))]
-        data[at : at + len(value)] = value
     path = victim.path.with_suffix(".mutant")
-    path.write_bytes(data if cut is None else data[: int(cut * len(data))])
+    path.write_bytes(victim.mutant(damage))
     started = time.monotonic()
     run(lambda: survey(path))
     assert time.monotonic() - started < 5

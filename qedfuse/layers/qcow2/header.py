@@ -8,6 +8,7 @@ format leaves open are QEMU's.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -194,6 +195,12 @@ def _decode_refcounts(raw: bytes) -> tuple[int, bool]:
     return 1 << order if order <= _MAX_REFCOUNT_ORDER else 0, bool(compatible & _COMPATIBLE_LAZY_REFCOUNTS)
 
 
+def decode_v3(raw: bytes) -> tuple[int, int]:
+    """The incompatible feature bits and the header's length (bytes), of a header of version 3 that was validated."""
+    incompatible, _compatible, _autoclear, _order, header_bytes = _V3.unpack_from(raw, V2_BYTES)
+    return incompatible, header_bytes
+
+
 def _decode_name(raw: bytes, offset: int, size: int, cluster_size: int, path: str) -> str | None:
     if offset == 0 or size == 0:
         return None
@@ -207,6 +214,19 @@ def _decode_name(raw: bytes, offset: int, size: int, cluster_size: int, path: st
 def _decode_format(raw: bytes, start: int, end: int, path: str) -> str | None:
     """The backing format extension's string. The extensions lie between the header and the backing file's name."""
     found = b""
+    for kind, data, length in extensions(raw, start, end, path):
+        if kind == _EXTENSION_BACKING_FORMAT:
+            if length > MAX_BACKING_FORMAT:
+                raise FormatError(path, f"the backing format has {length} bytes (at most {MAX_BACKING_FORMAT})")
+            found = raw[data : data + length].split(b"\0")[0]
+    return found.decode("ascii", "backslashreplace") or None
+
+
+def extensions(raw: bytes, start: int, end: int, path: str) -> Iterator[tuple[int, int, int]]:
+    """The header extensions in bytes [start, end) of a file's first cluster: type, where the data begins, its length.
+
+    Raises FormatError for one that goes past the end.
+    """
     while start < end:
         data = start + _EXTENSION.size
         if data > min(end, len(raw)):
@@ -216,9 +236,5 @@ def _decode_format(raw: bytes, start: int, end: int, path: str) -> str | None:
             break
         if length > end - data:
             raise FormatError(path, f"the header extension at {start} is too large ({length} bytes)")
-        if kind == _EXTENSION_BACKING_FORMAT:
-            if length > MAX_BACKING_FORMAT:
-                raise FormatError(path, f"the backing format has {length} bytes (at most {MAX_BACKING_FORMAT})")
-            found = raw[data : data + length].split(b"\0")[0]
+        yield kind, data, length
         start = data + (length + 7) // 8 * 8
-    return found.decode("ascii", "backslashreplace") or None

@@ -27,10 +27,9 @@ from qedfuse.layers.qcow2.entries import (
     ENTRY_COMPRESSED,
     ENTRY_OFFSET,
     EntryMapper,
-    compressed_extent,
-    inflate,
 )
 from qedfuse.layers.qcow2.header import Qcow2Header, decode_cluster_bits
+from qedfuse.layers.qcow2.unpack import unpack
 from qedfuse.layers.runs import Kind, Run, append_run
 from qedfuse.sizes import ENTRY_SIZE, PAGE_ENTRIES, PAGE_SIZE
 
@@ -41,8 +40,6 @@ _PAGE_OVERHEAD = 384
 CLUSTER_CACHE_BYTES = 2 << 20
 #: Compressed clusters unpacked at a time; bounds the memory in flight.
 _UNPACKERS = 4
-#: A cluster up to this size is unpacked inline, a larger one in a worker thread.
-INLINE_UNPACK_LIMIT = 64 << 10
 #: L2 entries that one call of `map` looks at, at most: a few milliseconds.
 _WALK_ENTRIES = 16384
 
@@ -247,7 +244,7 @@ class Qcow2Layer:
             async with self._unpackers[(position >> self.header.cluster_bits) % _UNPACKERS]:
                 data = self._clusters.get(entry)
                 if data is None:
-                    data = await self._unpack(entry, position)
+                    data = await unpack(self.storage, self.header, entry, position, self._end_of_file)
                     self._clusters.put(entry, data)
         return data
 
@@ -261,18 +258,3 @@ class Qcow2Layer:
             else:
                 index = (position >> self.header.cluster_bits) & (self.header.page_entries - 1)
                 return 0 if entries is None else entries[index]
-
-    async def _unpack(self, entry: int, position: int) -> bytes:
-        cluster_size = self.header.cluster_size
-        host, size = compressed_extent(entry, self.header.cluster_bits)
-        size = min(size, self._end_of_file - host)  # the last sector may be cut
-        raw = await read(self.storage, host, size) if size > 0 else b""
-        if cluster_size <= INLINE_UNPACK_LIMIT:
-            data = inflate(raw, cluster_size)
-        else:
-            data = await trio.to_thread.run_sync(inflate, raw, cluster_size)
-        if data is None:
-            raise CorruptError(
-                self.path, f"the compressed cluster of guest offset {position} (at {host:#x}) cannot be decompressed"
-            )
-        return data
