@@ -88,7 +88,7 @@ _CACHES = click.Choice(["none", "writeback", "writethrough", "directsync", "unsa
 @backing_options
 @click.option("--in-place", is_flag=True, help="Convert FILE itself: its data stays where it is. See below.")
 @click.option("--undo", is_flag=True, help="With --in-place: take back a conversion that was interrupted.")
-@click.option("--force", is_flag=True, help="With --in-place: also if FILE has other names (hard links).")
+@click.option("--force", is_flag=True, help="With --in-place: also if hard links or bitmaps are lost by it.")
 @click.argument("source", type=file_name)
 @click.argument("target", type=file_name, required=False)
 @click.pass_context
@@ -117,8 +117,8 @@ def convert(
     A TARGET that exists is replaced, in place, unless somebody uses it. If that fails half-way, it is empty; a new
     TARGET is removed. A raw TARGET may be a block device.
 
-    With --in-place SOURCE is FILE, which becomes the image: raw to qed, and qed to raw. Until one sector has been
-    written it is what it was, from then on it is the new image; a journal beside it tells what is under way if the
+    With --in-place SOURCE is FILE, which becomes the image: raw or qcow2 to qed, and qed to raw. Until one sector has
+    been written it is what it was, from then on it is the new image; a journal beside it tells what is under way if the
     machine stops meanwhile, and the same command finishes it, or takes it back with --undo.
     """
     if in_place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from qedfuse.chain.format_probe import PROBE_BYTES, QED, RAW, other_format, probe_format
+from qedfuse.chain.format_probe import PROBE_BYTES, QCOW2, QED, RAW, other_format, probe_format
 from qedfuse.chain.unfinished import Journal, Unfinished, UnfinishedError, journal_path, way_out
 from qedfuse.errors import QedfuseError, UnsupportedError
 from qedfuse.host.closing import closing
@@ -17,6 +17,7 @@ from qedfuse.progress import Report
 from qedfuse.qed.header import HEADER_BYTES, Header
 from qedfuse.tools.in_place.apply import InPlace
 from qedfuse.tools.in_place.plan import Converter, Wanted
+from qedfuse.tools.in_place.qcow2_to_qed import Qcow2ToQed
 from qedfuse.tools.in_place.qed_to_raw import QedToRaw
 from qedfuse.tools.in_place.raw_to_qed import RawToQed
 
@@ -24,6 +25,7 @@ from qedfuse.tools.in_place.raw_to_qed import RawToQed
 CONVERTERS: dict[tuple[str, str], Converter] = {
     (RAW, QED): RawToQed(),
     (QED, RAW): QedToRaw(),
+    (QCOW2, QED): Qcow2ToQed(),
 }
 
 
