@@ -40,18 +40,19 @@ class Ram(FaultStorage):
         """What a crash could leave: before and after each operation, what was synced and a part of the rest, which is
         nothing, everything, and `samples` random choices."""
         for point in self.crash_points():
-            yield from _states(point, rng, samples)
+            yield from states_of(point, rng, samples)
 
     def crashes_now(self, rng: random.Random, samples: int) -> Iterator[bytes]:
         """What a crash at this moment could leave."""
-        yield from _states(self.crash_point_now(), rng, samples)
+        yield from states_of(self.crash_point_now(), rng, samples)
 
 
 def content(file: RamFile) -> bytes:
     return file.read(0, file.size)
 
 
-def _states(point: CrashPoint, rng: random.Random, samples: int) -> Iterator[bytes]:
+def states_of(point: CrashPoint, rng: random.Random, samples: int) -> Iterator[bytes]:
+    """What a crash at `point` could leave; see `Ram.crashes`."""
     yield content(point.least())
     if point.pending:
         yield content(point.most())

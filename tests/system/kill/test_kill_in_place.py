@@ -19,6 +19,8 @@ import pytest
 from qedfuse.chain.unfinished import SUFFIX, Step, read_journal
 from qedfuse.cli.main import main
 from tests.helpers.images.conversions import MIB, scatter
+from tests.helpers.images.qcow2_images import create
+from tests.helpers.images.qcow2_images import qemu_io as qcow2_io
 from tests.helpers.mounts.guests import assert_clean
 from tests.helpers.qemu.cli import TIMEOUT, environment, qedfuse, qemu_img
 
@@ -64,10 +66,19 @@ def qed_case(directory: Path, *, moves: bool) -> Case:
     return Case(old, flat, "qed", "raw")
 
 
+def qcow2_case(directory: Path) -> Case:
+    """Everything but a backing file."""
+    old, flat = create(directory / "old.qcow2", 4 * MIB), directory / "flat"
+    qcow2_io(old, "write -c -P 3 1M 64k", "write -c -P 4 3M 128k", "write -P 1 100k 300k", "write -z 2M 128k")
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", old, flat)
+    return Case(old, flat, "qcow2", "qed")
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "from raw": raw_case,
     "back to raw": lambda directory: qed_case(directory, moves=False),
     "back with moves": lambda directory: qed_case(directory, moves=True),
+    "from qcow2": qcow2_case,
 }
 
 
@@ -110,7 +121,7 @@ def judge(case: Case, path: Path, *, undo: bool) -> str:
         assert done.code == 0, done
     assert read_journal(f"{path}{SUFFIX}") is None
     assert same(case, path, case.source if undo else case.target)
-    if undo and case.source == "raw":
+    if undo and case.source != "qed":
         assert path.read_bytes() == case.old.read_bytes()
     if not undo and case.target == "raw":
         assert path.read_bytes() == case.flat.read_bytes()
@@ -124,8 +135,8 @@ def same(case: Case, path: Path, format: str) -> bool:
     if format == "raw":
         flat = case.flat.read_bytes()
         return path.read_bytes()[: len(flat)] == flat
-    qemu_img("check", "-f", "qed", path, status=(0, 3))
-    qemu_img("compare", "-f", "qed", "-F", "raw", path, case.flat)
+    qemu_img("check", "-f", format, path, status=(0, 3))
+    qemu_img("compare", "-f", format, "-F", "raw", path, case.flat)
     return True
 
 
