@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Protocol
 
 from qedfuse.host.storage import Buffer, Storage
@@ -222,6 +223,28 @@ class ClusterWriter:
         except BaseException:
             self.lose(host, room)
             raise
+
+    async def copy_up(self, offset: GuestOffset, size: int, image_end: GuestOffset, *, zeroes: bool) -> None:
+        """Give the clusters from `offset` on that are unallocated what they read as, for their own; see
+        `Image.copy_up`. `offset` is a cluster's, and so is the end of the range, or it is the image's."""
+        while size:
+            for kind, length, _host in await self._tables.map(offset, size):
+                if kind is Kind.UNALLOCATED:
+                    await self._copy_up(offset, length, image_end, zeroes)
+                offset += length
+                size -= length
+
+    async def _copy_up(self, offset: GuestOffset, size: int, image_end: GuestOffset, zeroes: bool) -> None:
+        data = memoryview(await read_layer(self._image.backing, offset, size))
+        starts = range(0, size, self._cluster_size)
+        for is_zero, group in groupby(starts, lambda start: _is_zero(data[start : start + self._cluster_size])):
+            clusters = list(group)
+            first, end = clusters[0], clusters[-1] + self._cluster_size
+            if not is_zero:  # whole clusters: nothing is to be copied around them, as over zeroes
+                await self._write_unmapped(offset + first, data[first:end], Kind.ZERO, image_end)
+            elif zeroes:
+                for start, length in self._by_page(offset + first, end - first):
+                    await self._set_entries(start, length, ZERO_CLUSTER)
 
     # -- for the fast path --------------------------------------------------------------------------------------------
 

@@ -43,6 +43,10 @@ no table changes, nothing waits for a commit, and no cluster goes from one place
 do go away. Where the host cannot punch, the entry becomes 1, or 0 without a backing file, as any entry changes: its
 cluster is a leak. And the tail of the file goes when an image was cut short, see below.
 
+An image that is itself below another one may be written when its overlay is committed (`tools/commit.py`), and at no
+other time. Whoever reads through the overlay repairs nothing below it. So then the order is that of an image with a
+backing file, whether it has one or not: with the barrier, without NEED_CHECK.
+
 A block device has stale bytes everywhere, and any of them could pass for a table or for data. What is free there was
 found by reading the tables (`reserve.py`) before any of it was handed out. It is synced once before the first of it is
 zeroed: what was read may be younger than what is on the disk, where an entry may still lead to it. Then it is zeroed in
@@ -139,6 +143,7 @@ class Committer:
         self._trusted = True
         self._closed = False
         self._header_known = True  # the file's header is `header`: no write of another one has failed
+        self.ordered = False  # see `Image.keep_order`
         self.growth: Growth = (
             DeviceGrowth(storage, allocator, self, header)
             if storage.fixed
@@ -155,8 +160,9 @@ class Committer:
 
     @property
     def _barrier(self) -> bool:
-        """Whether data must be durable before an entry leads to it: the file says that it has a backing file."""
-        return self.header.has_backing_file
+        """Whether data must be durable before an entry leads to it: the file says that it has a backing file, or it is
+        written as if it had one."""
+        return self.ordered or self.header.has_backing_file
 
     # -- what the engine tells --------------------------------------------------------------------------------------
 

@@ -234,6 +234,29 @@ class Image(QedLayer):
         first = round_up(offset, self.geometry.cluster_size)
         await self.zero(first, last - first)
 
+    async def copy_up(self, offset: int, size: int, *, zeroes: bool) -> None:
+        """Make what the clusters of a range show of the layer below the image's own, so that they read the same over
+        any other: a cluster of data gets a copy, with `zeroes` one of zeroes an entry that says so. What the image has
+        itself stays. Raises OSError. Cancelled, or failed, it reads as before, and a part may be its own."""
+        end = min(offset + size, self.size)
+        start = self.geometry.start_of_cluster(offset) if offset < end else end
+        most = round_up(_STEP_BYTES, self.geometry.cluster_size)
+        while start < end:
+            clusters = await self._begin_change()
+            step = min(round_up(end, self.geometry.cluster_size) - start, most)
+            async with self._locks.hold(*self._clusters(start, step), exclusive=True):
+                inside = min(step, self.size - start)
+                if inside <= 0:  # it has shrunk meanwhile
+                    return
+                await clusters.copy_up(GuestOffset(start), inside, self.size, zeroes=zeroes)
+            start += step
+
+    def keep_order(self) -> None:
+        """Let data be durable before an entry leads to it, as over a backing file. An image that is itself below
+        another one, whose readers repair nothing, is written so. Holds for every commit that begins after this call,
+        until the image is closed. Raises ReadOnlyError."""
+        self._committer_of().ordered = True
+
     # -- size and durability ------------------------------------------------------------------------------------------
 
     async def resize(self, size: int) -> None:

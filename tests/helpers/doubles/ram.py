@@ -260,7 +260,8 @@ class RamStorage:
 
     def stat(self) -> os.stat_result:
         self._check()
-        fields = (stat.S_IFREG | 0o644, 1, 1, 1, 0, 0, self.file.size, 0, 0, 0)
+        number = id(self.file)  # one file, one number
+        fields = (stat.S_IFREG | 0o644, number, 1, 1, 0, 0, self.file.size, 0, 0, 0)
         if self.fixed:
             return os.stat_result((stat.S_IFBLK | 0o644, 1, 1, 1, 0, 0, 0, 0, 0, 0), {"st_blocks": 0, "st_rdev": 1792})
         return os.stat_result(fields, {"st_blocks": len(self.file.pages) * PAGE // 512, "st_blksize": PAGE})
