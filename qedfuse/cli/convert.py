@@ -18,6 +18,7 @@ from qedfuse.cli.params import (
     GEOMETRY_OPTIONS,
     backing_options,
     backing_policy,
+    cache_hint,
     file_name,
     parse_backing,
     parse_geometry,
@@ -39,7 +40,6 @@ def _no_compression(_context: click.Context, _parameter: click.Parameter, value:
 
 #: An option of qemu-img's that says how to copy, not what: taken for the sake of scripts, and without effect.
 _hint = partial(click.option, expose_value=False, hidden=True)
-_CACHES = click.Choice(["none", "writeback", "writethrough", "directsync", "unsafe"])
 
 
 @click.command(
@@ -83,8 +83,8 @@ _CACHES = click.Choice(["none", "writeback", "writethrough", "directsync", "unsa
 @_hint("-C", "copy_offload", is_flag=True)
 @_hint("--target-is-zero", is_flag=True)
 @_hint("-m", "coroutines", type=click.IntRange(1, 16))
-@_hint("-t", "cache", type=_CACHES)
-@_hint("-T", "source_cache", type=_CACHES)
+@cache_hint("-t", "cache")
+@cache_hint("-T", "source_cache")
 @backing_options
 @click.option("--in-place", is_flag=True, help="Convert FILE itself: its data stays where it is. See below.")
 @click.option("--undo", is_flag=True, help="With --in-place: take back a conversion that was interrupted.")

@@ -43,6 +43,7 @@ COMMANDS = {
     "compare": _Entry("qedfuse.cli.compare:compare", "Tell whether two images have the same content."),
     "resize": _Entry("qedfuse.cli.resize:resize", "Give an image another size."),
     "measure": _Entry("qedfuse.cli.measure:measure", "Tell how long a converted image would be."),
+    "rebase": _Entry("qedfuse.cli.rebase:rebase", "Put an image over another backing file."),
     "status": _Entry("qedfuse.cli.status:status", "Show what a mount is doing."),
 }
 

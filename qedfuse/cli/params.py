@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
@@ -112,6 +113,14 @@ share_option = click.option(
 #: qemu-img's scripts say what an image is.
 format_option = click.option(
     "-f", "_format", type=click.Choice(["qed"]), expose_value=False, help="The image's format, as for qemu-img."
+)
+
+#: qemu-img's -t or -T, which say how a file is cached meanwhile: taken for the sake of scripts, and without effect.
+cache_hint = partial(
+    click.option,
+    expose_value=False,
+    hidden=True,
+    type=click.Choice(["none", "writeback", "writethrough", "directsync", "unsafe"]),
 )
 
 #: How help texts describe GEOMETRY_OPTIONS.

@@ -23,13 +23,14 @@ import select
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from queue import SimpleQueue
 from typing import Protocol
 
 import trio
 
+from qedfuse.host.closing import Closable
 from qedfuse.host.host_call import CallKind, HostCall
 
 Call = Callable[[], object]
@@ -294,3 +295,16 @@ async def to_its_end(function: Callable[[], Awaitable[None]]) -> None:
         raise interrupt from (failed[0] if failed else None)
     if failed:
         raise failed[0]
+
+
+@asynccontextmanager
+@trio.lowlevel.enable_ki_protection  # not of the block
+async def closed_to_its_end(file: Closable) -> AsyncIterator[None]:
+    """Close `file` after the block, whatever is cancelled. If the block fails, it is its error that is raised."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            await to_its_end(file.close)
+        raise
+    await to_its_end(file.close)

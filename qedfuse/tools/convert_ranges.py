@@ -24,19 +24,24 @@ async def whole_range(size: int) -> AsyncGenerator[Range, None]:
     yield 0, size, True
 
 
-async def data_ranges(source: Layer, size: int) -> AsyncGenerator[Range, None]:
-    """Ranges with data, and the zeroes between them."""
+async def data_ranges(source: Layer, size: int, *, inherited: bool = False) -> AsyncGenerator[Range, None]:
+    """Ranges with data, and the zeroes between them. `inherited`: see `differing_ranges`."""
     async with aclosing(walk(source, 0, size)) as entries:
         async for entry in entries:
-            yield entry.start, entry.start + entry.length, entry.data
+            yield entry.start, entry.start + entry.length, entry.data and not (inherited and _is_own(entry))
 
 
-async def differing_ranges(one: Layer, other: Layer, size: int) -> AsyncGenerator[Range, None]:
-    """Ranges of `one` that may differ from `other`: all but zeroes in both, and the same bytes of the same file."""
+async def differing_ranges(
+    one: Layer, other: Layer, size: int, *, inherited: bool = False
+) -> AsyncGenerator[Range, None]:
+    """Ranges of `one` that may differ from `other`: all but zeroes in both, and the same bytes of the same file.
+
+    `inherited`: without what `one` has itself, which stays whatever comes below it.
+    """
     files, others = files_of(one), files_of(other)
     async with aclosing(pairs(one, other, size)) as found:
         async for start, end, entry, under in found:
-            yield start, end, not is_same(entry, files, under, others)
+            yield start, end, not ((inherited and _is_own(entry)) or is_same(entry, files, under, others))
 
 
 async def pairs(
@@ -54,6 +59,11 @@ async def pairs(
                 stop = end if under is None else min(end, under.start + under.length)
                 yield position, stop, entry, under
                 position = stop
+
+
+def _is_own(entry: MapEntry) -> bool:
+    """Whether the top layer of the chain has this range itself."""
+    return entry.depth == 0 and entry.present
 
 
 def is_same(one: MapEntry, files: dict[str, FileId], other: MapEntry | None, others: dict[str, FileId]) -> bool:
