@@ -1,4 +1,4 @@
-"""From an image that is open for reading to one that is open for writing, under its users."""
+"""From an image, or a raw file, that is open for reading to one that is open for writing, under its users."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ async def make_writable(image: Image) -> None:
             with suppress(OSError):
                 await storage.close()
         raise
+
+
+async def make_file_writable(readers: FileStorage) -> None:
+    """The same for a raw file, of which nothing need be checked. Raises as `make_writable` does."""
+    readers.become(await look(partial(_claim, readers), discard=partial(_unclaim, readers)))
 
 
 def _kind_of(header: Header) -> Header:

@@ -44,6 +44,7 @@ COMMANDS = {
     "resize": _Entry("qedfuse.cli.resize:resize", "Give an image another size."),
     "measure": _Entry("qedfuse.cli.measure:measure", "Tell how long a converted image would be."),
     "rebase": _Entry("qedfuse.cli.rebase:rebase", "Put an image over another backing file."),
+    "commit": _Entry("qedfuse.cli.commit:commit", "Write an image into its backing file."),
     "status": _Entry("qedfuse.cli.status:status", "Show what a mount is doing."),
 }
 

@@ -11,8 +11,10 @@ A crash point lies before and after every operation, and at the return of a sync
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -229,3 +231,30 @@ class CrashPoint:
         file.size = max(file.size, (max(pages, default=0) + 1) * PAGE)
         file.truncate(size)  # what lies past the end is lost
         return file
+
+
+@dataclass
+class JointPoint:
+    """One moment of a run on several files."""
+
+    points: tuple[CrashPoint, ...]
+
+    def states(self, rnd: random.Random, *, complete: int, samples: int) -> Iterator[tuple[RamFile, ...]]:
+        """What a crash may leave of all files together: all of it if that is at most so much, or a sample."""
+        if math.prod(point.count for point in self.points) <= complete:
+            for state in itertools.product(*(list(point.every_state()) for point in self.points)):
+                yield tuple(file.fork() for file in state)
+            return
+        yield tuple(point.least() for point in self.points)
+        yield tuple(point.most() for point in self.points)
+        for _ in range(samples):
+            yield tuple(point.some_state(rnd) for point in self.points)
+
+
+def joint_points(*storages: CrashStorage) -> Iterator[JointPoint]:
+    """Every moment of a run on several files, whose storages have one clock."""
+    points = [list(storage.crash_points()) for storage in storages]
+    begins = [[0, *(change.when for change in storage.log)] for storage in storages]
+    for now in sorted({when for of_one in begins for when in of_one}):
+        indices = [bisect_right(of_one, now) - 1 for of_one in begins]
+        yield JointPoint(tuple(of_one[index] for of_one, index in zip(points, indices, strict=True)))
