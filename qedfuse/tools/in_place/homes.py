@@ -6,19 +6,19 @@ which 0 is the header's place: guest cluster 0 can come home only when there is 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from qedfuse.errors import CorruptError
-from qedfuse.host.chunks import unpack_entries
+from qedfuse.host.chunks import CHUNK_SIZE, unpack_entries
 from qedfuse.host.storage import Storage
 from qedfuse.host.waiting import Breather
 from qedfuse.progress import Report
 from qedfuse.qed.geometry import ZERO_CLUSTER
 from qedfuse.qed.header import Header
 from qedfuse.qed.table_walk import Bounds, GuestEntries, L1Entries
-from qedfuse.sizes import round_up
+from qedfuse.sizes import ENTRY_SIZE, round_up
+from qedfuse.tools.in_place.home_entries import HomeEntries
 
 
 class Homes:
@@ -35,6 +35,8 @@ class Homes:
         #: Where (bytes) the last home ends.
         self.end = self.clusters << self.bits
         self.breathe = Breather()
+        most = min(CHUNK_SIZE, header.geometry.table_bytes) // ENTRY_SIZE
+        self._home_entries = HomeEntries(header.cluster_size, most)
 
     def entries(self) -> GuestEntries:
         return GuestEntries(self.storage, self.bounds, self.breathe)
@@ -51,9 +53,8 @@ class Homes:
     def are_home(self, first: int, chunk: bytearray) -> bool:
         """Whether a chunk of entries says that all its clusters are at home: as it is throughout in an image that was
         made in place, and quick to tell."""
-        count = len(chunk) >> 3
-        expected = array("Q", range(first << self.bits, (first + count) << self.bits, 1 << self.bits))
-        return first > 0 and first + count <= self.clusters and unpack_entries(chunk) == expected
+        count = len(chunk) // ENTRY_SIZE
+        return 0 < first <= self.clusters - count and chunk == self._home_entries.encode(first, count)
 
     def astray(self, first: int, chunk: bytearray) -> list[tuple[int, int]]:
         """The clusters of a chunk that are not at home, as (guest cluster, offset); that of guest cluster 0 is one."""
@@ -73,7 +74,7 @@ class Homes:
         position = 1
         async for first, chunk in self.entries():
             if self.are_home(first, chunk):
-                runs = [(first, first + (len(chunk) >> 3))]
+                runs = [(first, first + (len(chunk) // ENTRY_SIZE))]
             else:
                 allocated = (guest for guest, value in enumerate(unpack_entries(chunk), first) if value > ZERO_CLUSTER)
                 runs = [(guest, guest + 1) for guest in allocated]
@@ -112,7 +113,7 @@ async def survey(homes: Homes, progress: Report) -> Survey:
     async for first, chunk in homes.entries():
         progress(min(first, homes.clusters), homes.clusters)
         if homes.are_home(first, chunk):
-            last = max(last, first + (len(chunk) >> 3) - 1)
+            last = max(last, first + (len(chunk) // ENTRY_SIZE) - 1)
             continue
         for guest, offset in homes.astray(first, chunk):
             if guest == 0:

@@ -13,11 +13,10 @@ QEMU can open have 4 MiB), unless the caller asks for smaller clusters.
 from __future__ import annotations
 
 import errno
-import sys
-from array import array
 
 from qedfuse.chain.unfinished import Unfinished
 from qedfuse.errors import QedfuseError
+from qedfuse.host.chunks import pack_entry
 from qedfuse.host.storage import Storage, fill
 from qedfuse.host.waiting import Breather
 from qedfuse.progress import Report
@@ -25,6 +24,7 @@ from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, MAX_C
 from qedfuse.qed.header import Header
 from qedfuse.qed.new_image import qemu_objection
 from qedfuse.sizes import ENTRY_SIZE, SECTOR_SIZE, round_up
+from qedfuse.tools.in_place.home_entries import HomeEntries
 from qedfuse.tools.in_place.plan import Wanted
 
 #: L2 entries take so many bytes at most, if larger clusters can see to it.
@@ -107,8 +107,8 @@ class RawToQedConversion:
         breathe = Breather()
         await self._copy_first_cluster(storage, breathe)
         table_bytes = self._geometry.table_bytes
-        places = array("Q", range(self._l2, self._l2 + self._tables * table_bytes, table_bytes))
-        await storage.write(self._l1, [_to_bytes(places)])
+        tables = range(self._l2, self._l2 + self._tables * table_bytes, table_bytes)
+        await storage.write(self._l1, [b"".join(offset.to_bytes(ENTRY_SIZE, "little") for offset in tables)])
         await self._write_entries(storage, breathe, progress)
         return self._header().encode().ljust(SECTOR_SIZE, b"\0")
 
@@ -124,16 +124,16 @@ class RawToQedConversion:
 
     async def _write_entries(self, storage: Storage, breathe: Breather, progress: Report) -> None:
         """The L2 tables lie one behind the other, so that their entries are one row."""
-        size = self._geometry.cluster_size
-        step = _PIECE // ENTRY_SIZE
+        step = min(_PIECE // ENTRY_SIZE, self._clusters)
+        row = HomeEntries(self._geometry.cluster_size, step)
         for start in range(0, self._clusters, step):
             await breathe()
             progress(start, self._clusters)
             end = min(start + step, self._clusters)
-            entries = array("Q", range(start * size, end * size, size))
+            entries = bytearray(row.encode(start, end - start))
             if start == 0:
-                entries[0] = self._first
-            await storage.write(self._l2 + start * ENTRY_SIZE, [_to_bytes(entries)])
+                pack_entry(entries, 0, self._first)
+            await storage.write(self._l2 + start * ENTRY_SIZE, [entries])
         progress(self._clusters, self._clusters)
 
     def _header(self) -> Header:
@@ -155,9 +155,3 @@ class RawToQedConversion:
         """The disk's first bytes behind the header go: programs that look for a file system in any file would find the
         guest's there."""
         await storage.punch(SECTOR_SIZE, self._geometry.cluster_size - SECTOR_SIZE)
-
-
-def _to_bytes(entries: array[int]) -> bytes:
-    if sys.byteorder == "big":
-        entries.byteswap()
-    return entries.tobytes()
