@@ -25,9 +25,10 @@ trap 'exit 143' TERM
 disk=$work/guest.raw
 image=$work/guest.qed
 
-say "a raw disk of 256 MiB with an ext4 in it"
-truncate --size=256M "$disk"
+say "a raw disk with an ext4 of 64 MiB in it, and some space behind that"
+truncate --size=64M "$disk"
 mkfs.ext4 -q -F -d examples "$disk"
+truncate --size=80M "$disk"
 before=$(sha256sum <"$disk")
 cp --sparse=always "$disk" "$work/copy.raw" # for the comparison below; the conversion needs none
 du --block-size=1 "$disk"
@@ -45,9 +46,9 @@ qemu-img compare -f raw -F qed "$work/copy.raw" "$image"
 
 say "a guest writes, in place: the file grows no more"
 size=$(stat --format=%s "$image")
-qemu-io -f qed -c "write -P 7 100M 1M" "$image"
+qemu-io -f qed -c "write -P 7 64M 1M" "$image"
 [ "$(stat --format=%s "$image")" = "$size" ] || fail "the image has grown"
-qemu-io -f qed -c "write -z 100M 1M" "$image"
+qemu-io -f qed -c "write -z 64M 1M" "$image"
 
 say "and out again"
 mv "$image" "$disk"

@@ -15,7 +15,7 @@ import trio
 from qedfuse.chain.opening import open_image
 from qedfuse.chain.unfinished import SUFFIX, Journal, Step, Unfinished, UnfinishedError, journal_path, read_journal
 from qedfuse.errors import FormatError
-from tests.helpers.qemu.cli import new_image, one_line, qedfuse, qemu_img
+from tests.helpers.qemu.cli import new_image, one_line, qedfuse_inside, qemu_img
 
 GOOD = Unfinished("raw", "qed", 4096, b"old" + bytes(509), b"QED\0" + bytes(508), Step.SWITCH)
 EVERY = [replace(GOOD, step=Step.TAIL, new_first=None), GOOD, replace(GOOD, step=Step.FINISH)]
@@ -157,7 +157,11 @@ def test_no_repair_and_no_new_image_in_its_place(image: Path) -> None:
     (image.parent / "other.raw").write_bytes(bytes(4096))
     for command in commands:
         one_line(
-            qedfuse(*map(str, command)), 1, str(image), "conversion in place from raw to qed", "convert --in-place"
+            qedfuse_inside(*map(str, command)),
+            1,
+            str(image),
+            "conversion in place from raw to qed",
+            "convert --in-place",
         )
     assert image.read_bytes() == before
 
@@ -165,27 +169,27 @@ def test_no_repair_and_no_new_image_in_its_place(image: Path) -> None:
 def test_no_other_conversion(image: Path) -> None:
     before = image.read_bytes()
     for words in (["-O", "raw"], ["-f", "qcow2", "-O", "qed"], ["-O", "raw", "--undo"]):
-        one_line(qedfuse("convert", "--in-place", *words, image), 1, "from raw to qed", f"{image} is unchanged")
+        one_line(qedfuse_inside("convert", "--in-place", *words, image), 1, "from raw to qed", f"{image} is unchanged")
     assert image.read_bytes() == before
 
 
 def test_who_looks_is_told(image: Path) -> None:
-    told = qedfuse("info", image)
+    told = qedfuse_inside("info", image)
     assert told.code == 0 and "unfinished: a conversion in place from raw to qed" in told.out
-    told = qedfuse("info", "--output=json", image)
+    told = qedfuse_inside("info", "--output=json", image)
     assert "from raw to qed" in json.loads(told.out)["unfinished-conversion"]
-    told = qedfuse("check", image)
+    told = qedfuse_inside("check", image)
     assert told.code == 0 and "from raw to qed" in told.out
-    assert "from raw to qed" in json.loads(qedfuse("check", "--output=json", image).out)["problems"][0]
-    assert qedfuse("map", image).code == 0
+    assert "from raw to qed" in json.loads(qedfuse_inside("check", "--output=json", image).out)["problems"][0]
+    assert qedfuse_inside("map", image).code == 0
 
 
 def test_who_looks_at_a_journal_that_is_none(image: Path) -> None:
     journal_of(image).write_bytes(b"{}")
-    told = qedfuse("info", image)
+    told = qedfuse_inside("info", image)
     assert told.code == 0 and "no valid journal" in told.out
-    one_line(qedfuse("check", "-r", "all", image), 1, SUFFIX, "no valid journal")
-    one_line(qedfuse("convert", "--in-place", image), 1, "no valid journal", f"{image} is unchanged")
+    one_line(qedfuse_inside("check", "-r", "all", image), 1, SUFFIX, "no valid journal")
+    one_line(qedfuse_inside("convert", "--in-place", image), 1, "no valid journal", f"{image} is unchanged")
 
 
 def test_a_raw_disk_that_is_longer_than_it_should_be(tmp_path: Path) -> None:
@@ -196,6 +200,8 @@ def test_a_raw_disk_that_is_longer_than_it_should_be(tmp_path: Path) -> None:
     leave_journal(disk, EVERY[0])
     for words in (["info"], ["check"], ["convert", "-O", "qed"], ["convert", "-f", "raw"]):
         target = [tmp_path / "target"] if "convert" in words else []
-        one_line(qedfuse(*words, disk, *target), 1, f"{disk}: a conversion in place from raw to qed is under way")
-    one_line(qedfuse("convert", tmp_path / "over.qed", tmp_path / "target"), 1, f"{disk}: a conversion in place")
+        one_line(
+            qedfuse_inside(*words, disk, *target), 1, f"{disk}: a conversion in place from raw to qed is under way"
+        )
+    one_line(qedfuse_inside("convert", tmp_path / "over.qed", tmp_path / "target"), 1, f"{disk}: a conversion in place")
     assert not (tmp_path / "target").exists()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +43,16 @@ def qedfuse(
         preexec_fn=preexec,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def qedfuse_inside(*args: Name) -> Result:
+    """Run the command in this process: for those that need neither a locale nor signals of their own."""
+    from qedfuse.cli.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(arg) for arg in args])
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

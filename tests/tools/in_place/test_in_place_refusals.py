@@ -15,7 +15,7 @@ from qedfuse.tools.in_place import coming_home
 from tests.helpers.images.check_images import Builder
 from tests.helpers.images.devices import device_with
 from tests.helpers.mounts.guests import loop_device, need_guest
-from tests.helpers.qemu.cli import new_image, new_overlay, one_line, qedfuse, qemu_has_open, qemu_img, qemu_io
+from tests.helpers.qemu.cli import new_image, new_overlay, one_line, qedfuse_inside, qemu_has_open, qemu_img, qemu_io
 
 TO_QED, TO_RAW = ("-O", "qed"), ("-O", "raw")
 
@@ -23,7 +23,7 @@ TO_QED, TO_RAW = ("-O", "qed"), ("-O", "raw")
 def refused(path: Path, words: tuple[object, ...], *parts: str) -> None:
     """The command must fail with one line that has all the parts, and leave everything as it was."""
     before = path.read_bytes(), path.stat(), os.listdir(path.parent)
-    one_line(qedfuse("convert", "--in-place", *map(str, words), path), 1, *parts, f"; {path} is unchanged\n")
+    one_line(qedfuse_inside("convert", "--in-place", *map(str, words), path), 1, *parts, f"; {path} is unchanged\n")
     after = path.read_bytes(), path.stat(), os.listdir(path.parent)
     assert after[0] == before[0] and after[1].st_mtime_ns == before[1].st_mtime_ns and after[2] == before[2]
 
@@ -64,7 +64,7 @@ def test_formats(disk: Path, image: Path, tmp_path: Path) -> None:
 def test_geometry_that_cannot_map_it(disk: Path) -> None:
     os.truncate(disk, 5 << 30)
     size = disk.stat().st_size
-    done = qedfuse("convert", "--in-place", *TO_QED, "-o", "cluster_size=4k,table_size=1", disk)
+    done = qedfuse_inside("convert", "--in-place", *TO_QED, "-o", "cluster_size=4k,table_size=1", disk)
     one_line(done, 1, "cluster_size=65536,table_size=4 can", "is unchanged")
     assert disk.stat().st_size == size
 
@@ -86,7 +86,7 @@ def test_attached_to_a_loop_device(disk: Path) -> None:
 def test_a_block_device(image: Path) -> None:
     with device_with(image, 4 << 20) as device:
         before = device.read_bytes()
-        one_line(qedfuse("convert", "--in-place", *TO_RAW, device), 1, "block device", f"{device} is unchanged")
+        one_line(qedfuse_inside("convert", "--in-place", *TO_RAW, device), 1, "block device", f"{device} is unchanged")
         assert device.read_bytes() == before
 
 
@@ -110,14 +110,14 @@ def test_a_symbolic_link(disk: Path, tmp_path: Path) -> None:
     assert main(["convert", "--in-place", str(link)]) == 0
     assert disk.read_bytes() == content
     (tmp_path / f"disk.raw{SUFFIX}").write_bytes(b"{}")
-    one_line(qedfuse("convert", "--in-place", *TO_QED, link), 1, f"disk.raw{SUFFIX}", f"{link} is unchanged")
+    one_line(qedfuse_inside("convert", "--in-place", *TO_QED, link), 1, f"disk.raw{SUFFIX}", f"{link} is unchanged")
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for path in (fifo, tmp_path, tmp_path / "none", Path("/dev/null")):
-        one_line(qedfuse("convert", "--in-place", *TO_QED, path), 1, str(path), "is unchanged")
+        one_line(qedfuse_inside("convert", "--in-place", *TO_QED, path), 1, str(path), "is unchanged")
 
 
 def test_a_file_that_cannot_be_written(disk: Path) -> None:
@@ -214,9 +214,10 @@ def test_too_much_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
         (["--in-place"], "missing argument 'SOURCE'"),
     ],
 )
-def test_wrong_usage(tmp_path: Path, words: list[str], part: str) -> None:
+def test_wrong_usage(tmp_path: Path, words: list[str], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "disk").write_bytes(bytes(4096))
-    one_line(qedfuse("convert", *words, cwd=tmp_path), 2, part)
+    one_line(qedfuse_inside("convert", *words), 2, part)
     assert os.listdir(tmp_path) == ["disk"] and (tmp_path / "disk").read_bytes() == bytes(4096)
 
 
