@@ -54,13 +54,14 @@ class Step(Enum):
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What a journal says. `source` and `target` are formats, `old_size` is the file's size before (bytes), `old_first`
-    and `new_first` are the first sector (512 bytes) of the old and the new image, of which the latter is known from
-    step SWITCH on."""
+    """What a journal says. `source` and `target` are formats, `old_size` is the file's size before (bytes), and
+    `grown_size` that with what has been reserved behind it; `old_first` and `new_first` are the first sector (512
+    bytes) of the old and the new image, of which the latter is known from step SWITCH on."""
 
     source: str
     target: str
     old_size: int
+    grown_size: int
     old_first: bytes
     new_first: bytes | None = None
     step: Step = Step.TAIL
@@ -75,6 +76,7 @@ class Unfinished:
             "source": self.source,
             "target": self.target,
             "old_size": self.old_size,
+            "grown_size": self.grown_size,
             "old_first": _to_text(self.old_first),
             "new_first": None if self.new_first is None else _to_text(self.new_first),
             "step": self.step.value,
@@ -97,11 +99,13 @@ class Unfinished:
                 source=_format(fields.pop("source")),
                 target=_format(fields.pop("target")),
                 old_size=_size(fields.pop("old_size")),
+                grown_size=_size(fields.pop("grown_size")),
                 old_first=_sector(fields.pop("old_first")),
                 new_first=None if new_first is None else _sector(new_first),
                 step=step,
             )
-            if fields or found.source == found.target or (found.new_first is None) != (step is Step.TAIL):
+            fits = found.source != found.target and found.old_size <= found.grown_size
+            if fields or not fits or (found.new_first is None) != (step is Step.TAIL):
                 raise ValueError("its fields do not fit together")
         except KeyError as error:
             raise _invalid(path, f"{error} is missing") from None
@@ -140,6 +144,12 @@ def _size(value: object) -> int:
     if type(value) is not int or not 0 < value <= MAX_OFFSET:
         raise ValueError("a size out of range")
     return value
+
+
+def changed_meanwhile(found: Unfinished, path: str) -> UnfinishedError:
+    """For a file at `path` that is not as a conversion has left it."""
+    message = f"{found} was under way, and another program has changed the file since then"
+    return UnfinishedError(path, f"{message}; if the file is in order, remove its journal ({SUFFIX})")
 
 
 def journal_path(fd: int, path: str) -> str:

@@ -17,7 +17,7 @@ from qedfuse.chain.unfinished import SUFFIX, Journal, Step, Unfinished, Unfinish
 from qedfuse.errors import FormatError
 from tests.helpers.qemu.cli import new_image, one_line, qedfuse_inside, qemu_img
 
-GOOD = Unfinished("raw", "qed", 4096, b"old" + bytes(509), b"QED\0" + bytes(508), Step.SWITCH)
+GOOD = Unfinished("raw", "qed", 4096, 8192, b"old" + bytes(509), b"QED\0" + bytes(508), Step.SWITCH)
 EVERY = [replace(GOOD, step=Step.TAIL, new_first=None), GOOD, replace(GOOD, step=Step.FINISH)]
 
 
@@ -80,6 +80,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "huge size": set_field("old_size", 1 << 63),
     "size is true": set_field("old_size", True),
     "size is text": set_field("old_size", "4096"),
+    "shorter than before": set_field("grown_size", 4095),
     "size is a fraction": set_field("old_size", 4096.0),
 }
 

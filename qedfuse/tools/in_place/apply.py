@@ -41,7 +41,7 @@ from typing import Protocol
 
 import trio
 
-from qedfuse.chain.unfinished import Step, Unfinished, UnfinishedError
+from qedfuse.chain.unfinished import Step, Unfinished, UnfinishedError, changed_meanwhile
 from qedfuse.host.storage import Storage, read
 from qedfuse.progress import Report
 from qedfuse.sizes import SECTOR_SIZE
@@ -85,7 +85,8 @@ class InPlace:
         storage = self._storage
         conversion = await self._converter.plan(storage, wanted, progress)
         old_first = await read(storage, 0, SECTOR_SIZE)
-        unfinished = Unfinished(self._source, self._target, conversion.old_size, old_first)
+        grown_size = conversion.old_size + conversion.new_bytes
+        unfinished = Unfinished(self._source, self._target, conversion.old_size, grown_size, old_first)
         try:
             await self._in_thread(self._journal.write, unfinished)
             await storage.reserve(conversion.old_size, conversion.new_bytes)
@@ -120,10 +121,11 @@ class InPlace:
             self.ending = GO_ON
             raise UnfinishedError(storage.path, f"{found} can be taken back no more, only finished (without --undo)")
         await self._is_switched(found)  # raises if that is not to be told
-        self.ending = GO_ON_OR_BACK
         if found.step is Step.SWITCH:
+            self.ending = GO_ON_OR_BACK
             await self._put_first(found.old_first)
         end = await self._converter.old_end(storage, found)
+        self.ending = GO_ON_OR_BACK
         if storage.size() > end:
             await storage.truncate(end)
         await storage.sync()
@@ -132,13 +134,14 @@ class InPlace:
 
     async def _is_switched(self, found: Unfinished) -> bool:
         """Whether the file is the new image. Raises UnfinishedError if that cannot be told."""
-        if found.step is not Step.SWITCH:
-            return found.step is Step.FINISH
+        if found.step is Step.TAIL:
+            return False
         first = await read(self._storage, 0, SECTOR_SIZE)
-        if first not in (found.old_first, found.new_first):
-            message = f"{found} was under way, and another program has changed the file's first sector since then"
-            raise UnfinishedError(self._storage.path, f"{message}; if the file is in order, remove its journal")
-        return first == found.new_first
+        if first == found.old_first != found.new_first and found.step is Step.SWITCH:
+            return False
+        if first != found.new_first:
+            raise changed_meanwhile(found, self._storage.path)
+        return True
 
     async def _put_first(self, sector: bytes) -> None:
         """Steps like 5, not to be cut short by a cancellation."""

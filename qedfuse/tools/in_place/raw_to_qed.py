@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import errno
 
-from qedfuse.chain.unfinished import Unfinished
+from qedfuse.chain.unfinished import Unfinished, changed_meanwhile
 from qedfuse.errors import QedfuseError
 from qedfuse.host.chunks import pack_entry
-from qedfuse.host.storage import Storage, fill
+from qedfuse.host.storage import Storage, fill, read
 from qedfuse.host.waiting import Breather
 from qedfuse.progress import Report
 from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, MAX_CLUSTER_SIZE, MAX_TABLE_SIZE, Geometry
@@ -85,6 +85,11 @@ class RawToQed:
         return RawToQedConversion(unfinished.old_size, header.geometry)
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:
+        """Nothing tells what another program has put into the tail of a raw disk. But it must be this file, and this
+        tail: not a copy that was brought back, nor a disk that has grown since."""
+        first = await read(storage, 0, SECTOR_SIZE)
+        if first != unfinished.old_first or storage.size() > unfinished.grown_size:
+            raise changed_meanwhile(unfinished, storage.path)
         return unfinished.old_size
 
 
