@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from qedfuse.cli.in_use import name_mount
 from qedfuse.cli.params import GEOMETRY_OPTIONS, parse_geometry, parse_options, warn_of_objection
 from qedfuse.cli.progress import Bar, Percentage
 from qedfuse.cli.until_signal import until_signal
-from qedfuse.errors import EXIT_OK, QedfuseError
+from qedfuse.errors import EXIT_OK, InUseError
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def convert_in_place(
     conversion = FileConversion(file, source=source_format, target=target_format)
     job = conversion.take_back if undo else partial(conversion.run, wanted, bar)
     try:
-        outcome = trio.run(until_signal, job, _with_ending(conversion, file))
+        outcome = trio.run(until_signal, job, _name_mount(conversion))
     finally:
         bar.close()
     if isinstance(outcome, signal.Signals):
@@ -76,17 +75,14 @@ def convert_in_place(
 
 
 @contextmanager
-def _with_ending(conversion: FileConversion, file: str) -> Iterator[None]:
-    """Around the work: errors name the mount that uses the file, and their messages end as they must."""
+def _name_mount(conversion: FileConversion) -> Iterator[None]:
+    """As `name_mount`; the message ends as the others do."""
     try:
         with name_mount():
             yield
-    except QedfuseError as error:
-        raise error.reworded(f"{error.message}; {conversion.ending}") from error
-    except OSError as error:
-        reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
-        name = error.filename if isinstance(error.filename, str) else file
-        raise QedfuseError(name, f"{reason}; {conversion.ending}", error.errno) from error
+    except InUseError as error:
+        ending = f"; {conversion.ending}"
+        raise error.reworded(error.message.removesuffix(ending) + ending) from None
 
 
 def _say(file: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from qedfuse.chain.format_probe import PROBE_BYTES, QCOW2, QED, RAW, other_format, probe_format
 from qedfuse.chain.unfinished import Journal, Unfinished, UnfinishedError, journal_path, way_out
@@ -33,7 +34,7 @@ class FileConversion:
 
     `source` and `target` are formats; None: probed, or what is under way. Of a new QED image `header` is known
     afterwards; `looks_like` is the format that the first bytes of a new raw disk might be taken for. `ending`: how the
-    message of a failure, or of an interruption, is to end: with what is true of the file then, or with what to do.
+    message of an interruption is to end.
     """
 
     def __init__(self, path: str, *, source: str | None = None, target: str | None = None) -> None:
@@ -51,31 +52,38 @@ class FileConversion:
     async def run(self, wanted: Wanted, progress: Report) -> None:
         """Convert it, or go on where a conversion was interrupted. Durable on return.
 
-        Raises OSError; failed or cancelled before the switch, the file is as it was, as a rule.
+        Raises OSError, the message of which ends with what is true of the file then, or with what to do; cancelled
+        before the switch, the file is as it was.
         """
-        async with closing(FileStorage.open(self._path, True)) as storage:
-            journal = self._claim(storage)
-            found = journal.read()
-            if found is not None:
-                self._refuse_another(found)
-                await self._begin(storage, journal, found.source, found.target).go_on(found, wanted, progress)
-            else:
-                source, target = await self._formats(storage)
-                if storage.stat().st_nlink > 1 and not wanted.force:
-                    message = "has other names (hard links), which would change their meaning; --force converts it"
-                    raise QedfuseError(self._path, message, errno.EMLINK)
-                await self._begin(storage, journal, source, target).begin(wanted, progress)
-            await self._look_at_result(storage)
+        try:
+            async with closing(FileStorage.open(self._path, True)) as storage:
+                journal = self._claim(storage)
+                found = journal.read()
+                if found is not None:
+                    self._refuse_another(found)
+                    await self._begin(storage, journal, found.source, found.target).go_on(found, wanted, progress)
+                else:
+                    source, target = await self._formats(storage)
+                    if storage.stat().st_nlink > 1 and not wanted.force:
+                        message = "has other names (hard links), which would change their meaning; --force converts it"
+                        raise QedfuseError(self._path, message, errno.EMLINK)
+                    await self._begin(storage, journal, source, target).begin(wanted, progress)
+                await self._look_at_result(storage)
+        except OSError as error:
+            raise self._with_ending(error) from error
 
     async def take_back(self) -> None:
-        """Make the file what it was before a conversion that was interrupted. Raises OSError."""
-        async with closing(FileStorage.open(self._path, True)) as storage:
-            journal = self._claim(storage)
-            found = journal.read()
-            if found is None:
-                raise QedfuseError(self._path, "no conversion in place is under way with it", errno.ENOENT)
-            self._refuse_another(found)
-            await self._begin(storage, journal, found.source, found.target).take_back(found)
+        """Make the file what it was before a conversion that was interrupted. Raises as `run` does."""
+        try:
+            async with closing(FileStorage.open(self._path, True)) as storage:
+                journal = self._claim(storage)
+                found = journal.read()
+                if found is None:
+                    raise QedfuseError(self._path, "no conversion in place is under way with it", errno.ENOENT)
+                self._refuse_another(found)
+                await self._begin(storage, journal, found.source, found.target).take_back(found)
+        except OSError as error:
+            raise self._with_ending(error) from error
 
     def _claim(self, storage: FileStorage) -> Journal:
         """Lock the file; its journal is nobody else's then."""
@@ -121,3 +129,11 @@ class FileConversion:
         except UnsupportedError:
             format = other_format(head) or "qcow"
         self.looks_like = None if format == RAW else format
+
+    def _with_ending(self, error: OSError) -> QedfuseError:
+        """The same error, with a message that ends as it must."""
+        if isinstance(error, QedfuseError):
+            return error.reworded(f"{error.message}; {self.ending}")
+        reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
+        name = error.filename if isinstance(error.filename, str) else self._path
+        return QedfuseError(name, f"{reason}; {self.ending}", error.errno)
