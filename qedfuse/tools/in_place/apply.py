@@ -105,10 +105,10 @@ class InPlace:
     async def go_on(self, found: Unfinished, wanted: Wanted, progress: Report) -> None:
         """Finish a conversion that has been interrupted, with what its journal says."""
         if await self._is_switched(found):
-            self.ending = GO_ON if found.step is Step.FINISH else GO_ON_OR_BACK
-            if found.step is Step.SWITCH and found.new_first is not None:
-                await self._put_first(found.new_first)
             conversion = await self._converter.resume(self._storage, found)
+            if found.step is Step.SWITCH and found.new_first is not None:
+                self.ending = GO_ON_OR_BACK
+                await self._put_first(found.new_first)
             await self._finish(conversion, found, progress)
         else:
             await self.take_back(found)
@@ -134,14 +134,12 @@ class InPlace:
 
     async def _is_switched(self, found: Unfinished) -> bool:
         """Whether the file is the new image. Raises UnfinishedError if that cannot be told."""
-        if found.step is Step.TAIL:
-            return False
+        if found.step is not Step.SWITCH:
+            return found.step is Step.FINISH
         first = await read(self._storage, 0, SECTOR_SIZE)
-        if first == found.old_first != found.new_first and found.step is Step.SWITCH:
-            return False
-        if first != found.new_first:
+        if first not in (found.old_first, found.new_first):
             raise changed_meanwhile(found, self._storage.path)
-        return True
+        return first == found.new_first
 
     async def _put_first(self, sector: bytes) -> None:
         """Steps like 5, not to be cut short by a cancellation."""

@@ -61,7 +61,7 @@ class Converter(Protocol):
         ...
 
     async def resume(self, storage: Storage, unfinished: Unfinished) -> Conversion:
-        """For a file that is the new image already: only `finish` is called."""
+        """For a file that is the new image already: only `finish` is called. Refuses a file that is another one."""
         ...
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 
-from qedfuse.chain.unfinished import Unfinished
+from qedfuse.chain.unfinished import Unfinished, changed_meanwhile
 from qedfuse.check.check import check_image
 from qedfuse.errors import CorruptError, QedfuseError, UnsupportedError
 from qedfuse.host.storage import Storage, fill, read
@@ -47,6 +47,8 @@ class QedToRaw:
         return QedToRawConversion(storage.size(), header.image_size, homes, found, moves)
 
     async def resume(self, storage: Storage, unfinished: Unfinished) -> QedToRawConversion:
+        if await read(storage, 0, SECTOR_SIZE) != unfinished.new_first:
+            raise changed_meanwhile(unfinished, storage.path)
         return QedToRawConversion(unfinished.old_size, Header.decode(unfinished.old_first, storage.path).image_size)
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:

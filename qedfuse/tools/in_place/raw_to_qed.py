@@ -22,6 +22,7 @@ from qedfuse.host.waiting import Breather
 from qedfuse.progress import Report
 from qedfuse.qed.geometry import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, MAX_CLUSTER_SIZE, MAX_TABLE_SIZE, Geometry
 from qedfuse.qed.header import Header
+from qedfuse.qed.header_io import read_header
 from qedfuse.qed.new_image import qemu_objection
 from qedfuse.sizes import ENTRY_SIZE, SECTOR_SIZE, round_up
 from qedfuse.tools.in_place.home_entries import HomeEntries
@@ -80,8 +81,9 @@ class RawToQed:
         return RawToQedConversion(size, choose_geometry(size, wanted, storage.path))
 
     async def resume(self, storage: Storage, unfinished: Unfinished) -> RawToQedConversion:
-        assert unfinished.new_first is not None
-        header = Header.decode(unfinished.new_first, storage.path)
+        if await read(storage, 0, SECTOR_SIZE) != unfinished.new_first:
+            raise changed_meanwhile(unfinished, storage.path)
+        header = await read_header(storage)
         return RawToQedConversion(unfinished.old_size, header.geometry)
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:
