@@ -31,6 +31,8 @@ from qedfuse.cli.until_signal import until_signal
 from qedfuse.errors import EXIT_OK
 
 _FORMATS = click.Choice(FORMATS)
+#: The values of `convert_sharing.Reflink`; the first is the default.
+REFLINKS = ("auto", "always", "never")
 
 
 def _no_compression(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -78,6 +80,13 @@ _hint = partial(click.option, expose_value=False, hidden=True)
     show_default=True,
     help="So many zeroes in a row become a hole; 0: store everything.",
 )
+@click.option(
+    "--reflink",
+    type=click.Choice(REFLINKS),
+    default=REFLINKS[0],
+    show_default=True,
+    help="Share blocks with SOURCE instead of copying them (btrfs, XFS): where that can be, or fail, or not at all.",
+)
 @click.option("-U", "--force-share", "share", is_flag=True, help="Copy SOURCE even if another process is writing it.")
 @_hint("-W", "out_of_order", is_flag=True)
 @_hint("-C", "copy_offload", is_flag=True)
@@ -103,6 +112,7 @@ def convert(
     percentage: bool,
     quiet: bool,
     sparse_size: int,
+    reflink: str,
     share: bool,
     backing_root: str | None,
     no_backing: bool,
@@ -149,6 +159,7 @@ def convert(
     import trio
 
     from qedfuse.tools.convert import convert_image
+    from qedfuse.tools.convert_sharing import Reflink
 
     job = partial(
         convert_image,
@@ -162,11 +173,12 @@ def convert(
         create=not no_create,
         sparse_size=sparse_size,
         share=share,
+        reflink=Reflink(reflink),
         policy=backing_policy(backing_root, no_backing),
     )
     bar = _bar(percentage, quiet)
     try:
-        outcome = trio.run(until_signal, partial(job, progress=bar), share_hint(target=target))
+        outcome = trio.run(until_signal, partial(job, progress=bar, tell=bar.describe), share_hint(target=target))
     finally:
         bar.close()
     if isinstance(outcome, signal.Signals):

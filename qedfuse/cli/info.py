@@ -94,6 +94,9 @@ def _describe(item: ImageInfo) -> str:
         f"virtual size: {show_size(item.virtual_size)} ({item.virtual_size} bytes)",
         f"disk size: {show_size(item.actual_size)}",
     ]
+    if item.shared.size:
+        least = "" if item.shared.all else "at least "
+        lines.append(f"shared with other files: {least}{show_size(item.shared.size)}")
     header = item.header
     if header is not None and header.needs_check:
         lines.append("cleanly shut down: no")

@@ -39,7 +39,11 @@ class Bar:
             self._task = self._progress.add_task(self._what)
             self._progress.start()
         assert self._task is not None
-        self._progress.update(self._task, completed=done, total=total)
+        self._progress.update(self._task, description=self._what, completed=done, total=total)
+
+    def describe(self, what: str) -> None:
+        """What is being done from now on."""
+        self._what = what
 
     def close(self) -> None:
         if self._progress is not None:
@@ -58,6 +62,9 @@ class Percentage:
             self._shown = percentage
             click.echo(f"    ({percentage:.2f}/100%)\r", nl=False)
             sys.stdout.flush()
+
+    def describe(self, what: str) -> None:
+        """It has no words."""
 
     def close(self) -> None:
         if self._shown >= 0:

@@ -22,6 +22,7 @@ from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
 from qedfuse.host.new_file import NewFile
+from qedfuse.host.reflink import clone_range
 from qedfuse.host.storage import Buffer
 
 #: So much at a time the host is told to begin writing out: little is left for the sync at the end.
@@ -60,6 +61,15 @@ class OutputFile(FileStorage):
             with suppress(OSError):  # advice; it begins the writing of the range, waits for none of it
                 os.posix_fadvise(self.fileno(), self._begun, end - self._begun, os.POSIX_FADV_DONTNEED)
             self._begun = end
+
+    async def share(self, offset: int, source: FileStorage, start: int, size: int) -> None:
+        """See `clone_range`."""
+        await self._in_thread(clone_range, self.fileno(), offset, source.fileno(), start, size)
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block of the file system: what is shared is so many, at a multiple of it."""
+        return os.fstatvfs(self.fileno()).f_frsize
 
     async def sync(self) -> None:
         pass

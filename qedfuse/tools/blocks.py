@@ -19,7 +19,7 @@ def are_data(buffer: memoryview, block: int) -> list[bool]:
         return [True] * len(heads)
     zeroes = bytes(block)
     return [
-        head != 0 or (part := buffer[index * block : (index + 1) * block].tobytes()) != zeroes[: len(part)]
+        head != 0 or not zeroes.startswith(buffer[index * block : (index + 1) * block])  # compares without a copy
         for index, head in enumerate(heads)
     ]
 

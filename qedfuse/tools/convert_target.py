@@ -1,4 +1,8 @@
-"""What a conversion fills: a raw disk or a QED image, new or there already."""
+"""What a conversion fills: a raw disk or a QED image, new or there already.
+
+A raw disk and a new image without a backing file are filled in the file itself (`FileTarget`), since it is known where
+a range goes. An image that is there, or has something below it, is written by the engine.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import errno
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import trio
 
@@ -14,14 +18,19 @@ from qedfuse.chain.opening import open_image
 from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import QedfuseError
 from qedfuse.host.file_id import FileId
+from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.output_file import OutputFile, open_output, refuse_sources
 from qedfuse.layers.layer import Layer
 from qedfuse.qed.header import Header
 from qedfuse.qed.image import Image
 from qedfuse.qed.new_image import write_image
+from qedfuse.qed.table_writer import SequentialWriter
+from qedfuse.sizes import GuestOffset, round_down
 
 #: Zeroing a device can take long: a step that may be cancelled.
 _ZERO_STEP = 1 << 30
+#: As can sharing so many bytes.
+_SHARE_STEP = 256 << 20
 
 
 class Target(Protocol):
@@ -42,6 +51,18 @@ class Target(Protocol):
         ...
 
 
+@runtime_checkable
+class FileTarget(Target, Protocol):
+    """A target that can also share blocks with other files, in steps of `block_size` bytes."""
+
+    block_size: int
+
+    async def share(self, offset: int, source: FileStorage, start: int, size: int) -> int:
+        """Instead of writing it, let the front of a range be what is at `start` in a file. Returns how much of it is
+        now; 0: these two do not lie alike on blocks. Raises OSError, one of `REFUSALS` if the host cannot."""
+        ...
+
+
 class RawTarget:
     """A raw disk. See `Target`."""
 
@@ -49,10 +70,14 @@ class RawTarget:
 
     def __init__(self, file: OutputFile) -> None:
         self.blank = file.made
+        self.block_size = file.block_size
         self._file = file
 
     async def write(self, offset: int, data: memoryview) -> None:
         await self._file.write(offset, [data])
+
+    async def share(self, offset: int, source: FileStorage, start: int, size: int) -> int:
+        return await _share(self._file, offset, source, start, size)
 
     async def zero(self, offset: int, size: int) -> None:
         for start in range(offset, offset + size, _ZERO_STEP):
@@ -63,8 +88,45 @@ class RawTarget:
         pass
 
 
-class QedTarget:
-    """A QED image. See `Target`."""
+class NewQedTarget:
+    """A new QED image without a backing file. See `FileTarget`."""
+
+    blank = True
+
+    def __init__(self, file: OutputFile, header: Header) -> None:
+        self.unit = header.cluster_size
+        self.block_size = file.block_size
+        self._file = file
+        self._writer = SequentialWriter(file, header)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        while len(data):
+            host, length = self._writer.place(GuestOffset(offset), len(data))
+            await self._file.write(host, [data[:length]])
+            await self._writer.take(GuestOffset(offset), length)
+            offset, data = offset + length, data[length:]
+
+    async def share(self, offset: int, source: FileStorage, start: int, size: int) -> int:
+        host, length = self._writer.place(GuestOffset(offset), size)
+        shared = await _share(self._file, host, source, start, length)
+        if shared:
+            await self._writer.take(GuestOffset(offset), shared)
+        return shared
+
+    async def zero(self, offset: int, size: int) -> None:
+        pass  # what is not written is zeroes
+
+    def keep_zeroes(self) -> None:
+        pass
+
+    async def finish(self) -> None:
+        """Complete the file. Raises OSError."""
+        await self._writer.finish()
+        await self._file.truncate(self._writer.end)
+
+
+class ImageTarget:
+    """A QED image that the engine writes. See `Target`."""
 
     def __init__(self, image: Image, *, blank: bool) -> None:
         self.blank = blank
@@ -79,6 +141,14 @@ class QedTarget:
 
     def keep_zeroes(self) -> None:
         self._image.keep_zeroes()
+
+
+async def _share(file: OutputFile, offset: int, source: FileStorage, start: int, size: int) -> int:
+    size = min(round_down(size, file.block_size), _SHARE_STEP)
+    if not size or (offset | start) % file.block_size:
+        return 0
+    await file.share(offset, source, start, size)
+    return size
 
 
 @asynccontextmanager
@@ -98,13 +168,18 @@ async def raw_target(path: str, size: int, *, create: bool, sources: Mapping[Fil
 @asynccontextmanager
 async def new_qed_target(
     path: str, header: Header, backing_name: bytes, backing: Layer | None, *, sources: Mapping[FileId, str]
-) -> AsyncIterator[QedTarget]:
+) -> AsyncIterator[NewQedTarget | ImageTarget]:
     """A new image, empty over `backing`, which is the image's from then on; see `open_output`."""
     async with open_output(path, create=True, is_image=True, sources=sources) as file:
         await write_image(file, header, backing_name)
+        if backing is None:
+            target = NewQedTarget(file, header)
+            yield target
+            await target.finish()
+            return
         image = Image(file, header, backing, writable=True)
         try:
-            yield QedTarget(image, blank=True)
+            yield ImageTarget(image, blank=True)
         except BaseException:
             with trio.CancelScope(shield=True), suppress(OSError):
                 await image.close()
@@ -115,12 +190,12 @@ async def new_qed_target(
 @asynccontextmanager
 async def old_qed_target(
     path: str, size: int, *, policy: BackingPolicy, sources: Mapping[FileId, str]
-) -> AsyncIterator[QedTarget]:
+) -> AsyncIterator[ImageTarget]:
     """An image that is there, of `size` bytes or more; see `open_image`. If the block fails, part of it is written."""
     refuse_sources(path, os.stat(path), sources)
     async with open_image(path, policy=policy) as image:
         _check_room(path, image.size, size)
-        yield QedTarget(image, blank=False)
+        yield ImageTarget(image, blank=False)
         await image.flush()
 
 

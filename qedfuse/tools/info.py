@@ -17,6 +17,7 @@ from qedfuse.chain.unfinished import UnfinishedError, describe_unfinished
 from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
+from qedfuse.host.reflink import NOT_SHARED, SharedBytes, shared_bytes
 from qedfuse.host.storage import ReadStorage
 from qedfuse.host.waiting import run_blocking
 from qedfuse.qed.header import (
@@ -46,8 +47,8 @@ class ImageInfo:
     `cluster_size`.
 
     `path` is the name it was opened by, `virtual_size` what a guest sees, `actual_size` what it takes on the host (0 on
-    a block device, as in qemu-img), `file_size` how long the file is. `unfinished`: that a conversion in place is under
-    way, for a person.
+    a block device, as in qemu-img), `file_size` how long the file is, `shared` how much of it other files have, too.
+    `unfinished`: that a conversion in place is under way, for a person.
     """
 
     path: str
@@ -62,6 +63,7 @@ class ImageInfo:
     qcow2: Qcow2Header | None = None
     on_device: bool = False
     unfinished: str | None = None
+    shared: SharedBytes = NOT_SHARED
 
     @property
     def full_backing_name(self) -> str | None:
@@ -86,6 +88,8 @@ class ImageInfo:
             "actual-size": self.actual_size,
             "dirty-flag": self.header is not None and self.header.needs_check,
         }
+        if self.shared.size:
+            result |= {"shared-size": self.shared.size, "shared-size-complete": self.shared.all}
         if self.cluster_size is not None:
             result["cluster-size"] = self.cluster_size
         if self.backing_name is not None:
@@ -182,7 +186,8 @@ async def info_of(storage: ReadStorage, header: Header | None = None) -> ImageIn
 
 def _host_info(storage: ReadStorage, format: str, size: int) -> ImageInfo:
     actual = storage.stat().st_blocks * 512
-    return ImageInfo(storage.path, format, size, actual, storage.size(), on_device=storage.fixed)
+    shared = shared_bytes(storage.fileno()) if isinstance(storage, FileStorage) and actual else NOT_SHARED
+    return ImageInfo(storage.path, format, size, actual, storage.size(), on_device=storage.fixed, shared=shared)
 
 
 async def read_chain(path: str, *, share: bool = False, policy: BackingPolicy = ANY_BACKING) -> list[ImageInfo]:

@@ -21,7 +21,7 @@ from tests.bench.measures import (
     warm_reads,
     write_discarded,
 )
-from tests.bench.offline import check_terabyte, convert_to_qed, convert_to_raw, info_time
+from tests.bench.offline import check_terabyte, convert, info_time
 from tests.bench.targets import NbdFuse, QedFusePython, RawFile, StorageDaemon, Target
 
 
@@ -51,6 +51,12 @@ READ_BY_8 = ("--rw=randread", "--bs=4k", DIRECT, "--numjobs=8")
 WRITE_BY_8 = ("--rw=randwrite", "--bs=4k", DIRECT, "--numjobs=8")
 #: All but the one whose programs import the engine.
 OTHERS = (RawFile, StorageDaemon, NbdFuse, QedFusePython)
+CONVERSIONS = (
+    ("raw", False, "512 MiB of raw data to QED"),
+    ("qed", False, "a full 512 MiB image to raw"),
+    ("raw", True, "2 GiB of raw, a fourth of it data, to QED"),
+    ("qed", True, "a 2 GiB image, a fourth of it data, to raw"),
+)
 ROWS: tuple[Row, ...] = (
     Row("random read 4k direct, 1 reader", "IOPS", on_full("--rw=randread", "--bs=4k", DIRECT), bar=2),
     Row("random read 4k direct, 8 readers", "IOPS", on_full(*READ_BY_8), bar=2),
@@ -99,8 +105,18 @@ ROWS: tuple[Row, ...] = (
     Row("guest: mkfs.ext4, loop mount, copy a tree, sync", "s", guest, higher_is_better=False, raw_bar=0.9),
     Row("mount until usable", "s", mount_time, higher_is_better=False, bar=0, skip=(RawFile,)),
     Row("info", "s", info_time, higher_is_better=False, bar=0, offline=True),
-    Row("convert 512 MiB of raw data to QED, and a sync", "s", convert_to_qed, higher_is_better=False, offline=True),
-    Row("convert a full 512 MiB image to raw, and a sync", "s", convert_to_raw, higher_is_better=False, offline=True),
+    *(
+        Row(
+            f"{'processor time: ' if processor else ''}convert {what}, and a sync",
+            "s",
+            convert(source_format, sparse=sparse, processor=processor),
+            higher_is_better=False,
+            bar=1 if processor else 1.3,
+            offline=True,
+        )
+        for processor in (False, True)
+        for source_format, sparse, what in CONVERSIONS
+    ),
     Row("check a full 1 TiB image", "s", check_terabyte, higher_is_better=False, offline=True),
     Row(
         "resident memory, random reads over 1 TiB",

@@ -34,7 +34,8 @@ from tests.helpers.images.host_holes import (
 )
 from tests.helpers.judges.seeking import next_data, next_hole
 from tests.helpers.mounts.acknowledging import punch
-from tests.helpers.mounts.guests import MKFS, assert_clean, filesystem, need_filesystem, need_guest
+from tests.helpers.mounts.guests import assert_clean, filesystem, need_guest
+from tests.helpers.mounts.hosts import host_of
 from tests.helpers.mounts.modes import MODES, NEEDS_NATIVE, Mode
 from tests.helpers.mounts.mounts import mounted
 from tests.helpers.qemu.cli import qedfuse, qemu_img, qemu_io
@@ -44,17 +45,12 @@ from tests.helpers.qemu.cli import qedfuse, qemu_img, qemu_io
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A file system for images, with blocks of 4 KiB."""
     name: str = request.param
-    need_guest(*([] if name == "tmpfs" else [f"mkfs.{name}"]))
-    need_filesystem(name)
     if name == "tmpfs":
+        need_guest()
         with filesystem(Path("none"), tmp_path / "host", "-t", "tmpfs", "-o", "huge=never") as point:
             yield point
         return
-    disk = tmp_path / "disk"
-    with disk.open("wb") as file:
-        file.truncate(400 * MIB)
-    subprocess.run([*MKFS[name], disk], check=True, timeout=60)
-    with filesystem(disk, tmp_path / "host", "-o", "loop") as point:
+    with host_of(name, tmp_path / "disk", 400 * MIB) as point:
         yield point
 
 

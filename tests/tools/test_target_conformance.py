@@ -16,13 +16,24 @@ import trio
 from qedfuse.chain.chain import open_layer
 from qedfuse.chain.policy import ANY_BACKING
 from qedfuse.errors import QedfuseError
+from qedfuse.host.closing import closing
 from qedfuse.host.file_id import FileId
+from qedfuse.host.file_storage import FileStorage
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.new_image import new_header
-from qedfuse.tools.convert_target import Target, new_qed_target, old_qed_target, raw_target
+from qedfuse.tools.convert_target import (
+    FileTarget,
+    NewQedTarget,
+    RawTarget,
+    Target,
+    new_qed_target,
+    old_qed_target,
+    raw_target,
+)
 from tests.helpers.images.conversions import flat, qemu_finds_no_error, scatter, usage
 from tests.helpers.images.devices import device_with
 from tests.helpers.judges.expect import raises_errno
+from tests.helpers.mounts.hosts import host_of
 from tests.helpers.qemu.cli import qemu_img
 
 MIB = 1 << 20
@@ -169,6 +180,54 @@ def test_zeroes_that_shall_take_space_do(kind: str, subject: Subject) -> None:
         assert usage(subject.path) >= 2 * MIB
 
     trio.run(main)
+
+
+@pytest.fixture(scope="module", params=["btrfs", "xfs"])
+def sharing_host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with host_of(request.param, tmp_path_factory.mktemp("host") / "disk", 400 * MIB) as point:
+        yield point
+
+
+@pytest.mark.parametrize("kind", [*NEW[:3], "old raw file"])
+def test_what_is_shared_is_read(kind: str, sharing_host: Path, tmp_path: Path) -> None:
+    """As what is written is, in turns with it, also in one cluster. What does not lie alike on blocks is not shared."""
+    directory = sharing_host / tmp_path.name
+    directory.mkdir()
+    content = random.Random(4).randbytes(SIZE)
+    (directory / "source").write_bytes(content)
+    rnd = random.Random(5)
+    shared = 0
+
+    async def put(target: FileTarget, source: FileStorage, offset: int, start: int, size: int) -> int:
+        """Returns how much was shared."""
+        done = 0
+        while done < size:
+            step = await target.share(offset + done, source, start + done, size - done)
+            assert 0 <= step <= size - done and step % target.block_size == 0
+            if not step:
+                break
+            done += step
+        await target.write(offset + done, memoryview(content[start + done : start + size]))
+        return done
+
+    async def main(subject: Subject) -> None:
+        nonlocal shared
+        model = bytearray(subject.before)
+        source = FileStorage.open(directory / "source", writable=False)
+        async with subject.open() as target, closing(source):
+            assert isinstance(target, RawTarget | NewQedTarget)
+            offset = 0
+            while offset < SIZE:
+                size = min(rnd.choice([512, 4096, 12_288, 65_536, 300_032]), SIZE - offset)
+                start = rnd.choice([offset, offset, rnd.randrange(0, SIZE - size + 1, 512)])
+                model[offset : offset + size] = content[start : start + size]
+                shared += await put(target, source, offset, start, size)
+                offset += size
+        assert subject.content() == model
+
+    with ExitStack() as stack:
+        trio.run(main, _make(kind, directory, stack))
+    assert shared > 64 * 4096
 
 
 class Failed(Exception):
