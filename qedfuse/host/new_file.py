@@ -7,8 +7,6 @@ import os
 from contextlib import suppress
 from types import TracebackType
 
-import trio
-
 from qedfuse.errors import InUseError
 from qedfuse.host import image_lock
 from qedfuse.host.file_id import FileId
@@ -45,6 +43,8 @@ class NewFile:
     async def make_durable(self) -> None:
         """Its name; the content is not ours. Raises OSError."""
         if self.made:
+            import trio  # here: a look at a header comes by this module, and must not load an event loop
+
             await trio.to_thread.run_sync(sync_directory, os.path.dirname(self._path))
 
     def remove(self) -> None:
