@@ -97,7 +97,11 @@ _hint = partial(click.option, expose_value=False, hidden=True)
 @backing_options
 @click.option("--in-place", is_flag=True, help="Convert FILE itself: its data stays where it is. See below.")
 @click.option("--undo", is_flag=True, help="With --in-place: take back a conversion that was interrupted.")
-@click.option("--force", is_flag=True, help="With --in-place: also if hard links or bitmaps are lost by it.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="With --in-place: also if FILE has other names (hard links), or bitmaps, which get lost.",
+)
 @click.argument("source", type=file_name)
 @click.argument("target", type=file_name, required=False)
 @click.pass_context

@@ -52,15 +52,15 @@ def test_options(tmp_path: Path, options: list[str], words: str, monkeypatch: py
     expect_refusal(create(tmp_path / "a.qcow2", 4 * MIB, *options), words)
 
 
-@pytest.mark.parametrize(
-    ("format", "options"), [("luks", "encrypt.iter-time=10"), ("aes", "compat=1.1"), ("aes", "compat=0.10")]
-)
-def test_encryption(tmp_path: Path, format: str, options: str) -> None:
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_encryption(tmp_path: Path, compat: str) -> None:
     image = tmp_path / "a.qcow2"
     secret = ["--object", "secret,id=key,data=password"]
-    encryption = f"encrypt.format={format},encrypt.key-secret=key,{options}"
+    encryption = f"encrypt.format=aes,encrypt.key-secret=key,compat={compat}"
     qemu_img("create", "-q", *secret, "-f", "qcow2", "-o", encryption, image, "1M")
-    expect_refusal(image, f"encrypted ({format})")
+    expect_refusal(image, "encrypted (aes)")
+    poke(image, 32, struct.pack(">I", 2))  # QEMU makes none while the machine is busy: it measures its key's strength
+    expect_refusal(image, "encrypted (luks)")
 
 
 def test_snapshots(tmp_path: Path) -> None:
