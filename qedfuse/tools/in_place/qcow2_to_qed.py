@@ -18,7 +18,7 @@ import errno
 import os
 from dataclasses import replace
 
-from qedfuse.chain.unfinished import SUFFIX, Unfinished
+from qedfuse.chain.unfinished import SUFFIX, Unfinished, changed_meanwhile
 from qedfuse.check.check import Repair, check_image
 from qedfuse.errors import CorruptError, FormatError, QedfuseError, UnsupportedError, UsageError
 from qedfuse.host.storage import Storage, read
@@ -59,6 +59,14 @@ class Qcow2ToQed:
         return Qcow2ToQedConversion(storage.size(), tail)
 
     async def resume(self, storage: Storage, unfinished: Unfinished) -> Qcow2ToQedConversion:
+        """The new header is not the same bytes for ever: `finish` may move the L1 table."""
+        first = await read(storage, 0, min(SECTOR_SIZE, storage.size()))
+        try:
+            now, was = (Header.decode(raw, storage.path) for raw in (first, unfinished.new_first or b""))
+        except QedfuseError:
+            raise changed_meanwhile(unfinished, storage.path) from None
+        if now.geometry != was.geometry:
+            raise changed_meanwhile(unfinished, storage.path)
         return Qcow2ToQedConversion(unfinished.old_size, None)
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:

@@ -18,6 +18,7 @@ from qedfuse.progress import Report
 from qedfuse.tools.in_place.apply import InPlace
 from qedfuse.tools.in_place.convert import FileConversion
 from qedfuse.tools.in_place.qcow2_tail import Tail
+from qedfuse.tools.in_place.qcow2_to_qed import Qcow2ToQedConversion
 from tests.helpers.images.qcow2_images import create, poke, qemu_io
 from tests.helpers.images.qcow2_in_place import DEFAULT, convert, expect_qed
 from tests.helpers.judges.in_place import silent
@@ -134,4 +135,44 @@ def test_another_program_made_it_something_else(tmp_path: Path, monkeypatch: pyt
         take_back(image)
     with pytest.raises(QedfuseError, match="not a qcow2 image"):
         trio.run(FileConversion(str(image), source="qcow2", target="qed").run, DEFAULT, silent)
+    assert image.read_bytes() == before
+
+
+async def interrupt(_self: object, _storage: Storage, _progress: Report) -> None:
+    raise Interruption
+
+
+def switched(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a conversion as SIGKILL would, before it gives anything back."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Qcow2ToQedConversion, "finish", interrupt)
+        with pytest.raises(Interruption):
+            convert(image)
+    assert image.read_bytes()[:4] == b"QED\0" and Path(f"{image}{SUFFIX}").exists()
+
+
+def test_the_new_image_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU writes to it, and does not even close it; then the conversion is finished."""
+    image = ordinary(tmp_path / "a.qcow2")
+    switched(image, monkeypatch)
+    words = ["qemu-io", "-f", "qed", "-c", "write -P 7 64k 1M", "-c", "flush", "-c", "sigraise 9", str(image)]
+    subprocess.run(words, check=False, capture_output=True, timeout=60)
+    flat = tmp_path / "flat"
+    qemu_img("convert", "-f", "qed", "-O", "raw", image, flat)
+    convert(image)
+    assert not Path(f"{image}{SUFFIX}").exists()
+    qemu_img("check", "-q", "-f", "qed", image)
+    qemu_img("compare", "-q", "-f", "raw", "-F", "qed", flat, image)
+
+
+@pytest.mark.parametrize("other", ["qcow2", "qed", "raw"])
+def test_the_new_image_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    """It is left alone, though what nothing refers to in it would be given back."""
+    image = ordinary(tmp_path / "a.qcow2")
+    switched(image, monkeypatch)
+    options = {"qcow2": [], "qed": ["-o", "table_size=2"], "raw": []}
+    qemu_img("create", "-q", "-f", other, *options[other], image, MIB)
+    before = image.read_bytes()
+    with pytest.raises(QedfuseError, match="another program has changed the file since then"):
+        convert(image)
     assert image.read_bytes() == before
