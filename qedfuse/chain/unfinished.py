@@ -25,6 +25,7 @@ from enum import Enum
 from qedfuse.chain.format_probe import FORMATS
 from qedfuse.errors import FormatError, QedfuseError
 from qedfuse.host.durable_note import read_note, remove_note, write_note
+from qedfuse.host.image_lock import lock
 from qedfuse.sizes import MAX_OFFSET, SECTOR_SIZE
 from qedfuse.text import describe
 
@@ -182,6 +183,13 @@ def refuse_unfinished(fd: int, path: str) -> None:
     found = find_unfinished(fd, path)
     if found is not None:
         raise UnfinishedError(path, way_out(found, path))
+
+
+def claim_for_writing(fd: int, path: str) -> None:
+    """A writer's locks for an open file that is to be changed with no chain around it. Blocks. Raises as
+    `image_lock.lock` and `refuse_unfinished` do."""
+    lock(fd, path, writable=True)
+    refuse_unfinished(fd, path)
 
 
 def refuse_unfinished_at(path: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple
 
+from qedfuse.chain.unfinished import claim_for_writing
 from qedfuse.check.check import Repair, check_image
 from qedfuse.check.result import CheckResult
 from qedfuse.errors import CorruptError, QedfuseError
@@ -38,7 +39,10 @@ async def compact_image(path: str, *, dry_run: bool = False, progress: Report | 
     not in order; InUseError, QedfuseError, OSError. After an error or cancellation the image reads as before.
     """
     async with closing(FileStorage.open(path, not dry_run)) as storage:
-        lock(storage.fileno(), path, writable=not dry_run)
+        if dry_run:
+            lock(storage.fileno(), path, writable=False)
+        else:
+            claim_for_writing(storage.fileno(), path)
         header = await read_header(storage)
         if storage.fixed:
             raise QedfuseError(path, "is a block device, which does not get shorter", errno.EINVAL)

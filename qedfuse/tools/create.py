@@ -9,11 +9,10 @@ import errno
 import os
 
 from qedfuse.chain.chain import open_backing
-from qedfuse.chain.unfinished import refuse_unfinished
+from qedfuse.chain.unfinished import claim_for_writing
 from qedfuse.errors import QedfuseError, UsageError
 from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.image_lock import lock
 from qedfuse.host.new_file import NewFile
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.header import (
@@ -62,8 +61,7 @@ async def _write_file(path: str, header: Header, backing_name: bytes) -> None:
                 if storage.fixed:
                     what = "is a block device, and a new qed image must be a regular file"
                     raise QedfuseError(path, what, errno.EINVAL)
-                lock(storage.fileno(), path, writable=True)
-                refuse_unfinished(storage.fileno(), path)
+                claim_for_writing(storage.fileno(), path)
                 await write_image(storage, header, backing_name)
                 await new.make_durable()
     except OSError as error:

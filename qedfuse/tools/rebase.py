@@ -32,10 +32,10 @@ from qedfuse.chain.chain import open_backing
 from qedfuse.chain.opening import open_for_use
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.chain.recovery import recover
+from qedfuse.chain.unfinished import claim_for_writing
 from qedfuse.errors import CorruptError
 from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import INLINE_WRITE_LIMIT, FileStorage
-from qedfuse.host.image_lock import lock
 from qedfuse.host.offload import closed_to_its_end
 from qedfuse.host.waiting import Breather
 from qedfuse.layers.layer import Layer
@@ -91,7 +91,7 @@ async def rename_backing(path: str, name: str, format: str | None = None) -> Non
     Raises InUseError, QedfuseError (`name` has the image in its chain, ENAMETOOLONG, ...) and OSError.
     """
     async with closing(FileStorage.open(path, writable=True)) as storage:
-        lock(storage.fileno(), path, writable=True)
+        claim_for_writing(storage.fileno(), path)
         header = await recover(storage, await read_header(storage))
         if name:
             await _refuse_loop(path, name, format)

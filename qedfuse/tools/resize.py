@@ -12,10 +12,10 @@ from typing import NamedTuple
 from qedfuse.chain.format_probe import PROBE_BYTES, QED, RAW, probe_format
 from qedfuse.chain.opening import open_image
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
+from qedfuse.chain.unfinished import claim_for_writing
 from qedfuse.errors import QedfuseError, UnsupportedError
 from qedfuse.host.closing import closing
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.image_lock import lock
 from qedfuse.host.storage import read, size_in_sectors
 from qedfuse.sizes import MAX_OFFSET, SECTOR_SIZE, round_up
 
@@ -62,7 +62,7 @@ async def _probe(path: str) -> str:
 
 async def _resize_raw(path: str, wanted: NewSize, may_shrink: bool) -> None:
     async with closing(FileStorage.open(path, writable=True)) as storage:
-        lock(storage.fileno(), path, writable=True)
+        claim_for_writing(storage.fileno(), path)
         if storage.fixed:
             raise QedfuseError(path, "is a block device, and stays as large as it is", errno.EINVAL)
         size = _new_size(path, wanted, size_in_sectors(storage), may_shrink)

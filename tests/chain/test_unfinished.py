@@ -147,11 +147,16 @@ def test_no_open_for_writing(image: Path) -> None:
     trio.run(main, True)
 
 
-def test_no_repair_and_no_new_image_in_its_place(image: Path) -> None:
+def test_nothing_else_writes_to_it(image: Path) -> None:
     before = image.read_bytes()
     commands: list[tuple[object, ...]] = [
         ("check", "-r", "all", image),
         ("create", image, "1M"),
+        ("compact", image),
+        ("resize", "-f", "raw", image, "4M"),
+        ("resize", image, "+4M"),
+        ("rebase", "-u", "-b", "base", "-F", "raw", image),
+        ("rebase", "-u", "-b", "", image),
         ("convert", "-O", "qed", image.parent / "other.raw", image),
         ("convert", image.parent / "other.raw", image),
     ]
