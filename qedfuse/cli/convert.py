@@ -27,8 +27,9 @@ from qedfuse.cli.params import (
     warn_of_objection,
 )
 from qedfuse.cli.progress import Bar, Percentage
-from qedfuse.cli.until_signal import until_signal
+from qedfuse.cli.until_signal import run_until_signal, until_signal
 from qedfuse.errors import EXIT_OK
+from qedfuse.host.waiting import NeedsEventLoopError
 
 _FORMATS = click.Choice(FORMATS)
 #: The values of `convert_sharing.Reflink`; the first is the default.
@@ -160,8 +161,6 @@ def convert(
         raise click.UsageError("-B: a raw target has no backing file, only -O qed does")
     if backing is not None and no_backing:
         raise click.UsageError("--no-backing excludes -B")
-    import trio
-
     from qedfuse.tools.convert import convert_image
     from qedfuse.tools.convert_sharing import Reflink
 
@@ -181,8 +180,14 @@ def convert(
         policy=backing_policy(backing_root, no_backing),
     )
     bar = _bar(percentage, quiet)
+    job = partial(job, progress=bar, tell=bar.describe)
     try:
-        outcome = trio.run(until_signal, partial(job, progress=bar, tell=bar.describe), share_hint(target=target))
+        try:  # loading an event loop takes longer than many conversions
+            outcome = run_until_signal(job, share_hint(target=target))
+        except NeedsEventLoopError:
+            import trio
+
+            outcome = trio.run(until_signal, job, share_hint(target=target))
     finally:
         bar.close()
     if isinstance(outcome, signal.Signals):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qedfuse.host.signals import ending_signals
+from qedfuse.host.waiting import run_blocking
 
 T = TypeVar("T")
+
+
+class _EndedError(BaseException):
+    """A signal has come."""
 
 
 async def until_signal(
@@ -33,3 +38,27 @@ async def until_signal(
                 outcome = await job()
             nursery.cancel_scope.cancel()
     return outcome
+
+
+def run_until_signal(
+    job: Callable[[], Coroutine[Any, Any, T]], explain: AbstractContextManager[None]
+) -> T | signal.Signals | None:
+    """As `until_signal`, without an event loop: the job is ended at its next checkpoint. Raises NeedsEventLoopError."""
+    received: list[signal.Signals] = []
+
+    def end_if_received() -> None:
+        if received:
+            raise _EndedError
+
+    before = {
+        number: signal.signal(number, lambda got, _: received.append(signal.Signals(got)))
+        for number in ending_signals()
+    }
+    try:
+        with explain:
+            return run_blocking(job(), end_if_received)
+    except _EndedError:
+        return received[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -18,10 +18,17 @@ T = TypeVar("T", bound=Closable)
 async def closing(file: T) -> AsyncIterator[T]:
     """`file`, which is closed when the block has ended. If the block fails it is that error that is raised, whatever
     comes of closing: a host that has failed once may well fail again, and would say less."""
-    try:
+    async with closed_on_error(file):
         yield file
+    await file.close()
+
+
+@asynccontextmanager
+async def closed_on_error(file: Closable) -> AsyncIterator[None]:
+    """As `closing`, but `file` stays open when the block has come to its end."""
+    try:
+        yield
     except BaseException:
         with suppress(OSError):
             await file.close()
         raise
-    await file.close()

@@ -10,6 +10,8 @@ from types import TracebackType
 from qedfuse.errors import InUseError
 from qedfuse.host import image_lock
 from qedfuse.host.file_id import FileId
+from qedfuse.host.host_call import Host, HostCall
+from qedfuse.host.waiting import in_thread
 
 
 class NewFile:
@@ -43,9 +45,8 @@ class NewFile:
     async def make_durable(self) -> None:
         """Its name; the content is not ours. Raises OSError."""
         if self.made:
-            import trio  # here: a look at a header comes by this module, and must not load an event loop
-
-            await trio.to_thread.run_sync(sync_directory, os.path.dirname(self._path))
+            host = Host(os.fstat(self._fd).st_dev, local=False)
+            await in_thread(HostCall(host, sync_directory, (os.path.dirname(self._path),)))
 
     def remove(self) -> None:
         """Take it away, unless its name is another file's by now or another process uses it, which has then found it

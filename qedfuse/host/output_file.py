@@ -15,8 +15,6 @@ import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
-import trio
-
 from qedfuse.errors import QedfuseError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
@@ -24,6 +22,7 @@ from qedfuse.host.image_lock import lock
 from qedfuse.host.new_file import NewFile
 from qedfuse.host.reflink import clone_range
 from qedfuse.host.storage import Buffer
+from qedfuse.host.waiting import shielded
 
 #: So much at a time the host is told to begin writing out: little is left for the sync at the end.
 _WRITEBACK_BYTES = 8 << 20
@@ -115,7 +114,7 @@ async def open_output(
                 await new.make_durable()
             except BaseException:
                 if begun:
-                    with trio.CancelScope(shield=True), suppress(OSError):
+                    with shielded(), suppress(OSError):
                         await file.truncate(0)
                 with suppress(OSError):
                     await file.release()

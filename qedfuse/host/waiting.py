@@ -14,10 +14,11 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from enum import Enum, auto
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from qedfuse.host.host_call import HostCall
 
@@ -33,11 +34,57 @@ class Way(Enum):
 
 
 way = ContextVar("way", default=Way.TRIO)
+#: Under `run_blocking`: what is done at each checkpoint.
+_at_checkpoint: ContextVar[Callable[[], None] | None] = ContextVar("_at_checkpoint", default=None)
 
 
-def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that waits for nothing but what is here. Returns and raises what it does."""
+class NeedsEventLoopError(Exception):
+    """What was asked for cannot be done under `run_blocking`. Nothing has been done."""
+
+
+class Event(Protocol):
+    """See `trio.Event`."""
+
+    def set(self) -> object: ...
+    def is_set(self) -> bool: ...
+    async def wait(self) -> None: ...
+
+
+class _Never:
+    """An event for which nothing else waits."""
+
+    def set(self) -> None:
+        pass
+
+    def is_set(self) -> bool:
+        return False
+
+    async def wait(self) -> None:
+        raise AssertionError("there is no other task")
+
+
+def new_event() -> Event:
+    if way.get() is Way.BLOCKING:
+        return _Never()
+    import trio
+
+    return trio.Event()
+
+
+def shielded() -> AbstractContextManager[object]:
+    """For a block that is carried out whatever is cancelled."""
+    if way.get() is not Way.TRIO:
+        return nullcontext()
+    import trio
+
+    return trio.CancelScope(shield=True)
+
+
+def run_blocking(coroutine: Coroutine[Any, Any, T], at_checkpoint: Callable[[], None] | None = None) -> T:
+    """Run a coroutine that waits for nothing but what is here. Returns and raises what it does. `at_checkpoint` is
+    called at each checkpoint, and ends the coroutine by raising."""
     token = way.set(Way.BLOCKING)
+    check = _at_checkpoint.set(at_checkpoint)
     main = threading.current_thread() is threading.main_thread()
     guard = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if guard:
@@ -50,6 +97,7 @@ def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     finally:
         coroutine.close()
         way.reset(token)
+        _at_checkpoint.reset(check)
         if guard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     raise RuntimeError("a coroutine needs an event loop")
@@ -88,10 +136,13 @@ def in_background(call: Callable[[], object]) -> None:
 
 async def checkpoint() -> None:
     """Let other tasks run, and cancellation in."""
-    if way.get() is Way.TRIO:
+    current = way.get()
+    if current is Way.TRIO:
         import trio
 
         await trio.lowlevel.checkpoint()
+    elif current is Way.BLOCKING and (check := _at_checkpoint.get()) is not None:
+        check()
 
 
 #: Seconds of work after which other tasks have their turn.

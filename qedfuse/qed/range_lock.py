@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-import trio
+from qedfuse.host.waiting import Event, new_event
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ class _Claim:
         self.start = start
         self.end = end
         self.exclusive = exclusive
-        self.granted: trio.Event | None = None
+        self.granted: Event | None = None
 
     def conflicts(self, other: _Claim) -> bool:
         return (self.exclusive or other.exclusive) and self.start < other.end and other.start < self.end
@@ -49,7 +49,7 @@ class RangeLock:
         self._claims.append(claim)
         try:
             if any(other.conflicts(claim) for other in self._before(claim)):
-                claim.granted = trio.Event()
+                claim.granted = new_event()
                 await claim.granted.wait()
             yield
         finally:

@@ -14,10 +14,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 
-import trio
-
 from qedfuse.errors import CorruptError
 from qedfuse.host.storage import Storage, fill, size_in_sectors
+from qedfuse.host.waiting import Event, new_event
 from qedfuse.layers.extents import HostExtents
 from qedfuse.layers.runs import NO_PLACE, Kind, Run, append_run
 from qedfuse.qed.allocator import Allocator, HostRun
@@ -74,7 +73,7 @@ class Tables:
         self.dirty_l1: set[int] = set()
         self.dirty_l2: set[int] = set()
         self.new_tables: dict[TableIndex, HostOffset] = {}  # the file's L1 table does not refer to them
-        self._loading: dict[tuple[PageMap, int], trio.Event] = {}
+        self._loading: dict[tuple[PageMap, int], Event] = {}
 
     # -- looking up ---------------------------------------------------------------------------------------------------
 
@@ -232,7 +231,7 @@ class Tables:
         if busy is not None:
             await busy.wait()
             return
-        done = self._loading[level, index] = trio.Event()
+        done = self._loading[level, index] = new_event()
         try:
             content = bytearray(PAGE_SIZE)
             await fill(self._storage, host, memoryview(content))

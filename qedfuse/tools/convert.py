@@ -18,14 +18,14 @@ import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
 
-from qedfuse.chain.chain import open_backing, open_layer
+from qedfuse.chain.alone import open_alone
 from qedfuse.chain.policy import ANY_BACKING, BackingPolicy
 from qedfuse.chain.unfinished import refuse_unfinished_at
 from qedfuse.errors import UsageError
 from qedfuse.host.closing import closing
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import INLINE_WRITE_LIMIT
-from qedfuse.host.waiting import Breather
+from qedfuse.host.waiting import Breather, NeedsEventLoopError, Way, way
 from qedfuse.layers.layer import Layer
 from qedfuse.layers.resolve import read_layer_into
 from qedfuse.progress import Report
@@ -36,7 +36,7 @@ from qedfuse.sizes import SECTOR_SIZE, round_down, round_up
 from qedfuse.tools.blocks import are_data, differ, runs
 from qedfuse.tools.convert_ranges import Range, data_ranges, differing_ranges, files_of, whole_range, widened
 from qedfuse.tools.convert_sharing import Reflink, Sharing
-from qedfuse.tools.convert_target import FileTarget, Target, new_qed_target, old_qed_target, raw_target
+from qedfuse.tools.convert_target import FileTarget, Target, new_qed_target, raw_target
 
 #: So many zeroes in a row become a hole: qemu-img's default.
 SPARSE_SIZE = 4096
@@ -84,6 +84,7 @@ async def convert_image(
 
     Returns the header of a new QED image. Raises UsageError, InUseError, QedfuseError, OSError. On an error, and when
     cancelled, a new target is removed and one that was to be replaced is empty; with `create` False it is half-written.
+    Under `run_blocking` NeedsEventLoopError, with nothing changed, unless source and target are files by themselves.
     """
     if sparse_size % SECTOR_SIZE or not 0 <= sparse_size <= MAX_SPARSE_SIZE:
         raise UsageError(target, f"the sparse size must be a multiple of {SECTOR_SIZE} up to {MAX_SPARSE_SIZE}")
@@ -95,32 +96,50 @@ async def convert_image(
         raise UsageError(target, f"blocks cannot be shared: {obstacle}")
     refuse_unfinished_at(target)
     async with AsyncExitStack() as stack:
-        top = await stack.enter_async_context(
-            closing(await open_layer(source, source_format, share=share, policy=policy))
-        )
-        below: Layer | None = None
-        if backing is not None:
-            below = await stack.enter_async_context(
-                closing(await open_backing(target, backing, backing_format, share=share, policy=policy))
-            )
-        sources = _names(top) | (_names(below) if below else {})
+        top = await stack.enter_async_context(closing(await _open_source(source, source_format, share, policy)))
         size = top.size
+        below: Layer | None = None
         header: Header | None = None
         out: Target
         if target_format == "raw":
-            out = await stack.enter_async_context(raw_target(target, size, create=create, sources=sources))
-        elif create:
-            name = os.fsencode(backing or "")
-            is_raw = below is not None and below.format == "raw"
-            header = new_header(target, size, geometry or Geometry(), name, backing_is_raw=is_raw)
-            out = await stack.enter_async_context(new_qed_target(target, header, name, below, sources=sources))
+            out = await stack.enter_async_context(raw_target(target, size, create=create, sources=_names(top)))
+        elif create and backing is None:
+            header = new_header(target, size, geometry or Geometry())
+            out = await stack.enter_async_context(new_qed_target(target, header, sources=_names(top)))
         else:
-            out = await stack.enter_async_context(old_qed_target(target, size, policy=policy, sources=sources))
+            _need_event_loop()
+            from qedfuse.chain.chain import open_backing
+            from qedfuse.tools.convert_image_target import old_qed_target, overlay_target
+
+            if backing is None:
+                old = old_qed_target(target, size, policy=policy, sources=_names(top))
+                out = await stack.enter_async_context(old)
+            else:
+                below = await stack.enter_async_context(
+                    closing(await open_backing(target, backing, backing_format, share=share, policy=policy))
+                )
+                name = os.fsencode(backing)
+                header = new_header(target, size, geometry or Geometry(), name, backing_is_raw=below.format == "raw")
+                sources = _names(top) | _names(below)
+                out = await stack.enter_async_context(overlay_target(target, header, name, below, sources=sources))
         sharing: Sharing | None = None
         if isinstance(out, FileTarget) and not obstacle and reflink is not Reflink.NEVER:
             sharing = Sharing(top, out, target, always=reflink is Reflink.ALWAYS)
         await _Copy(top, size, out, below, sparse_size, sharing).run(progress, tell)
     return header
+
+
+def _need_event_loop() -> None:
+    if way.get() is Way.BLOCKING:
+        raise NeedsEventLoopError
+
+
+async def _open_source(path: str, format: str | None, share: bool, policy: BackingPolicy) -> Layer:
+    if way.get() is Way.BLOCKING:
+        return await open_alone(path, format, share=share)
+    from qedfuse.chain.chain import open_layer
+
+    return await open_layer(path, format, share=share, policy=policy)
 
 
 def _obstacle(*, is_image: bool, create: bool, backing: str | None, sparse_size: int) -> str | None:

@@ -1,28 +1,20 @@
-"""What a conversion fills: a raw disk or a QED image, new or there already.
-
-A raw disk and a new image without a backing file are filled in the file itself (`FileTarget`), since it is known where
-a range goes. An image that is there, or has something below it, is written by the engine.
+"""What a conversion fills: a raw disk, or a new QED image. Both are filled in the file itself, since it is known where
+a range goes, and it can be shared with another file. (What the engine fills is in `convert_image_target.py`.)
 """
 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Protocol, runtime_checkable
 
-import trio
-
-from qedfuse.chain.opening import open_image
-from qedfuse.chain.policy import BackingPolicy
 from qedfuse.errors import QedfuseError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
-from qedfuse.host.output_file import OutputFile, open_output, refuse_sources
-from qedfuse.layers.layer import Layer
+from qedfuse.host.output_file import OutputFile, open_output
+from qedfuse.host.waiting import checkpoint
 from qedfuse.qed.header import Header
-from qedfuse.qed.image import Image
 from qedfuse.qed.new_image import write_image
 from qedfuse.qed.table_writer import SequentialWriter
 from qedfuse.sizes import GuestOffset, round_down
@@ -81,7 +73,7 @@ class RawTarget:
 
     async def zero(self, offset: int, size: int) -> None:
         for start in range(offset, offset + size, _ZERO_STEP):
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
             await self._file.punch(start, min(_ZERO_STEP, offset + size - start))
 
     def keep_zeroes(self) -> None:
@@ -125,24 +117,6 @@ class NewQedTarget:
         await self._file.truncate(self._writer.end)
 
 
-class ImageTarget:
-    """A QED image that the engine writes. See `Target`."""
-
-    def __init__(self, image: Image, *, blank: bool) -> None:
-        self.blank = blank
-        self.unit = image.geometry.cluster_size
-        self._image = image
-
-    async def write(self, offset: int, data: memoryview) -> None:
-        await self._image.write(offset, data)
-
-    async def zero(self, offset: int, size: int) -> None:
-        await self._image.zero(offset, size)
-
-    def keep_zeroes(self) -> None:
-        self._image.keep_zeroes()
-
-
 async def _share(file: OutputFile, offset: int, source: FileStorage, start: int, size: int) -> int:
     size = min(round_down(size, file.block_size), _SHARE_STEP)
     if not size or (offset | start) % file.block_size:
@@ -161,44 +135,21 @@ async def raw_target(path: str, size: int, *, create: bool, sources: Mapping[Fil
         if file.made:
             await file.truncate(size)
         else:
-            _check_room(path, file.size(), size)
+            check_room(path, file.size(), size)
         yield RawTarget(file)
 
 
 @asynccontextmanager
-async def new_qed_target(
-    path: str, header: Header, backing_name: bytes, backing: Layer | None, *, sources: Mapping[FileId, str]
-) -> AsyncIterator[NewQedTarget | ImageTarget]:
-    """A new image, empty over `backing`, which is the image's from then on; see `open_output`."""
+async def new_qed_target(path: str, header: Header, *, sources: Mapping[FileId, str]) -> AsyncIterator[NewQedTarget]:
+    """A new image without a backing file; see `open_output`."""
     async with open_output(path, create=True, is_image=True, sources=sources) as file:
-        await write_image(file, header, backing_name)
-        if backing is None:
-            target = NewQedTarget(file, header)
-            yield target
-            await target.finish()
-            return
-        image = Image(file, header, backing, writable=True)
-        try:
-            yield ImageTarget(image, blank=True)
-        except BaseException:
-            with trio.CancelScope(shield=True), suppress(OSError):
-                await image.close()
-            raise
-        await image.close()
+        await write_image(file, header)
+        target = NewQedTarget(file, header)
+        yield target
+        await target.finish()
 
 
-@asynccontextmanager
-async def old_qed_target(
-    path: str, size: int, *, policy: BackingPolicy, sources: Mapping[FileId, str]
-) -> AsyncIterator[ImageTarget]:
-    """An image that is there, of `size` bytes or more; see `open_image`. If the block fails, part of it is written."""
-    refuse_sources(path, os.stat(path), sources)
-    async with open_image(path, policy=policy) as image:
-        _check_room(path, image.size, size)
-        yield ImageTarget(image, blank=False)
-        await image.flush()
-
-
-def _check_room(path: str, size: int, wanted: int) -> None:
+def check_room(path: str, size: int, wanted: int) -> None:
+    """Raise ENOSPC if a target that exists is smaller than what it is to hold; bytes."""
     if size < wanted:
         raise QedfuseError(path, f"is smaller ({size} bytes) than the source ({wanted} bytes)", errno.ENOSPC)

@@ -21,13 +21,13 @@ from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.qed.geometry import Geometry
 from qedfuse.qed.new_image import new_header
+from qedfuse.tools.convert_image_target import old_qed_target, overlay_target
 from qedfuse.tools.convert_target import (
     FileTarget,
     NewQedTarget,
     RawTarget,
     Target,
     new_qed_target,
-    old_qed_target,
     raw_target,
 )
 from tests.helpers.images.conversions import flat, qemu_finds_no_error, scatter, usage
@@ -107,10 +107,14 @@ def _new_image(path: Path, below: Path | None) -> Subject:
 
     @asynccontextmanager
     async def opening(size: int = SIZE, sources: Sources | None = None) -> AsyncIterator[Target]:
-        backing = await open_layer(str(below), "raw") if below else None
         header = new_header(str(path), size, Geometry(), name, backing_is_raw=bool(below))
-        async with new_qed_target(str(path), header, name, backing, sources=sources or {}) as target:
-            yield target
+        if below is None:
+            async with new_qed_target(str(path), header, sources=sources or {}) as target:
+                yield target
+            return
+        backing = await open_layer(str(below), "raw")
+        async with overlay_target(str(path), header, name, backing, sources=sources or {}) as overlay:
+            yield overlay
 
     before = below.read_bytes() if below else b""
     return Subject(path, opening, before[:SIZE].ljust(SIZE, b"\0"), is_image=True)
