@@ -43,7 +43,7 @@ class NeedsEventLoopError(Exception):
 
 
 class Event(Protocol):
-    """See `trio.Event`."""
+    """What tasks wait for until one of them sets it, as trio has it."""
 
     def set(self) -> object: ...
     def is_set(self) -> bool: ...

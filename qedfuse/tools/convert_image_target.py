@@ -19,7 +19,7 @@ from qedfuse.tools.convert_target import check_room
 
 
 class ImageTarget:
-    """A QED image that the engine writes. See `Target`."""
+    """A QED image that the engine writes. See `convert_target.Target`."""
 
     def __init__(self, image: Image, *, blank: bool) -> None:
         self.blank = blank
