@@ -56,8 +56,9 @@ class Step(Enum):
 @dataclass(frozen=True)
 class Unfinished:
     """What a journal says. `source` and `target` are formats, `old_size` is the file's size before (bytes), and
-    `grown_size` that with what has been reserved behind it; `old_first` and `new_first` are the first sector (512
-    bytes) of the old and the new image, of which the latter is known from step SWITCH on."""
+    `grown_size` that with what has been reserved behind it, or from step SWITCH on the size at the switch; `old_first`
+    and `new_first` are the first sector (512 bytes) of the old and the new image, of which the latter is known from
+    step SWITCH on."""
 
     source: str
     target: str

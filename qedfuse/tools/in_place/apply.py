@@ -23,11 +23,12 @@ What a crash leaves (any subset of what was written since the last completed syn
     7, 8        the new one, of which a part may not have been given back yet
 
 With a journal that says TAIL (since 1), or SWITCH (since 4) over the old first sector, the conversion is taken back by
-cutting the tail off; with SWITCH over the new one, by the old first sector and then the cut; with FINISH (since 6), not
-at all. To finish it, what is not switched is taken back and begun anew, since another program may have written to the
-old image meanwhile; what is switched goes on with 6. Taking back and finishing may crash and be repeated: each leaves
-a state of the table until its last step, which removes the journal. Both write the first sector again whichever it is:
-after a sync that has failed, what is read need not be what is on the disk.
+cutting the tail off; with SWITCH over the new one, by the old first sector and then the cut, unless another program has
+used the new image meanwhile (`rehearsal.py`); with FINISH (since 6), not at all. To finish it, what is not switched is
+taken back and begun anew, since another program may have written to the old image meanwhile; what is switched goes on
+with 6. Taking back and finishing may crash and be repeated: each leaves a state of the table until its last step, which
+removes the journal. Both write the first sector again whichever it is: after a sync that has failed, what is read need
+not be what is on the disk.
 
 If something fails or the caller is cancelled before 5, all is taken back at once. Nobody else may write meanwhile:
 QEMU's locks are the caller's affair.
@@ -93,7 +94,10 @@ class InPlace:
             new_first = await conversion.write_tail(storage, progress)
             await storage.sync()
             old_first = await read(storage, 0, SECTOR_SIZE)  # if it was altered it may be another one
-            unfinished = replace(unfinished, step=Step.SWITCH, old_first=old_first, new_first=new_first)
+            grown_size = storage.size()  # moves within the old image may have made it longer
+            unfinished = replace(
+                unfinished, grown_size=grown_size, old_first=old_first, new_first=new_first, step=Step.SWITCH
+            )
             await self._in_thread(self._journal.write, unfinished)
         except BaseException:
             await self._retreat(conversion)
@@ -118,9 +122,9 @@ class InPlace:
         """Make the file what it was before a conversion that has been interrupted."""
         storage = self._storage
         if found.step is Step.FINISH:
-            self.ending = GO_ON
-            raise UnfinishedError(storage.path, f"{found} can be taken back no more, only finished (without --undo)")
-        await self._is_switched(found)  # raises if that is not to be told
+            raise self._too_late(f"{found} can be taken back no more")
+        if await self._is_switched(found) and not await self._converter.is_unused(storage, found):
+            raise self._too_late(f"was used since {found} was interrupted, which can be taken back no more")
         if found.step is Step.SWITCH:
             self.ending = GO_ON_OR_BACK
             await self._put_first(found.old_first)
@@ -131,6 +135,10 @@ class InPlace:
         await storage.sync()
         await self._in_thread(self._journal.remove)
         self.ending = self._unchanged
+
+    def _too_late(self, message: str) -> UnfinishedError:
+        self.ending = GO_ON
+        return UnfinishedError(self._storage.path, f"{message}, only finished (without --undo)")
 
     async def _is_switched(self, found: Unfinished) -> bool:
         """Whether the file is the new image. Raises UnfinishedError if that cannot be told."""

@@ -64,6 +64,11 @@ class Converter(Protocol):
         """For a file that is the new image already: only `finish` is called. Refuses a file that is another one."""
         ...
 
+    async def is_unused(self, storage: Storage, unfinished: Unfinished) -> bool:
+        """For a file that became the new image just now, or so it seems: whether it holds what `write_tail` has made of
+        the old one, and no more, so that nothing is lost with it."""
+        ...
+
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:
         """For a file that is the old image, perhaps with a longer tail: where (bytes) the tail may be cut off. That is
         the old size; but more if another program has used the tail for the old image meanwhile."""

@@ -34,6 +34,7 @@ from qedfuse.sizes import SECTOR_SIZE, round_up
 from qedfuse.tools.in_place.plan import Wanted
 from qedfuse.tools.in_place.qcow2_scan import end_in_use, scan
 from qedfuse.tools.in_place.qcow2_tail import Tail
+from qedfuse.tools.in_place.rehearsal import is_unused
 
 #: What a QED image can say of its backing file: it is raw, or to be probed.
 _PROBED_FORMATS = (None, "qcow2", "qed")
@@ -68,6 +69,10 @@ class Qcow2ToQed:
         if now.geometry != was.geometry:
             raise changed_meanwhile(unfinished, storage.path)
         return Qcow2ToQedConversion(unfinished.old_size, None)
+
+    async def is_unused(self, storage: Storage, unfinished: Unfinished) -> bool:
+        wanted = Wanted(table_size=(await read_header(storage)).table_size, force=True)
+        return await is_unused(storage, unfinished, unfinished.old_size, self, wanted)
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:
         """QEMU puts clusters where the reference counts say that nothing is, be it in the tail."""

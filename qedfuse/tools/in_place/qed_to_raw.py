@@ -24,6 +24,7 @@ from qedfuse.sizes import SECTOR_SIZE
 from qedfuse.tools.in_place.coming_home import ComingHome, has_data
 from qedfuse.tools.in_place.homes import Homes, Survey, end_in_use, survey
 from qedfuse.tools.in_place.plan import Wanted
+from qedfuse.tools.in_place.rehearsal import is_unused
 
 #: Bytes that are copied at once.
 _PIECE = 1 << 20
@@ -47,9 +48,15 @@ class QedToRaw:
         return QedToRawConversion(storage.size(), header.image_size, homes, found, moves)
 
     async def resume(self, storage: Storage, unfinished: Unfinished) -> QedToRawConversion:
-        if await read(storage, 0, SECTOR_SIZE) != unfinished.new_first:
+        """The first sector of a raw disk is often all zeroes, and tells nothing."""
+        size = Header.decode(unfinished.old_first, storage.path).image_size
+        first = await read(storage, 0, SECTOR_SIZE)
+        if first != unfinished.new_first or storage.size() not in (unfinished.grown_size, size):
             raise changed_meanwhile(unfinished, storage.path)
-        return QedToRawConversion(unfinished.old_size, Header.decode(unfinished.old_first, storage.path).image_size)
+        return QedToRawConversion(unfinished.old_size, size)
+
+    async def is_unused(self, storage: Storage, unfinished: Unfinished) -> bool:
+        return await is_unused(storage, unfinished, unfinished.grown_size, self, Wanted())
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:
         homes = Homes(storage, await read_header(storage))
@@ -113,8 +120,8 @@ class QedToRawConversion:
         await homes.each_empty_run(clear)
         end = min(homes.header.cluster_size, self._size)
         self._before = await _pieces(storage, SECTOR_SIZE, end)
-        await _clear(storage, SECTOR_SIZE, end, homes.breathe)
         if found.first <= ZERO_CLUSTER:
+            await _clear(storage, SECTOR_SIZE, end, homes.breathe)
             return bytes(SECTOR_SIZE)
         for start in range(0, end, _PIECE):
             await homes.breathe()
@@ -124,6 +131,8 @@ class QedToRawConversion:
                 await fill(storage, found.first + first, target)
             if piece.count(0) < len(piece):
                 await storage.write(first, [piece])
+            else:
+                await _clear(storage, first, first + len(piece), homes.breathe)
         return await read(storage, found.first, SECTOR_SIZE)
 
     async def restore(self, storage: Storage) -> None:

@@ -27,6 +27,7 @@ from qedfuse.qed.new_image import qemu_objection
 from qedfuse.sizes import ENTRY_SIZE, SECTOR_SIZE, round_up
 from qedfuse.tools.in_place.home_entries import HomeEntries
 from qedfuse.tools.in_place.plan import Wanted
+from qedfuse.tools.in_place.rehearsal import is_unused
 
 #: L2 entries take so many bytes at most, if larger clusters can see to it.
 MAX_TABLE_BYTES = 64 << 20
@@ -85,6 +86,11 @@ class RawToQed:
             raise changed_meanwhile(unfinished, storage.path)
         header = await read_header(storage)
         return RawToQedConversion(unfinished.old_size, header.geometry)
+
+    async def is_unused(self, storage: Storage, unfinished: Unfinished) -> bool:
+        geometry = (await read_header(storage)).geometry
+        wanted = Wanted(geometry.cluster_size, geometry.table_size)
+        return await is_unused(storage, unfinished, unfinished.old_size, self, wanted)
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:
         """Nothing tells what another program has put into the tail of a raw disk. But it must be this file, and this
