@@ -19,6 +19,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import Enum
 
@@ -163,9 +164,10 @@ def journal_path(fd: int, path: str) -> str:
     return (real if os.path.isabs(real) else os.path.realpath(path)) + SUFFIX
 
 
-def read_journal(path: str) -> Unfinished | None:
-    """What the journal at `path` says, None if there is none. Blocks. Raises FormatError, OSError."""
-    content = read_note(path, _MAX_BYTES + 1)
+def read_journal(path: str, owners: Container[int] | None = None) -> Unfinished | None:
+    """What the journal at `path` says, None if there is none. `owners`: see `read_note`. Blocks. Raises FormatError,
+    OSError."""
+    content = read_note(path, _MAX_BYTES + 1, owners)
     if content is None:
         return None
     if len(content) > _MAX_BYTES:
@@ -219,16 +221,17 @@ def way_out(found: Unfinished, path: str) -> str:
 
 
 class Journal:
-    """The journal of a file at `path`, for the one process that has the file's locks. All calls block, and raise
-    OSError."""
+    """The journal at `path` of a file with a `mode` and an `owner` (a user id; None: this user), for the one process
+    that has the file's locks. All calls block, and raise OSError."""
 
-    def __init__(self, path: str, mode: int) -> None:
+    def __init__(self, path: str, mode: int, owner: int | None = None) -> None:
         self._path = path
         self._mode = stat.S_IMODE(mode) & 0o666  # it holds a part of the file
+        self._owners = {0, os.geteuid()} if owner is None else {0, os.geteuid(), owner}
 
     def read(self) -> Unfinished | None:
-        """See `read_journal`."""
-        return read_journal(self._path)
+        """See `read_journal`. What it says is done to the file, so that it must be from one who may write to that."""
+        return read_journal(self._path, self._owners)
 
     def write(self, unfinished: Unfinished) -> None:
         """Durable on return. If it fails, the journal is as before or as it was to be."""

@@ -12,17 +12,20 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Container
 from contextlib import suppress
 
+from qedfuse.errors import QedfuseError
 from qedfuse.host.new_file import sync_directory
 
 #: What a temporary name ends with.
 _NEW = ".new"
 
 
-def read_note(path: str, most: int) -> bytes | None:
+def read_note(path: str, most: int, owners: Container[int] | None = None) -> bytes | None:
     """The content, of which `most` bytes are looked at; None if there is none. Raises OSError, EINVAL for what is no
-    regular file: the name may have been put there by a stranger. No symbolic link is followed."""
+    regular file, EPERM for one of none of the `owners` (user ids): the name may have been put there by a stranger. No
+    symbolic link is followed."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW)
     except OSError as error:
@@ -30,8 +33,11 @@ def read_note(path: str, most: int) -> bytes | None:
             return None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+        if owners is not None and status.st_uid not in owners:
+            raise QedfuseError(path, "belongs to another user; remove it, unless that user is trusted", errno.EPERM)
         with open(fd, "rb", closefd=False) as file:
             return file.read(most)
     finally:

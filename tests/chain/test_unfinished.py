@@ -116,6 +116,22 @@ def test_no_regular_file(tmp_path: Path) -> None:
             read_journal(str(path))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_one_of_a_stranger(tmp_path: Path) -> None:
+    """In a directory that all may write to, it could have a part of the file cut off."""
+    disk, user = tmp_path / "disk", 65534
+    disk.write_bytes(bytes(1 << 20))
+    leave_journal(disk, replace(EVERY[0], old_size=512, grown_size=2 << 20, old_first=bytes(512)))
+    os.chown(journal_of(disk), user, -1)
+    for undo in ([], ["--undo"]):
+        done = qedfuse_inside("convert", "--in-place", "-f", "raw", "-O", "qed", *undo, disk)
+        one_line(done, 1, f"{journal_of(disk)}: belongs to another user", f"{disk} is unchanged")
+        assert disk.read_bytes() == bytes(1 << 20)
+    os.chown(disk, user, -1)
+    assert qedfuse_inside("convert", "--in-place", "--undo", disk).code == 0
+    assert disk.stat().st_size == 512
+
+
 def test_it_lies_beside_the_file_itself(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()

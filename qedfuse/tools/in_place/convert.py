@@ -92,7 +92,8 @@ class FileConversion:
             raise UnsupportedError(self._path, f"{message}; use `qedfuse convert SOURCE TARGET`")
         lock(storage.fileno(), self._path, writable=True)
         refuse_other_users(storage.fileno(), self._path)
-        return Journal(journal_path(storage.fileno(), self._path), storage.stat().st_mode)
+        status = storage.stat()
+        return Journal(journal_path(storage.fileno(), self._path), status.st_mode, status.st_uid)
 
     def _refuse_another(self, found: Unfinished) -> None:
         """What is under way must be what is asked for."""
