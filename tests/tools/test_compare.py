@@ -52,6 +52,20 @@ def test_each_format_with_its_chain(
     assert expect_agreement(capfd, "-q", *formats, image, copy) == (1, "")
 
 
+def test_the_last_sector_of_an_odd_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What the file lacks of it is zeroes, in another part of the map than the rest."""
+    odd, whole, other = tmp_path / "odd", tmp_path / "whole", tmp_path / "other"
+    odd.write_bytes(b"x" * 1000)
+    whole.write_bytes(b"x" * 1000 + bytes(24))
+    other.write_bytes(b"x" * 1000 + b"y" * 24)
+    formats = ("-f", "raw", "-F", "raw")
+    for one, two in ((odd, whole), (whole, odd), (odd, odd)):
+        assert expect_agreement(capfd, *formats, one, two) == (0, "Images are identical.\n")
+    for one, two in ((odd, other), (other, odd)):
+        assert main(["compare", *formats, str(one), str(two)]) == theirs(*formats, one, two)[0] == 1
+        assert capfd.readouterr().out == "Content mismatch at offset 512!\n"
+
+
 WRITES = st.lists(
     st.tuples(
         st.sampled_from(["-P 1", "-P 2", "-P 0", "-z"]),

@@ -107,6 +107,16 @@ def test_in_use_by_qemu(qedfuse: Runner, command: Command, tool: str, tmp_path: 
     assert qedfuse(*command(path)).code == 0
 
 
+def test_a_raw_disk_in_use(qedfuse: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+    with qemu_holding("qemu-nbd", str(path), writable=True, format="raw"):
+        done = qedfuse("resize", "-f", "raw", path, "2M")
+        one_line(done, 1, f"{path}: is in use by another process (qemu-nbd, pid ")
+        assert path.stat().st_size == MIB
+    assert qedfuse("resize", "-f", "raw", path, "2M").code == 0
+
+
 @ALL
 def test_mounted(qedfuse: Runner, command: Command, source: Path, point: Path) -> None:
     path = new_image(source / "disk.qed", fill=1)
