@@ -28,7 +28,7 @@ from tests.helpers.judges.strace_log import CALLS
 from tests.helpers.qemu.cli import TIMEOUT, environment, new_image, qedfuse, qemu_img, qemu_io
 
 #: How many moments of a run are tried.
-SAMPLES = 3
+SAMPLES = 2
 MANY = 40
 
 SMALL_BATCHES = (
