@@ -19,6 +19,7 @@ from qedfuse.errors import QedfuseError
 from qedfuse.host.file_id import FileId
 from qedfuse.host.file_storage import FileStorage
 from qedfuse.host.image_lock import lock
+from qedfuse.host.loop_device import files_behind
 from qedfuse.host.new_file import NewFile
 from qedfuse.host.reflink import clone_range
 from qedfuse.host.storage import Buffer
@@ -29,10 +30,12 @@ _WRITEBACK_BYTES = 8 << 20
 
 
 def refuse_sources(path: str, status: os.stat_result, sources: Mapping[FileId, str]) -> None:
-    """Raise QedfuseError if the target is one of the files that are read, given with their names."""
-    source = sources.get(FileId.of(status))
-    if source is not None:
-        raise QedfuseError(path, f"cannot be the target: it is read from (as {source})", errno.EINVAL)
+    """Raise QedfuseError if the target is one of the files that are read, given with their names, or a loop device
+    shows the one as the other."""
+    target = FileId.of(status)
+    for source, name in sources.items():
+        if source == target or source in files_behind(target) or target in files_behind(source):
+            raise QedfuseError(path, f"cannot be the target: it is read from (as {name})", errno.EINVAL)
 
 
 class OutputFile(FileStorage):

@@ -37,6 +37,7 @@ from qedfuse.tools.blocks import are_data, differ, runs
 from qedfuse.tools.convert_ranges import Range, data_ranges, differing_ranges, files_of, whole_range, widened
 from qedfuse.tools.convert_sharing import Reflink, Sharing
 from qedfuse.tools.convert_target import FileTarget, Target, new_qed_target, raw_target
+from qedfuse.tools.shrinking import refuse_shrunk
 
 #: So many zeroes in a row become a hole: qemu-img's default.
 SPARSE_SIZE = 4096
@@ -125,7 +126,8 @@ async def convert_image(
         sharing: Sharing | None = None
         if isinstance(out, FileTarget) and not obstacle and reflink is not Reflink.NEVER:
             sharing = Sharing(top, out, target, always=reflink is Reflink.ALWAYS)
-        await _Copy(top, size, out, below, sparse_size, sharing).run(progress, tell)
+        with refuse_shrunk(top, below):
+            await _Copy(top, size, out, below, sparse_size, sharing).run(progress, tell)
     return header
 
 

@@ -47,6 +47,7 @@ from qedfuse.qed.image import Image
 from qedfuse.sizes import round_down, round_up
 from qedfuse.tools.blocks import differ, runs
 from qedfuse.tools.convert_ranges import Range, data_ranges, differing_ranges, widened
+from qedfuse.tools.shrinking import refuse_shrunk
 
 #: Bytes that are compared at a time.
 _STEP = INLINE_WRITE_LIMIT
@@ -113,7 +114,8 @@ async def put_below(image: Image, layer: Layer | None, name: str, progress: Repo
     """Steps 1 to 3."""
     old = image.backing
     try:
-        await _copy_what_differs(image, layer, progress)
+        with refuse_shrunk(old, layer):
+            await _copy_what_differs(image, layer, progress)
         await image.set_backing(layer, name)
     finally:
         if old is not None and image.backing is not old:
