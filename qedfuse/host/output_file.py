@@ -41,7 +41,7 @@ def refuse_sources(path: str, status: os.stat_result, sources: Mapping[FileId, s
 class OutputFile(FileStorage):
     """The file. `made`: it was made or emptied for this; otherwise it keeps its size (a block device, for one).
 
-    It keeps no order among its writes, since before `finish` it is of no use: nothing is synced earlier. With
+    It keeps no order among its writes, since before `finish` it is of no use: none is synced earlier. With
     `is_image`, the header (what is written at offset 0) is kept back until then. The engine closes its file when it has
     written it, which is too early: only `release` does.
     """
@@ -75,6 +75,14 @@ class OutputFile(FileStorage):
 
     async def sync(self) -> None:
         pass
+
+    async def empty(self) -> None:
+        """Let what it held go. The header of an image goes durably, so that no crash leaves it to what is written next:
+        not every file system keeps that order by itself. Raises OSError."""
+        held = self.size()
+        await self.truncate(0)
+        if held and self._is_image:
+            await super().sync()
 
     async def finish(self) -> None:
         """Make all of it durable, then the header. Raises OSError."""
@@ -111,7 +119,7 @@ async def open_output(
                 lock(file.fileno(), path, writable=True)
                 begun = file.made and not new.made
                 if begun:
-                    await file.truncate(0)
+                    await file.empty()
                 yield file
                 await file.finish()
                 await new.make_durable()
