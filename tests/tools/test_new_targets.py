@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import trio
 
+from qedfuse.chain import unfinished
 from qedfuse.errors import InUseError
 from qedfuse.host import output_file
 from qedfuse.host.image_lock import lock
-from qedfuse.tools import create
 from qedfuse.tools.convert import convert_image
 from qedfuse.tools.create import create_image
 from tests.helpers.doubles.shortage import each_call_fails
@@ -110,7 +110,7 @@ def test_what_another_process_was_faster_to_lock(
             os.write(others[0], b"theirs")
         lock(fd, name, writable=writable)
 
-    monkeypatch.setattr(create, "lock", be_slow)
+    monkeypatch.setattr(unfinished, "lock", be_slow)
     monkeypatch.setattr(output_file, "lock", be_slow)
     with pytest.raises(InUseError):
         make()
