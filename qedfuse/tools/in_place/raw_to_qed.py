@@ -27,7 +27,7 @@ from qedfuse.qed.new_image import qemu_objection
 from qedfuse.sizes import ENTRY_SIZE, SECTOR_SIZE, round_up
 from qedfuse.tools.in_place.home_entries import HomeEntries
 from qedfuse.tools.in_place.plan import Wanted
-from qedfuse.tools.in_place.rehearsal import is_unused
+from qedfuse.tools.in_place.rehearsal import is_unused, is_zero
 
 #: L2 entries take so many bytes at most, if larger clusters can see to it.
 MAX_TABLE_BYTES = 64 << 20
@@ -94,11 +94,14 @@ class RawToQed:
 
     async def old_end(self, storage: Storage, unfinished: Unfinished) -> int:
         """Nothing tells what another program has put into the tail of a raw disk. But it must be this file, and this
-        tail: not a copy that was brought back, nor a disk that has grown since."""
-        first = await read(storage, 0, SECTOR_SIZE)
-        if first != unfinished.old_first or storage.size() > unfinished.grown_size:
+        tail, which has no data before it is reserved: not a copy that was brought back, nor a disk that has grown."""
+        first, size, old_size = await read(storage, 0, SECTOR_SIZE), storage.size(), unfinished.old_size
+        grown = size > unfinished.grown_size
+        if old_size < size < unfinished.grown_size:
+            grown = not await is_zero(storage, old_size, size)
+        if first != unfinished.old_first or grown:
             raise changed_meanwhile(unfinished, storage.path)
-        return unfinished.old_size
+        return old_size
 
 
 class RawToQedConversion:

@@ -80,11 +80,8 @@ class _Rehearsal:
         self._compared.append((start, stop))
 
     async def punch(self, offset: int, size: int) -> None:
-        end = min(offset + size, self._storage.size())
-        while (data := self._storage.next_data(offset)) is not None and data < end:
-            offset = min(self._storage.next_hole(data), data + _PIECE, end)
-            if any(await read(self._storage, data, offset - data)):
-                raise _DifferentError
+        if not await is_zero(self._storage, offset, min(offset + size, self._storage.size())):
+            raise _DifferentError
 
     async def deallocate(self, runs: Sequence[tuple[int, int]]) -> bool:
         for offset, size in runs:
@@ -120,6 +117,15 @@ async def is_unused(storage: Storage, unfinished: Unfinished, size: int, convert
         await rehearsal.expect_nothing_else()
     except (QedfuseError, _DifferentError):
         return False
+    return True
+
+
+async def is_zero(storage: Storage, start: int, end: int) -> bool:
+    """Whether a range inside the file reads as zeroes. Raises OSError."""
+    while (data := storage.next_data(start)) is not None and data < end:
+        start = min(storage.next_hole(data), data + _PIECE, end)
+        if any(await read(storage, data, start - data)):
+            return False
     return True
 
 

@@ -55,12 +55,19 @@ def grown(path: Path, _content: bytes) -> None:
         file.write(b"more" * 1000)
 
 
+def grown_a_little(path: Path, _content: bytes) -> None:
+    """By less than the conversion was going to reserve."""
+    with path.open("r+b") as file:
+        file.seek(64 << 10, os.SEEK_END)
+        file.write(b"more" * 1024)
+
+
 TO_QED, TO_RAW = ["-f", "raw", "-O", "qed"], ["-f", "qed", "-O", "raw"]
 Change = Callable[[Path, bytes], None]
 
 
 #: Of a QED image its tables tell what is in use, whatever has become of it since.
-CASES = [(TO_QED, Step.TAIL, brought_back), (TO_QED, Step.TAIL, grown)]
+CASES = [(TO_QED, Step.TAIL, brought_back), (TO_QED, Step.TAIL, grown), (TO_QED, Step.TAIL, grown_a_little)]
 CASES += [
     (words, step, change)
     for words in (TO_QED, TO_RAW)
