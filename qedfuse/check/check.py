@@ -84,7 +84,8 @@ async def check_image(
         if result.leaks:
             result.note("leaked clusters are kept as long as the image is corrupt; repair all")
         return result
-    if result.corruptions or result.leaks or header.needs_check or _is_cut(result, repair):
+    compacting = repair is Repair.COMPACT and storage.size() > result.image_end_offset  # by a part of a cluster, too
+    if result.corruptions or result.leaks or header.needs_check or compacting or _is_cut(result, repair):
         return await _repair(storage, result, used, progress, repair)
     return result
 

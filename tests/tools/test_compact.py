@@ -58,6 +58,15 @@ def test_small_images(fault: Fault, tmp_path: Path, capfd: pytest.CaptureFixture
     assert count(path.read_bytes()).unreferenced == 0
 
 
+def test_a_last_part_of_a_cluster_goes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = new_image(tmp_path / "image.qed", "1M", "-o", "cluster_size=4k,table_size=2", fill=1)
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"left by an older program")
+    expect_compacted(path, capfd)
+    assert path.stat().st_size == size
+
+
 def test_what_lies_past_the_end_goes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The entries of a table that is needed for others, and the tables that are not needed at all."""
     path = tmp_path / "image.qed"
