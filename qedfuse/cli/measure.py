@@ -57,7 +57,8 @@ def measure(
     """Tell how long the file gets into which `convert` copies the disk in IMAGE (raw, qed or qcow2, with its backing
     files): with what there is, and when all of the disk has been written.
 
-    For a qed image its data is looked at: a cluster of zeroes takes no place.
+    For a qed image its data is looked at: a cluster of zeroes takes no place. (Where `convert` shares blocks, on btrfs
+    and XFS, it does not look for zeroes: the file gets longer, but takes no more space.)
     """
     if (size is None) == (image is None):
         raise click.UsageError("it needs either IMAGE or --size")

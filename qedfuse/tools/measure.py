@@ -1,7 +1,8 @@
 """How large a conversion's target gets, before it is made.
 
 A cluster is stored if anything in it is not zero, as `convert.py` decides it. So it has to be looked at; but what is
-not zero mostly shows at its beginning, and that is all that is read then.
+not zero mostly shows at its beginning, and that is all that is read then. (Blocks that are shared with the source are
+stored whatever is in them: then the target is longer, up to what it has when all is written.)
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ async def measure_image(
     policy: BackingPolicy = ANY_BACKING,
     progress: Report | None = None,
 ) -> Measurement:
-    """Of what `convert_image` makes of the disk in `path`. Raises what that raises for its source."""
+    """Of what `convert_image` makes of the disk in `path` if it shares no blocks. Raises what that does for its source."""
     geometry = geometry or Geometry()
     async with closing(await open_layer(path, source_format, share=share, policy=policy)) as top:
         empty = measure_size(path, top.size, target_format, geometry)
