@@ -21,7 +21,13 @@ async def until_signal(
     job: Callable[[], Awaitable[T]], explain: AbstractContextManager[None]
 ) -> T | signal.Signals | None:
     """The job's result, or the signal that ended it. `explain` is around the job: it sees its errors as they are."""
+    import logging
+
     import trio
+
+    log = logging.getLogger("qedfuse")
+    if not log.handlers:  # the command's one line says what has failed
+        log.addHandler(logging.NullHandler())
 
     outcome: T | signal.Signals | None = None
     with trio.open_signal_receiver(*ending_signals()) as signals:

@@ -210,7 +210,7 @@ class Committer:
         finally:
             self._running.release()
         if group.error is not None:
-            raise OSError(group.error.errno, group.error.strerror) from group.error
+            raise OSError(group.error.errno, group.error.strerror, self._storage.path) from group.error
 
     def begin_flush(self) -> Coroutine[Any, Any, None] | None:
         """`flush` without a task: a coroutine of which each await is one host call (a write, a sync, a punch), to be

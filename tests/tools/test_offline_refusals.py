@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def grow(path: Path) -> tuple[str | Path, ...]:
 
 def shrink(path: Path) -> tuple[str | Path, ...]:
     return "resize", "--shrink", path, "-512"
+
+
+def rename(path: Path) -> tuple[str | Path, ...]:
+    return "rebase", "-u", path
+
+
+def stand_alone(path: Path) -> tuple[str | Path, ...]:
+    return "rebase", "-b", "", path
 
 
 def compare(path: Path) -> tuple[str | Path, ...]:
@@ -140,6 +149,30 @@ def test_a_read_only_host(qedfuse: Runner, command: Command, source: Path) -> No
         qedfuse.refused(command, path, f"{path}: read-only file system")
         for other in LOOKING:
             assert qedfuse(*other(path)).code == 0
+
+
+SYNC_FAILS = """
+import errno, os, sys
+from qedfuse.cli.main import main
+from qedfuse.host.file_storage import FileStorage
+
+async def sync(storage):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), storage.path)
+
+FileStorage.sync = sync
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", [*WRITING, rename, stand_alone])
+def test_a_disk_that_fails(command: Command, tmp_path: Path) -> None:
+    """One line, with the file's name, and none of the log besides."""
+    path = new_image(tmp_path / "image.qed", fill=1)
+    with path.open("ab") as file:
+        file.write(bytes(MIB))  # what compact gives back
+    words = [sys.executable, "-c", SYNC_FAILS, *map(str, command(path))]
+    done = subprocess.run(words, capture_output=True, text=True)
+    one_line(Result(done.returncode, done.stdout, done.stderr), 1, f"qedfuse: {path}: input/output error")
 
 
 @ALL
