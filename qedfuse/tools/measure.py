@@ -57,7 +57,7 @@ async def measure_image(
     policy: BackingPolicy = ANY_BACKING,
     progress: Report | None = None,
 ) -> Measurement:
-    """Of what `convert_image` makes of the disk in `path` if it shares no blocks. Raises what that does for its source."""
+    """Of what `convert_image` makes of the disk in `path`, sharing no blocks. Raises what that does for its source."""
     geometry = geometry or Geometry()
     async with closing(await open_layer(path, source_format, share=share, policy=policy)) as top:
         empty = measure_size(path, top.size, target_format, geometry)
