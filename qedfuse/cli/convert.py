@@ -96,7 +96,7 @@ _hint = partial(click.option, expose_value=False, hidden=True)
 @cache_hint("-t", "cache")
 @cache_hint("-T", "source_cache")
 @backing_options
-@click.option("--in-place", is_flag=True, help="Convert FILE itself: its data stays where it is. See below.")
+@click.option("--in-place", is_flag=True, help="Convert FILE itself: its data stays where it is.")
 @click.option("--undo", is_flag=True, help="With --in-place: take back a conversion that was interrupted.")
 @click.option(
     "--force",
