@@ -41,9 +41,12 @@ def test_rebase(host: Path, tmp_path: Path, overlay: bool) -> None:
     before = flat_of(image, tmp_path)
     command = ("rebase", "-b", tmp_path / "new.raw" if overlay else "", image)
     for _ in range(2):
-        one_line(qedfuse(*command), 1, "image.qed: no space left on device", f"{image} reads as before")
+        one_line(qedfuse(*command), 1, "image.qed: no space left on device", f"`qedfuse compact {image}` gives back")
         assert qemu_check(image).get("corruptions", 0) == 0
         assert flat_of(image, tmp_path) == before
+    full = image.stat().st_blocks
+    assert qedfuse("compact", image).code == 0
+    assert image.stat().st_blocks < full / 2 and flat_of(image, tmp_path) == before
     moved = tmp_path / "moved.qed"
     run("cp", "--sparse=always", image, moved)
     assert qedfuse(*command[:-1], moved).code == 0
@@ -60,7 +63,9 @@ def test_commit(host: Path, tmp_path: Path, format: str) -> None:
     qemu_img("convert", "-n", "-f", "raw", "-O", "qed", tmp_path / "data.raw", "--target-is-zero", image)
     before = flat(image).read_bytes()
     for _ in range(2):
-        one_line(qedfuse("commit", image), 1, f"base.{format}: no space left on device", f"{image} reads as before")
+        said = qedfuse("commit", image)
+        one_line(said, 1, f"base.{format}: no space left on device", f"{image} reads as before")
+        assert (f"`qedfuse compact {base}`" in said.err) is (format == "qed")
         qemu_finds_no_error(image)
         assert flat(image).read_bytes() == before
         if format == "qed":
