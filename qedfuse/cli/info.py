@@ -58,8 +58,9 @@ def info(
 ) -> None:
     """Show what IMAGE is: its format, sizes, backing file.
 
-    Only IMAGE is opened, and only its header is read, unless --backing-chain or --untrusted is given. With
-    --backing-root or --no-backing the files below it are opened, too, as far as that is allowed; else it fails.
+    Only IMAGE is opened (and the journal of a conversion in place, if there is one, but not with --untrusted), and only
+    its header is read, unless --backing-chain or --untrusted is given. With --backing-root or --no-backing the files
+    below it are opened, too, as far as that is allowed; else it fails.
     """
     confined = no_backing or backing_root is not None
     if untrusted and (backing_chain or confined):

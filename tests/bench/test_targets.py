@@ -123,11 +123,18 @@ def test_rows_are_for_those_that_can_be_measured(tmp_path: Path) -> None:
         (row,) = [row for row in ROWS if title in row.title]
         return {kind for kind in [*ALL, one, two] if row.takes(kind)}
 
-    everything = {RawFile, StorageDaemon, NbdFuse, QedFuse, QedFusePython, one, two}
+    everything: set[type[Target]] = {RawFile, StorageDaemon, NbdFuse, QedFuse, QedFusePython, one, two}
     assert takers("random read 4k direct, 1 reader") == everything
     assert takers("processor time of a random read") == everything - {RawFile}
     assert takers("processor time of a random write") == everything - {RawFile}
     assert takers("blkdiscard") == takers("fstrim") == everything
     assert takers("check a full") == {StorageDaemon, one, QedFuse}
-    assert takers("data to QED") == takers("image to raw") == {StorageDaemon, one, QedFuse}
+    conversions = [row.title for row in ROWS if "convert " in row.title]
+    assert len(conversions) == 8
+    for title in conversions:
+        assert {kind for row in ROWS if row.title == title for kind in everything if row.takes(kind)} == {
+            StorageDaemon,
+            one,
+            QedFuse,
+        }
     assert takers("longest wait") == {QedFuse}

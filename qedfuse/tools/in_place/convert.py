@@ -14,7 +14,8 @@ from qedfuse.host.image_lock import lock
 from qedfuse.host.other_users import refuse_other_users
 from qedfuse.host.storage import read
 from qedfuse.progress import Report
-from qedfuse.qed.header import HEADER_BYTES, Header
+from qedfuse.qed.header import Header
+from qedfuse.qed.header_io import read_fields
 from qedfuse.tools.in_place.apply import InPlace
 from qedfuse.tools.in_place.plan import Converter, Wanted
 from qedfuse.tools.in_place.qcow2_to_qed import Qcow2ToQed
@@ -122,7 +123,7 @@ class FileConversion:
 
     async def _look_at_result(self, storage: FileStorage) -> None:
         if self._target == QED:
-            self.header = Header.decode(await read(storage, 0, HEADER_BYTES), self._path)
+            self.header = await read_fields(storage)
             return
         head = await read(storage, 0, min(PROBE_BYTES, storage.size()))
         try:

@@ -28,7 +28,7 @@ from qedfuse.layers.qcow2.layer import read_qcow2_header
 from qedfuse.progress import Report
 from qedfuse.qed.geometry import DEFAULT_TABLE_SIZE, MAX_TABLE_SIZE, MIN_CLUSTER_SIZE, Geometry
 from qedfuse.qed.header import HEADER_BYTES, Header
-from qedfuse.qed.header_io import read_header
+from qedfuse.qed.header_io import read_fields, read_header
 from qedfuse.qed.new_image import new_header
 from qedfuse.sizes import SECTOR_SIZE, round_up
 from qedfuse.tools.in_place.plan import Wanted
@@ -61,9 +61,9 @@ class Qcow2ToQed:
 
     async def resume(self, storage: Storage, unfinished: Unfinished) -> Qcow2ToQedConversion:
         """The new header is not the same bytes for ever: `finish` may move the L1 table."""
-        first = await read(storage, 0, min(SECTOR_SIZE, storage.size()))
         try:
-            now, was = (Header.decode(raw, storage.path) for raw in (first, unfinished.new_first or b""))
+            now = await read_fields(storage)
+            was = Header.decode(unfinished.new_first or b"", storage.path)
         except QedfuseError:
             raise changed_meanwhile(unfinished, storage.path) from None
         if now.geometry != was.geometry:
